@@ -1,0 +1,50 @@
+"""Every error that Fluffle raises on purpose, sorted by who can act on it.
+
+FluffleError
+ ├── UsageError          the user: wrong plan, learner, folder, URL … (exit status 2)
+ │    └── BrokerRefused  RabbitMQ answered, and said no: password, vhost, permission
+ ├── WireError           the sender: bytes that lie; the message is dropped with this sentence as the reason
+ ├── LinkError           nobody at once: the broker is away or busy; wait and try again
+ │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
+ │    └── LinkClosed     our own side closed the link
+ ├── LearnerFailed       the learner's author: the user's code raised; carries the end of its traceback
+ └── RunEnded            the operator: a run cannot go on, and the sentence says what it waited for
+
+Each error's text is one sentence that says what is wrong and what to do. This file knows no other file.
+"""
+
+
+class FluffleError(Exception):
+    """Anything that Fluffle raises on purpose; its text is one sentence meant to be read."""
+
+
+class UsageError(FluffleError):
+    """The user can mend this: a setting, a path, a file, a learner. The command line exits with status 2."""
+
+
+class BrokerRefused(UsageError):
+    """RabbitMQ answered and refused: wrong password, wrong vhost, missing permission."""
+
+
+class WireError(FluffleError):
+    """The bytes received do not keep the protocol; the sender's contribution is dropped, nothing else."""
+
+
+class LinkError(FluffleError):
+    """The way to the broker is interrupted; what was being sent may or may not have arrived."""
+
+
+class Unroutable(LinkError):
+    """No queue takes this message: its receiver has not been here, or has been removed."""
+
+
+class LinkClosed(LinkError):
+    """This side has closed the link; no more can be sent or received through it."""
+
+
+class LearnerFailed(FluffleError):
+    """The user's learner raised, or died; the text ends with the last lines of its traceback."""
+
+
+class RunEnded(FluffleError):
+    """The run cannot go on by itself; the text says why."""

@@ -1,0 +1,164 @@
+"""A way to the broker, as both services see it. `rabbit.py` and `memory.py` keep its promises, under one test suite.
+
+Knows messages' bytes, routing and acknowledgement. Does not know what a message means, nor when to send one.
+
+The promises:
+- `publish` returns when the broker has the message; whatever it raises, the message may have arrived all the same,
+  so everything that is sent can be recognised when it comes twice.
+- A delivery is ours until acked; unacked ones come back, marked as redelivered, to the next consumer.
+- `consume` raises LinkError when its connection is lost. Deliveries in hand are then void: acking them does nothing,
+  and they come again. Consuming once more waits for the broker to return.
+- Publishing waits for the broker to return, within its bound.
+- One queue, one publisher: first in, first out.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from broker.messages import Part, encode
+from broker.topology import Topology
+
+WINDOW_BYTES = 8 * 1024 * 1024
+"""Bytes on their way to the broker and not yet confirmed, per payload."""
+BROADCAST_MAX = 1000
+"""Most routing keys of one publish: they travel in a header that must fit one frame of 128 KiB."""
+PUBLISH_S = 300.0
+"""How long a publish waits for an absent or blocked broker before it gives up."""
+
+
+class Lane(Enum):
+    """Connections are apart, so that small messages never wait behind parts and acks never behind uploads."""
+
+    CONTROL = "control"
+    DOWN = "down"
+    UP = "up"
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One message to publish: to every queue that `keys` reach, as one copy to the broker."""
+
+    exchange: str
+    keys: tuple[str, ...]
+    body: bytes
+    lane: Lane = Lane.CONTROL
+    persistent: bool = True
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Delivery(Protocol):
+    """One message, ours until acked."""
+
+    @property
+    def body(self) -> bytes:
+        """The message's bytes."""
+
+    @property
+    def key(self) -> str:
+        """The routing key it was published with."""
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether it may have been delivered before."""
+
+    async def ack(self) -> None:
+        """Done with: the broker forgets it. Does nothing when the delivery is void."""
+
+    async def requeue(self) -> None:
+        """Give it back: it is delivered again. Does nothing when the delivery is void."""
+
+
+class Link(Protocol):
+    """A connected party's way to the broker."""
+
+    async def declare(self, topology: Topology) -> None:
+        """Make sure that these exist.
+
+        Raises:
+            BrokerRefused: the broker has them with other arguments, or does not allow it.
+        """
+
+    async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
+        """Hand one message to the broker; returns when the broker has confirmed it.
+
+        Raises:
+            Unroutable: no queue takes it.
+            LinkError: not confirmed within `within_s`; it may have arrived.
+            LinkClosed: this link was closed.
+        """
+
+    def consume(
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
+    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        """Take deliveries of a queue; at most `prefetch` unacked at a time. Leaving gives the unacked back.
+
+        Raises:
+            LinkError: (while iterating) the connection was lost, or the queue was deleted.
+        """
+
+    async def purge(self, queue: str) -> int:
+        """Drop what waits in a queue (not what is unacked); how many messages that was, 0 if there is no queue."""
+
+    async def delete(self, queue: str) -> None:
+        """Remove a queue and what is in it; fine when there is none."""
+
+    async def depth(self, queue: str) -> int | None:
+        """How many messages wait in a queue, unacked ones not counted; None when there is no such queue."""
+
+    async def close(self) -> None:
+        """Close; unacked deliveries go back to their queues. May be called twice."""
+
+
+async def publish_parts(
+    link: Link, parts: Iterable[Part], exchange: str, keys: tuple[str, ...], *, lane: Lane
+) -> int:
+    """Publish a payload's parts, at most WINDOW_BYTES unconfirmed at a time; bytes handed to the broker.
+
+    Parts are not persistent: both ends can send them again, and disks would only slow the broker down.
+
+    Raises:
+        LinkError: as `publish`; some of the parts may have arrived.
+    """
+    sent, waiting = 0, 0
+    room = asyncio.Condition()
+
+    def has_room() -> bool:
+        return waiting < WINDOW_BYTES
+
+    async def one(body: bytes) -> None:
+        nonlocal waiting
+        for batch in batches(keys):
+            await link.publish(Outgoing(exchange, batch, body, lane, persistent=False))
+        async with room:
+            waiting -= len(body)
+            room.notify()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                body = encode(part)
+                async with room:
+                    await room.wait_for(has_room)
+                    waiting += len(body)
+                sent += len(body)
+                group.create_task(one(body))
+    except* Exception as several:  # noqa: BLE001 - the first failure speaks for all: they share one connection
+        raise first_of(several) from None
+    return sent
+
+
+def first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first single exception inside a group."""
+    inner: BaseException = several
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    return inner
+
+
+def batches(keys: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
+    """`keys` in runs short enough for one publish each."""
+    return (keys[i : i + BROADCAST_MAX] for i in range(0, len(keys), BROADCAST_MAX))

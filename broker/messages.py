@@ -1,0 +1,317 @@
+"""Every message that crosses the wire: frozen dataclasses, and the two functions that pack and check them.
+
+Knows the protocol's fields, limits and version; `PROTOCOL.md` beside this file is the same in words, and a test
+holds the two together. Does not know queues, clocks, rounds' rules or what a tensor's bytes mean.
+
+The decoder trusts nothing: msgpack under limits, then every field against the dataclass's own annotations.
+"""
+
+import math
+import re
+import types
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgpack
+
+from broker.errors import WireError
+from broker.tensors import Layout, TensorSpec
+
+PROTOCOL = 1
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # anything but a part: a header of 20,000 tensors with long names still fits
+PART_BYTES_MIN, PART_BYTES_MAX = 256 * 1024, 3584 * 1024  # RabbitMQ treats messages from 4,000,000 bytes up apart
+PART_FRAME_BYTES = 512  # what a part may have around its data
+MAP_MAX = 512
+TEXT_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Bounds of an annotated field: of the value for a number, of the length for anything else."""
+
+    low: float
+    high: float
+
+
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # spliced into routing keys and, later, broker rights
+NAME_RULE = "1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
+
+Name = Annotated[str, NAME]
+Text = Annotated[str, Within(0, TEXT_MAX)]
+Count = Annotated[int, Within(0, 2**53)]
+Number = Annotated[float, Within(-1.7e308, 1.7e308)]
+Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
+Scalar = bool | int | float | str
+Settings = Annotated[dict[str, Scalar], Within(0, MAP_MAX)]
+Metrics = Annotated[dict[str, Number], Within(0, MAP_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What a run of parts is: who to ask for by `id`, how it was cut, and the tensors in it."""
+
+    id: Text
+    part_bytes: Annotated[int, Within(PART_BYTES_MIN, PART_BYTES_MAX)]
+    tensors: Annotated[tuple[TensorSpec, ...], Within(0, 20_000)]
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors' places; checked when the message was decoded."""
+        return Layout(self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which try at which round of which run; round n makes version n."""
+
+    run: Name
+    round: Count
+    attempt: Count
+
+    def __str__(self) -> str:
+        return f"round {self.round}" + (f", attempt {self.attempt}" if self.attempt > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Worker → every coordinator: I am here until the lease ends.
+
+    A new `incarnation` says that whatever was sent to the former one is lost: send it again.
+    """
+
+    worker: Name
+    incarnation: Text
+    learner: Text
+    trains: bool
+    lease_s: Seconds
+    doing: Attempt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """Worker → every coordinator: I leave now, do not wait for me."""
+
+    worker: Name
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Coordinator → cohort: the header of a train or evaluate task; its parts follow in the same queue.
+
+    A worker that only evaluates answers a train task with a `Score`. `seed` and the worker's name make the learner's
+    dice, so that the same task trained twice gives the same update.
+    """
+
+    of: Attempt
+    work: Literal["train", "evaluate"]
+    version: Count
+    deadline_s: Seconds
+    seed: Count
+    settings: Settings
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Worker → coordinator: the task is complete here and work begins; its copy in the queue may go."""
+
+    of: Attempt
+    worker: Name
+    incarnation: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Worker → coordinator: what the learner's `evaluate` said of a version on this worker's data."""
+
+    of: Attempt
+    worker: Name
+    version: Count
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Worker → coordinator: all parts of my delta are in my upload queue.
+
+    `examples` is how many rows it learned from; `metrics` is the learner's own report. Floats are deltas (trained −
+    received); integers and booleans are the trained values (DESIGN §6).
+    """
+
+    of: Attempt
+    worker: Name
+    version: Count
+    examples: Annotated[int, Within(1, 2**29 - 1)]
+    metrics: Metrics
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Worker → coordinator: this task cannot be done here, because."""
+
+    of: Attempt
+    worker: Name
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Coordinator → worker: what became of your update, or that its parts must be sent again."""
+
+    of: Attempt
+    verdict: Literal["accepted", "late", "stranger", "duplicate", "invalid", "resend"]
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Coordinator → cohort: this attempt is over; stop work on it and drop what it made."""
+
+    of: Attempt
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A numbered piece of a payload: all `part_bytes` long but the last; `crc` is the CRC-32 of `data`."""
+
+    payload: Text
+    index: Count
+    crc: Annotated[int, Within(0, 2**32 - 1)]
+    data: bytes = field(repr=False)
+
+
+Message = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed | Part
+KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack: a map of the protocol version `v`, its `kind`, and its fields."""
+    if isinstance(message, Part):  # asdict would copy the data deeply
+        body: dict[str, Any] = {
+            "payload": message.payload, "index": message.index, "crc": message.crc, "data": message.data,
+        }  # fmt: skip
+    else:
+        body = asdict(message)
+    packed: bytes = msgpack.packb({"v": PROTOCOL, "kind": type(message).__name__.lower(), **body})
+    return packed
+
+
+def decode(body: bytes) -> Message:
+    """The message in `body`, every field checked.
+
+    Raises:
+        WireError: too large, not msgpack, another protocol version, an unknown kind, a field that is missing,
+            unknown, of the wrong type or out of bounds.
+    """
+    raw = _unpack(body)
+    if not isinstance(raw, dict):
+        raise WireError("a message must be a msgpack map.")
+    version = raw.pop("v", None)
+    if version != PROTOCOL or isinstance(version, bool):
+        raise WireError(
+            f"the message speaks protocol {str(version)[:20]}, this side speaks {PROTOCOL}: "
+            "install the same version of fluffle on both sides."
+        )
+    kind = raw.pop("kind", None)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise WireError(f"unknown kind of message {str(kind)[:40]!r}.")
+    if kind != "part" and len(body) > MESSAGE_BYTES_MAX:
+        raise WireError(f"a {kind} of {len(body)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
+    message: Message = _build(KINDS[kind], raw, kind)
+    if isinstance(message, Task | Update):
+        message.payload.layout.check()
+    return message
+
+
+def _unpack(body: bytes) -> Any:
+    if len(body) > max(MESSAGE_BYTES_MAX, PART_BYTES_MAX + PART_FRAME_BYTES):
+        raise WireError(f"a message of {len(body)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
+    try:
+        return msgpack.unpackb(
+            body, raw=False, strict_map_key=True, use_list=True, max_str_len=TEXT_MAX * 4,
+            max_bin_len=PART_BYTES_MAX, max_array_len=20_000, max_map_len=MAP_MAX, max_ext_len=0,
+        )  # fmt: skip
+    except (ValueError, msgpack.UnpackException, RecursionError, OverflowError) as problem:
+        # one class covers most, but which one depends on where the bytes go wrong
+        why = type(problem).__name__
+        raise WireError(f"a message of {len(body)} bytes is not msgpack within the limits ({why}).") from None
+
+
+@cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _build(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
+    hints = _hints(kind)
+    unknown = [name for name in raw if name not in hints]
+    missing = [f.name for f in fields(kind) if f.name not in raw]
+    if unknown or missing:
+        names = f"an unknown field {unknown[0][:40]!r}" if unknown else f"no field {missing[0]!r}"
+        raise WireError(f"{where} has {names}.")
+    return kind(**{name: _check(hints[name], value, f"{where}.{name}") for name, value in raw.items()})
+
+
+def _check(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotation `hint` wants it, or WireError naming `where`."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        plain, *rules = get_args(hint)
+        checked = _check(plain, value, where)
+        for rule in rules:
+            _keep(rule, checked, where)
+        return checked
+    if origin is Literal:
+        if isinstance(value, str) and value in get_args(hint):
+            return value
+        raise WireError(f"{where} must be one of {', '.join(get_args(hint))}.")
+    if origin in (Union, types.UnionType):
+        return _check_union(get_args(hint), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_check(get_args(hint)[0], item, where) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {_check(str, k, where)[:200]: _check(get_args(hint)[1], v, where) for k, v in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return _build(hint, value, where)
+    return _check_plain(hint, value, where)
+
+
+def _check_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    last = WireError(f"{where} has the wrong type.")
+    for option in options:
+        try:
+            return _check(option, value, where)
+        except WireError as problem:
+            last = problem
+    raise last
+
+
+def _check_plain(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise WireError(f"{where} must be a finite number.")
+        return number
+    if hint in (bool, int, str, bytes) and type(value) is hint:
+        return value
+    raise WireError(f"{where} has the wrong type.")
+
+
+def _keep(rule: Any, value: Any, where: str) -> None:
+    if isinstance(rule, re.Pattern):
+        if rule.fullmatch(value) is None:
+            raise WireError(f"{where} must be {NAME_RULE}.")
+    elif isinstance(rule, Within):
+        measured = value if isinstance(value, int | float) else len(value)
+        if not rule.low <= measured <= rule.high:
+            raise WireError(f"{where} must be within {rule.low:g} and {rule.high:g}.")

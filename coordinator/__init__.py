@@ -1,0 +1,1 @@
+"""The coordinator: makes versions out of updates. Never runs a user's code and never imports torch."""

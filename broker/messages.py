@@ -9,9 +9,7 @@ The decoder trusts nothing: msgpack under limits, then every field against the d
 import math
 import re
 import types
-from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgpack
@@ -187,6 +185,9 @@ class Part:
 
 Message = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed | Part
 KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
+_HINTS: dict[type[Any], dict[str, Any]] = {
+    kind: get_type_hints(kind, include_extras=True) for kind in (*KINDS.values(), Attempt, Payload, TensorSpec)
+}
 
 
 def encode(message: Message) -> bytes:
@@ -242,13 +243,8 @@ def _unpack(body: bytes) -> Any:
         raise WireError(f"a message of {len(body)} bytes is not msgpack within the limits ({why}).") from None
 
 
-@cache
-def _hints(kind: Hashable) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
-
-
 def _build(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
-    hints = _hints(kind)
+    hints = _HINTS[kind]
     unknown = [name for name in raw if name not in hints]
     missing = [f.name for f in fields(kind) if f.name not in raw]
     if unknown or missing:

@@ -1,0 +1,71 @@
+"""What both daemons do to begin and to end: the event loop, signals, the log's form.
+
+Does not know what the daemon does, nor the command line's options.
+"""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+from broker.errors import FluffleError
+
+if sys.platform == "win32":  # which has no uvloop
+    from asyncio import new_event_loop
+else:
+    from uvloop import new_event_loop
+
+log = logging.getLogger(__name__)
+
+
+class StoppedEarly(FluffleError):
+    """The daemon was told to stop before its work was done."""
+
+
+def start_log(*, quiet: bool = False) -> None:
+    """One line per event on stderr, with the time; warnings only when `quiet`."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for chatty in ("aio_pika", "aiormq", "asyncio"):  # they tell of every lost connection at length; we do in a line
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+
+
+def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run a daemon until it returns.
+
+    The first SIGTERM or SIGINT sets the event that `main` is given, the second one cancels `main`.
+
+    Raises:
+        StoppedEarly: it was cancelled by the second signal.
+    """
+
+    async def under_signals() -> None:
+        stop = asyncio.Event()
+        work = asyncio.ensure_future(main(stop))
+
+        def told() -> None:
+            if stop.is_set():
+                work.cancel()
+            stop.set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, told)
+        try:
+            await work
+        except asyncio.CancelledError:
+            if stop.is_set():
+                raise StoppedEarly("stopped at once.") from None
+            raise
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(under_signals())

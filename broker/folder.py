@@ -1,0 +1,170 @@
+"""The folder of a private RabbitMQ node: its address, its settings, and all that its programs see of this machine.
+
+Knows the files, their modes, the ports and the environment. Does not know how a node is started or ended.
+"""
+
+import json
+import os
+import random
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from broker.errors import UsageError
+from broker.processes import holder
+
+PORTS = range(15_000, 32_000)
+"""Below the ports that systems give to outgoing connections: those could take ours while the node restarts."""
+KEEPER, EPMD, BROKER = "keeper.lock", "epmd.lock", "broker.lock"
+"""The locks of a node's processes, with their ids."""
+LOG = "node.log"
+"""What all three processes say, since the last start."""
+CONF = """\
+listeners.tcp.1 = 127.0.0.1:{port}
+default_user = {user}
+default_pass = {password}
+max_message_size = 16777216
+heartbeat = 30
+consumer_timeout = 3600000
+disk_free_limit.absolute = 100MB
+tcp_listen_options.sndbuf = 131072
+tcp_listen_options.recbuf = 131072
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What stays the same for a node's folder, over every restart: `node.json`."""
+
+    name: str
+    port: int
+    dist_port: int
+    epmd_port: int
+    password: str
+    user: str = "fluffle"
+
+    @property
+    def url(self) -> str:
+        """Where the node answers, with its password."""
+        return f"amqp://{self.user}:{self.password}@127.0.0.1:{self.port}/"
+
+
+def known(folder: Path) -> Address:
+    """The address kept in a node's folder.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    path = folder / "node.json"
+    try:
+        return Address(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): choose another folder, or delete this one") from error
+
+
+def settle(folder: Path, port: int | None) -> Address:
+    """The address of a folder's node: the one it had, or a new one, written down for the next time.
+
+    Raises:
+        UsageError: the folder holds other things, or its node runs now, on another port than `port`.
+    """
+    free = free_ports()
+    if (folder / "node.json").exists():
+        address = known(folder)
+        if port in {None, address.port}:
+            return address
+        if holder(folder / KEEPER) is not None:
+            raise UsageError(f"a RabbitMQ node already runs in {folder}, on port {address.port}: stop it first")
+        address = replace(address, port=port)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} holds other things: choose an empty folder for the RabbitMQ node")
+    else:
+        address = Address(
+            name=f"fluffle-{secrets.token_hex(4)}@localhost",
+            port=next(free) if port is None else port,
+            dist_port=next(free),
+            epmd_port=next(free),
+            password=secrets.token_hex(16),
+        )
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    write_private(folder / "node.json", json.dumps(asdict(address)))
+    return address
+
+
+def free_ports() -> Iterator[int]:
+    """Ports on loopback that nobody listens on, each once, in an order that a seeded test does not repeat."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if why_not(port) is None:
+            yield port
+
+
+def why_not(port: int) -> str | None:
+    """Why nobody could listen on a port of loopback now, None when one could."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+        except (OSError, OverflowError) as error:
+            return getattr(error, "strerror", None) or str(error)
+    return None
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner reads; whoever reads it sees all or nothing."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(mode=0o600)
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def furnish(folder: Path, address: Address, conf: str) -> None:
+    """Write the files that RabbitMQ reads when it starts; `conf` is more lines for rabbitmq.conf.
+
+    Raises:
+        UsageError: one of the node's ports is in use.
+    """
+    for port in (address.port, address.dist_port, address.epmd_port):
+        if reason := why_not(port):
+            raise UsageError(f"port {port} of 127.0.0.1 cannot be used ({reason}): choose another port")
+    own = CONF.format(port=address.port, user=address.user, password=address.password)
+    write_private(folder / "rabbitmq.conf", own + conf)
+    write_private(folder / "enabled_plugins", "[].\n")
+    if not (folder / ".erlang.cookie").exists():
+        write_private(folder / ".erlang.cookie", secrets.token_hex(16))
+        (folder / ".erlang.cookie").chmod(0o400)  # Erlang insists
+    if (folder / LOG).exists():
+        (folder / LOG).replace(folder / f"{LOG}.1")
+
+
+def environment(folder: Path, address: Address) -> dict[str, str]:
+    """All that a node's programs see of this machine: nothing of its own broker, cookie or epmd."""
+    at = str(folder)
+    return {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LANG": "C.UTF-8",
+        "HOME": at,
+        "ERL_EPMD_PORT": str(address.epmd_port),
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "RABBITMQ_CONF_ENV_FILE": os.devnull,
+        "RABBITMQ_NODENAME": address.name,
+        "RABBITMQ_DIST_PORT": str(address.dist_port),
+        "RABBITMQ_MNESIA_BASE": f"{at}/data",
+        "RABBITMQ_LOG_BASE": at,
+        "RABBITMQ_LOGS": "-",
+        "RABBITMQ_PID_FILE": f"{at}/broker.pid",
+        "RABBITMQ_CONFIG_FILE": f"{at}/rabbitmq",
+        "RABBITMQ_ADVANCED_CONFIG_FILE": f"{at}/advanced.config",
+        "RABBITMQ_GENERATED_CONFIG_DIR": f"{at}/generated",
+        "RABBITMQ_ENABLED_PLUGINS_FILE": f"{at}/enabled_plugins",
+        # Named from the first instant, the Erlang machine spares RabbitMQ a second one that only starts epmd: a third
+        # of the time to start. Schedulers that sleep when idle leave the processors to those who train.
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"-sname {address.name} -start_epmd false"
+        " -kernel inet_dist_use_interface {127,0,0,1}"
+        f" -kernel inet_dist_listen_min {address.dist_port} -kernel inet_dist_listen_max {address.dist_port}"
+        " +sbwt none +sbwtdcpu none +sbwtdio none",
+    }

@@ -1,0 +1,51 @@
+"""What the command lines have in common: the option for the broker, settings as text, where state is kept.
+
+Does not know what any command does.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from broker.errors import UsageError
+from broker.messages import Scalar
+
+BrokerUrl = Annotated[
+    str, typer.Option("--broker", envvar="FLUFFLE_BROKER", help="amqp://USER:PASSWORD@HOST:PORT/VHOST")
+]
+SettingPairs = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting for the learner's train().")
+]
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Scalar]:
+    """`["lr=0.1", "name=x"]` as settings: numbers, true and false as such, anything else as text.
+
+    Raises:
+        UsageError: a pair without `=`.
+    """
+    settings: dict[str, Scalar] = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set takes NAME=VALUE, not {pair!r}.")
+        settings[name] = _value(text)
+    return settings
+
+
+def _value(text: str) -> Scalar:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def state_folder(*names: str) -> Path:
+    """Where this user's programs keep what is neither configuration nor worth backing up."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").joinpath("fluffle", *names)

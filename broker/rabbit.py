@@ -1,0 +1,337 @@
+"""The link to a real RabbitMQ: confirmed publishing, and deliveries that end with the connection they came by.
+
+Knows how each promise of `link.py` is kept with AMQP. Does not know what messages mean, nor how connections come
+back (`lanes.py`). Nothing is restored behind the caller's back: a lost connection ends the consumers on it with
+LinkError, publishers try again, and whoever needs the connection next opens it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+from uuid import uuid4
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, FieldValue
+from aiormq.exceptions import (
+    ChannelAccessRefused,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+    DeliveryError,
+    PublishError,
+)
+from yarl import URL
+
+from broker.errors import BrokerRefused, LinkClosed, LinkError, Unroutable, UsageError
+from broker.lanes import REFUSALS, Connector, backoff_s, checked, interruptions, open_channel, shut, words
+from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Lane, Outgoing
+from broker.topology import Topology
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
+
+
+async def connect(url: str, *, name: str, heartbeat_s: int = 30, fail_fast: bool = True) -> "RabbitLink":
+    """A link to the RabbitMQ at `url`, `amqp://USER:PASSWORD@HOST:PORT/VHOST` or `amqps://…`.
+
+    Args:
+        url: where RabbitMQ is and who asks; never repeated in an error or a log.
+        name: who this is, as operators see it in RabbitMQ's list of connections.
+        heartbeat_s: a broker that is silent for about three of these counts as lost.
+        fail_fast: False waits for a RabbitMQ that is not there yet.
+
+    Raises:
+        UsageError: the URL is none, or no RabbitMQ answers there.
+        BrokerRefused: it answers and refuses, or is no RabbitMQ; waiting would not help.
+    """
+    link = RabbitLink(checked(url), name, heartbeat_s)
+    try:
+        await link.open(wait=not fail_fast)
+    except BaseException as problem:
+        await link.close()
+        if isinstance(problem, LinkError):
+            raise UsageError(str(problem)) from None
+        raise
+    return link
+
+
+class RabbitLink:
+    """Keeps the promises of `broker.link.Link`; made by `connect`."""
+
+    def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
+        self._lanes = {lane: Connector(url, f"{name} {lane.value}", heartbeat_s) for lane in Lane}
+        self._intakes: set[_Intake] = set()
+        self._running: set[asyncio.Timeout] = set()
+        self._closed = False
+
+    async def open(self, *, wait: bool) -> None:
+        """Open the first connection; with `wait`, however long RabbitMQ takes to be there."""
+        control = self._lanes[Lane.CONTROL]
+        await (control.connection() if wait else control.dial())
+
+    async def declare(self, topology: Topology) -> None:
+        """See `Link.declare`."""
+
+        async def ask(channel: AbstractChannel) -> None:
+            for exchange in topology.exchanges:
+                await channel.declare_exchange(exchange.name, exchange.kind, durable=True)
+            for queue in topology.queues:
+                await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+            for binding in topology.bindings:
+                bound = await channel.get_queue(binding.queue, ensure=False)
+                await bound.bind(binding.exchange, binding.key)
+
+        try:
+            await self._ask(ask)
+        except ChannelPreconditionFailed as problem:
+            raise BrokerRefused(
+                f"RabbitMQ has this queue or exchange with other properties ({words(problem)}): "
+                "delete it there, or use another vhost."
+            ) from None
+        except ChannelNotFoundEntity as problem:
+            raise BrokerRefused(
+                f"RabbitMQ lacks what a binding needs ({words(problem)}): declare it first."
+            ) from None
+
+    async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
+        """See `Link.publish`."""
+        assert 0 < len(message.keys) <= BROADCAST_MAX
+        lane, pauses, alone = self._lanes[message.lane], backoff_s(), False
+        async with self._bounded(within_s, f"RabbitMQ did not confirm a message to {message.exchange}"):
+            while True:
+                try:
+                    if alone:
+                        async with lane.channel(confirms=True) as channel:
+                            taken = await _send(channel, message)
+                    else:
+                        taken = await _send(await lane.publisher(), message)
+                    if taken:
+                        return
+                except REFUSALS as problem:
+                    # It ended every publish on the channel, whoever's fault it was: on a channel alone we learn.
+                    if alone:
+                        raise _refusal(problem, f"publishing to {message.exchange}") from None
+                    alone = True
+                    continue
+                except Unroutable:
+                    raise
+                except LinkError as lost:
+                    log.debug("publishing to %s again: %s", message.exchange, lost)
+                await asyncio.sleep(next(pauses))
+
+    @asynccontextmanager
+    async def consume(
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
+    ) -> AsyncIterator[AsyncIterator[Delivery]]:
+        """See `Link.consume`. Entering waits for the broker, but not for a queue that is missing: LinkError."""
+        intake = _Intake()
+        async with self._bounded(None, "never said"):
+            channel = await self._start(intake, queue, self._lanes[lane], prefetch)
+        self._intakes.add(intake)
+        try:
+            yield intake
+        finally:
+            self._intakes.discard(intake)
+            await shut(channel)
+
+    async def purge(self, queue: str) -> int:
+        """See `Link.purge`."""
+
+        async def ask(channel: AbstractChannel) -> int:
+            asked = await channel.get_queue(queue, ensure=False)
+            return (await asked.purge()).message_count or 0
+
+        try:
+            return await self._ask(ask)
+        except ChannelNotFoundEntity:
+            return 0
+
+    async def delete(self, queue: str) -> None:
+        """See `Link.delete`."""
+
+        async def ask(channel: AbstractChannel) -> None:
+            await channel.queue_delete(queue)
+
+        with suppress(ChannelNotFoundEntity):
+            await self._ask(ask)
+
+    async def depth(self, queue: str) -> int | None:
+        """See `Link.depth`."""
+
+        async def ask(channel: AbstractChannel) -> int | None:
+            asked = await channel.declare_queue(queue, passive=True)
+            return asked.declaration_result.message_count
+
+        try:
+            return await self._ask(ask)
+        except ChannelNotFoundEntity:
+            return None
+
+    async def close(self) -> None:
+        """See `Link.close`; takes at most CLOSE_S, whatever the broker does."""
+        if self._closed:
+            return
+        self._closed = True
+        for intake in self._intakes:
+            intake.lose(LinkClosed("this link was closed."))
+        for scope in self._running:
+            if not scope.expired():
+                scope.reschedule(0)
+        await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
+
+    @asynccontextmanager
+    async def _bounded(self, within_s: float | None, complaint: str) -> AsyncIterator[None]:
+        """Run one operation under its bound; closing the link ends it at once."""
+        if self._closed:
+            raise LinkClosed("this link was closed.")
+        try:
+            async with asyncio.timeout(within_s) as scope:
+                self._running.add(scope)
+                yield
+        except TimeoutError:
+            if self._closed:
+                raise LinkClosed("this link was closed.") from None
+            raise LinkError(
+                f"{complaint} within {within_s:g} s: is it running, and not out of memory or disk?"
+            ) from None
+        finally:
+            self._running.discard(scope)
+
+    async def _start(self, intake: "_Intake", queue: str, lane: "Connector", prefetch: int) -> AbstractChannel:
+        """A channel of its own on which `intake` consumes; waits for the broker as long as it takes."""
+        pauses = backoff_s()
+        while True:
+            try:
+                channel = await open_channel(await lane.connection(), confirms=False)
+                try:
+                    with interruptions():
+                        await _consume(channel, queue, prefetch, intake)
+                    return channel
+                except BaseException:
+                    await shut(channel)
+                    raise
+            except ChannelNotFoundEntity:
+                raise LinkError(f"there is no queue {queue}: declare it, then consume again.") from None
+            except REFUSALS as problem:
+                raise _refusal(problem, f"consuming {queue}") from None
+            except LinkError as lost:
+                log.debug("consuming %s again: %s", queue, lost)
+            await asyncio.sleep(next(pauses))
+
+    async def _ask(self, question: Callable[[AbstractChannel], Awaitable[_Answer]]) -> _Answer:
+        """Ask on a channel of its own, because a no closes the channel; ask again after each interruption."""
+        pauses = backoff_s()
+        async with self._bounded(PUBLISH_S, "RabbitMQ did not answer"):
+            while True:
+                try:
+                    async with self._lanes[Lane.CONTROL].channel(confirms=False) as channel:
+                        with interruptions():
+                            return await question(channel)
+                except ChannelAccessRefused as problem:
+                    raise _refusal(problem, "this") from None
+                except LinkError as lost:
+                    log.debug("asking again: %s", lost)
+                await asyncio.sleep(next(pauses))
+
+
+class _Intake:
+    """What one consumer has received and not handed on, until its channel is lost; an iterator of deliveries."""
+
+    def __init__(self) -> None:
+        self._arrived: asyncio.Queue[_Delivery | None] = asyncio.Queue()  # bounded by the consumer's prefetch
+        self._lost: LinkError | None = None
+
+    def __aiter__(self) -> "_Intake":
+        return self
+
+    async def __anext__(self) -> Delivery:
+        delivery = None if self._lost else await self._arrived.get()
+        if self._lost is not None:  # then what arrived before is void, and comes again
+            raise self._lost
+        assert delivery is not None
+        return delivery
+
+    async def take(self, message: AbstractIncomingMessage) -> None:
+        """Called by aio-pika, which cancels whatever runs here when the channel closes: so nothing runs here."""
+        self._arrived.put_nowait(_Delivery(message))
+
+    def lose(self, why: LinkError) -> None:
+        """No more deliveries: whoever waits, and whoever comes, is told why."""
+        if self._lost is None:
+            self._lost = why
+            self._arrived.put_nowait(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    message: AbstractIncomingMessage
+
+    @property
+    def body(self) -> bytes:
+        return self.message.body
+
+    @property
+    def key(self) -> str:
+        return self.message.routing_key or ""
+
+    @property
+    def redelivered(self) -> bool:
+        return bool(self.message.redelivered)
+
+    async def ack(self) -> None:
+        await self._settle(self.message.ack())
+
+    async def requeue(self) -> None:
+        await self._settle(self.message.reject(requeue=True))
+
+    async def _settle(self, word: Awaitable[None]) -> None:
+        try:
+            with interruptions():
+                await word
+        except (LinkError, *REFUSALS) as lost:
+            log.debug("a delivery is void, it will come again: %s", lost)
+
+
+async def _consume(channel: AbstractChannel, queue: str, prefetch: int, intake: _Intake) -> None:
+    def lost(_channel: object, why: BaseException | None) -> None:
+        intake.lose(LinkError(f"the connection was lost while {queue} was consumed: {words(why)}."))
+
+    def cancelled(_frame: object) -> None:
+        intake.lose(LinkError(f"the queue {queue} was deleted while it was consumed: declare it again."))
+
+    channel.close_callbacks.add(lost)
+    (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(cancelled)
+    await channel.set_qos(prefetch)
+    await (await channel.get_queue(queue, ensure=False)).consume(intake.take)
+
+
+async def _send(channel: AbstractChannel, message: Outgoing) -> bool:
+    """Whether the broker took it; False when a queue that it reaches is full."""
+    headers: dict[str, FieldValue] = dict(message.headers)
+    if len(message.keys) > 1:
+        headers["BCC"] = list(message.keys[1:])  # RabbitMQ routes by these too, and takes them off
+    envelope = aio_pika.Message(
+        message.body,
+        headers=headers,
+        delivery_mode=aio_pika.DeliveryMode(2 if message.persistent else 1),
+        message_id=uuid4().hex,  # returned messages are told apart by it
+    )
+    with interruptions():
+        exchange = await channel.get_exchange(message.exchange, ensure=False)
+        try:
+            await exchange.publish(envelope, message.keys[0], mandatory=True)
+        except PublishError:
+            whom = message.keys[0] + (", …" if len(message.keys) > 1 else "")
+            raise Unroutable(f"no queue takes {message.exchange} for {whom}: its receiver is not there.") from None
+        except DeliveryError:
+            return False
+    return True
+
+
+def _refusal(problem: BaseException, what: str) -> UsageError | Unroutable:
+    if isinstance(problem, ChannelNotFoundEntity):
+        return Unroutable(f"RabbitMQ knows no such exchange ({words(problem)}): declare it first.")
+    return BrokerRefused(f"RabbitMQ does not allow {what} ({words(problem)}): ask who runs it for the permission.")

@@ -1,0 +1,121 @@
+"""Lines of a run's history: how they are made from a round, and how they are read back as a curve.
+
+Pure. Knows the names in `history.jsonl`; does not know files or the wire. There are four kinds of line, told apart by
+`event`: `round` (a version was made), `abandoned` (a try at one failed), `score` (an evaluating worker's judgement of
+a version), `final` (the last version, scored by everyone).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator.round import Round
+
+Metrics = Mapping[str, float]
+Line = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Facts:
+    """What the service learns in the course of one round, besides the round's own state."""
+
+    trained: dict[str, Metrics] = field(default_factory=dict)
+    scored: dict[str, Metrics] = field(default_factory=dict)
+    others: list[Line] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+def mean_metrics(weighted: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
+    """Each metric's mean, weighted; a metric counts only where it was given. `examples` is summed instead."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for weight, metrics in weighted:
+        for name, value in metrics.items():
+            if name == "examples":
+                sums[name] = sums.get(name, 0.0) + value
+                weights[name] = 1.0
+            else:
+                sums[name] = sums.get(name, 0.0) + weight * value
+                weights[name] = weights.get(name, 0.0) + weight
+    return {name: sums[name] / weights[name] for name in sums if weights[name] > 0}
+
+
+def scores(scored: Mapping[str, Metrics]) -> dict[str, float]:
+    """The mean of several workers' scores, weighted by the examples that each was judged on (1 if it did not say)."""
+    return mean_metrics((max(metrics.get("examples", 1.0), 0.0), metrics) for metrics in scored.values())
+
+
+def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float) -> Line:
+    """The line of a round that made a version. `at` is in seconds since 1970, `seconds` how long the round took."""
+    return {
+        "event": "round",
+        "round": done.of.round,
+        "attempt": done.of.attempt,
+        "version": done.of.round,
+        "at": round(at, 3),
+        "why": why,
+        "cohort": list(done.cohort),
+        "counted": {
+            worker: {"examples": n, "metrics": dict(facts.trained.get(worker, {}))}
+            for worker, n in sorted(done.counted.items())
+        },
+        "refused": dict(sorted(done.refused.items())),
+        "others": facts.others,
+        "metrics": mean_metrics((n, facts.trained.get(worker, {})) for worker, n in sorted(done.counted.items())),
+        "scored": scores({w: facts.scored[w] for w in sorted(facts.scored) if w in done.cohort}),
+        "seconds": round(seconds, 3),
+        "bytes_down": facts.bytes_down,
+        "bytes_up": facts.bytes_up,
+    }
+
+
+def abandoned_line(given_up: Round, facts: Facts, *, why: str, seconds: float, at: float) -> Line:
+    """The line of a round that made no version."""
+    line = round_line(given_up, facts, why=why, seconds=seconds, at=at)
+    return {**{key: value for key, value in line.items() if key != "version"}, "event": "abandoned"}
+
+
+def score_line(version: int, worker: str, metrics: Metrics, *, at: float) -> Line:
+    """An evaluating worker's judgement of a version."""
+    return {"event": "score", "version": version, "worker": worker, "metrics": dict(metrics), "at": round(at, 3)}
+
+
+def final_line(version: int, scored: Mapping[str, Metrics], *, seconds: float, at: float) -> Line:
+    """The last version as the training workers see it."""
+    workers = sorted(scored)
+    return {
+        "event": "final",
+        "version": version,
+        "scored": scores({worker: scored[worker] for worker in workers}),
+        "workers": workers,
+        "seconds": round(seconds, 3),
+        "at": round(at, 3),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What is known of one version: means over the training workers, and each evaluating worker's scores."""
+
+    version: int
+    scored: Metrics
+    held_out: Mapping[str, Metrics]
+
+
+def curve(lines: Iterable[Line]) -> list[Point]:
+    """What became of every version that was scored, in order.
+
+    The round that makes version n + 1 begins with scores of version n.
+    """
+    scored: dict[int, Metrics] = {}
+    held_out: dict[int, dict[str, Metrics]] = {}
+    for line in lines:
+        event = line.get("event")
+        if event == "round":
+            scored[line["version"] - 1] = line["scored"]
+        elif event == "final":
+            scored[line["version"]] = line["scored"]
+        elif event == "score":
+            held_out.setdefault(line["version"], {})[line["worker"]] = line["metrics"]
+    return [Point(n, scored.get(n, {}), held_out.get(n, {})) for n in sorted(scored | held_out)]

@@ -1,0 +1,132 @@
+"""A run's settings: frozen, checked once, in sentences; read from and written to `plan.toml`.
+
+Knows what settings there are, their bounds and which contradict each other. Does not know what they bring about.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from broker.errors import UsageError
+from broker.messages import MAP_MAX, NAME, NAME_RULE, PART_BYTES_MAX, PART_BYTES_MIN
+from broker.parts import PART_BYTES
+from coordinator.aggregation import RULES
+
+FILE = "plan.toml"
+HEADER = """\
+# The plan of this run. It is frozen once version 1 is made; only `rounds` may still be raised.
+# Change it with options of `fluffle coordinator`, or here by hand while the coordinator does not run.
+
+"""
+_NAME = Annotated[str, Field(pattern=f"^(?:{NAME.pattern})$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Plan:
+    """All settings of a run.
+
+    Attributes:
+        run: the run's name on the wire, unique among the federation's runs.
+        learner: what is learned; a name for people, the coordinator never loads it.
+        rounds: versions to make.
+        cohort: workers chosen for a round.
+        quorum: fewest updates that make a version; two thirds of the cohort, rounded up, unless given.
+        round_s: seconds until a round (in a cyclic one: a turn) stops waiting.
+        gather_s: seconds that a coordinator which has just come up waits for a full cohort.
+        schedule: `parallel` averages a cohort's updates; `cyclic` sends the model from one to the next.
+        workers: only these take part, and cyclic rounds keep their order; empty: anyone, by name.
+        rule: how updates become a change; a name in `aggregation.RULES`.
+        seed: begins all dice: cohorts, and the learner's own by way of the task.
+        part_bytes: how large the pieces are in which models travel.
+        settings: what the learner's `train` is given.
+    """
+
+    run: _NAME
+    learner: Annotated[str, Field(min_length=1, max_length=4096)]
+    rounds: Annotated[int, Field(ge=1, le=10**9)] = 10
+    cohort: Annotated[int, Field(ge=1, le=10**6)] = 2
+    quorum: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    round_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] = 600.0
+    gather_s: Annotated[float, Field(ge=0, le=24 * 3600)] = 30.0
+    schedule: Literal["parallel", "cyclic"] = "parallel"
+    workers: tuple[_NAME, ...] = ()
+    rule: str = "mean"
+    seed: Annotated[int, Field(ge=0, le=2**53)] = 0
+    part_bytes: Annotated[int, Field(ge=PART_BYTES_MIN, le=PART_BYTES_MAX)] = PART_BYTES
+    settings: Annotated[dict[str, bool | int | float | str], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.least > self.cohort:
+            raise ValueError(f"the quorum ({self.quorum}) is above the cohort ({self.cohort}): lower it")
+        if self.workers and self.cohort > len(self.workers):
+            raise ValueError(
+                f"the cohort ({self.cohort}) is larger than the list of workers ({len(self.workers)}): lower it"
+            )
+        if len(set(self.workers)) != len(self.workers):
+            raise ValueError("a worker is listed twice: name each once")
+        if self.rule not in RULES:
+            raise ValueError(f"there is no rule {self.rule!r}: choose one of {', '.join(RULES)}")
+
+    @property
+    def least(self) -> int:
+        """The quorum in force: as given, or two thirds of the cohort, rounded up."""
+        return -(-2 * self.cohort // 3) if self.quorum is None else self.quorum
+
+
+_ADAPTER = TypeAdapter(Plan)
+
+
+def make(values: Mapping[str, Any], source: str = "the plan") -> Plan:
+    """A checked plan.
+
+    Raises:
+        UsageError: a setting that is unknown, of the wrong type, out of bounds, or contradicts another.
+    """
+    given = dict(values)
+    if isinstance(given.get("workers"), list):  # TOML has lists only
+        given["workers"] = tuple(given["workers"])
+    try:
+        return Plan(**given)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and "[" not in part)
+        said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "string_pattern_mismatch":
+            said = f"must be {NAME_RULE}"
+        elif first["type"] == "unexpected_keyword_argument":
+            said = "there is no such setting"
+        raise UsageError(f"{source}: {name + ': ' if name else ''}{said[:1].lower()}{said[1:]}.") from None
+
+
+def change(plan: Plan, changes: Mapping[str, Any]) -> Plan:
+    """The plan with some settings changed, checked again."""
+    return make({**as_dict(plan), **changes}, "these options")
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; settings that are not given are left out."""
+    return {k: v for k, v in _ADAPTER.dump_python(plan).items() if v is not None}
+
+
+def read(path: Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        UsageError: no such file, not TOML, or not a plan.
+    """
+    try:
+        return make(tomllib.loads(path.read_text()), str(path))
+    except OSError as problem:
+        raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise UsageError(f"{path} is not TOML ({problem}): mend it or restore it.") from None
+
+
+def to_toml(plan: Plan) -> bytes:
+    """The file's bytes."""
+    return (HEADER + tomli_w.dumps(as_dict(plan))).encode()

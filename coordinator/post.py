@@ -1,0 +1,151 @@
+"""The coordinator's end of the wire: what it sends, what it listens to, and how an upload is drained.
+
+Knows queues, parts and reconnecting. Does not know rounds' rules: every decision is the service's.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+from broker import topology
+from broker.errors import LinkError, Unroutable, WireError
+from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts
+from broker.messages import Answer, Closed, Message, Part, Task, Update, decode, encode
+from broker.parts import Assembly, split
+
+log = logging.getLogger(__name__)
+
+STALL_S = 20.0
+"""How long a part of an upload that was said to be complete may keep the coordinator waiting."""
+RESENDS_MAX = 3
+PREFETCH_PARTS = 16
+INBOX_PREFETCH = 2048
+"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them."""
+RETRY_S = 0.2
+DEAD_BYTES_MAX = 64 * 1024
+
+Take = Callable[[Message, Delivery], Awaitable[None]]
+
+
+class Post:
+    """One run's coordinator, as the federation hears it."""
+
+    def __init__(self, link: Link, run: str) -> None:
+        self.link = link
+        self.run = run
+
+    async def declare(self) -> None:
+        """Make sure that the run's queues and the federation's exchanges exist."""
+        await self.link.declare(topology.FEDERATION)
+        await self.link.declare(topology.of_run(self.run))
+
+    async def retire(self) -> None:
+        """Remove the run's queues: the run has ended, and nothing may pile up in them."""
+        await self.link.delete(topology.hello_queue(self.run))
+        await self.link.delete(topology.inbox_queue(self.run))
+
+    async def hear_hellos(self, take: Take) -> None:
+        """Give every sign of life to `take`, for ever."""
+        await self._listen(topology.hello_queue(self.run), take, prefetch=256)
+
+    async def read_inbox(self, take: Take) -> None:
+        """Give everything that workers say to this run to `take`, for ever. `take` acknowledges."""
+        await self._listen(topology.inbox_queue(self.run), take, prefetch=INBOX_PREFETCH)
+
+    async def _listen(self, queue: str, take: Take, *, prefetch: int) -> None:
+        while True:
+            try:
+                async with self.link.consume(queue, prefetch=prefetch) as deliveries:
+                    async for delivery in deliveries:
+                        await self._open(delivery, take)
+            except LinkError as problem:
+                log.debug("%s: %s", queue, problem)
+                await asyncio.sleep(RETRY_S)
+                await self.declare()
+
+    async def _open(self, delivery: Delivery, take: Take) -> None:
+        try:
+            message = decode(delivery.body)
+        except WireError as problem:
+            await self.bury(delivery, str(problem))
+            return
+        sender = delivery.key.rsplit(".", 1)[-1]
+        if getattr(message, "worker", None) != sender:
+            await self.bury(delivery, f"a message of {sender} speaks in the name of someone else.")
+            return
+        await take(message, delivery)
+
+    async def bury(self, delivery: Delivery, reason: str) -> None:
+        """Put a message aside, with the reason, where an operator can look at it; then forget it."""
+        log.warning("refused a message from %s: %s", delivery.key, reason)
+        headers = (("reason", reason[:500]), ("key", delivery.key[:200]))
+        body = delivery.body[:DEAD_BYTES_MAX]
+        try:
+            await self.link.publish(Outgoing(topology.DEAD, ("",), body, headers=headers), within_s=5.0)
+        except LinkError as problem:  # it is bad mail; losing it is better than reading it for ever
+            log.debug("could not put it aside: %s", problem)
+        await delivery.ack()
+
+    async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str]) -> int:
+        """Send a version to these workers, as one copy to the broker; how many bytes that was.
+
+        Raises:
+            Unroutable: none of them has a queue.
+            LinkError: the broker did not take it.
+        """
+        keys = tuple(workers)
+        header = encode(task)
+        for batch in batches(keys):
+            await self.link.publish(Outgoing(topology.DOWN, batch, header, Lane.DOWN))
+        parts = split(task.payload, weights)
+        return len(header) + await publish_parts(self.link, parts, topology.DOWN, keys, lane=Lane.DOWN)
+
+    async def tell(self, workers: Iterable[str], message: Answer | Closed) -> None:
+        """Send a small message to these workers. One that cannot be reached will hear it by asking again."""
+        for batch in batches(tuple(workers)):
+            try:
+                await self.link.publish(Outgoing(topology.CONTROL, batch, encode(message)))
+            except Unroutable as problem:
+                log.debug("%s", problem)
+
+    async def drop_upload(self, worker: str) -> None:
+        """Throw away what a worker has uploaded and nobody will drain."""
+        await self.link.purge(topology.upload_queue(worker))
+
+    async def drain(self, update: Update) -> memoryview:
+        """The bytes of an update, out of its worker's upload queue.
+
+        The worker says that all parts are there before this is called; should some be lost with the broker, it is
+        asked to send them again.
+
+        Raises:
+            WireError: the parts lie, or do not come.
+        """
+        assembly = Assembly(update.payload)
+        for _ in range(RESENDS_MAX):
+            try:
+                await self._collect(assembly, topology.upload_queue(update.worker))
+            except (TimeoutError, LinkError) as problem:
+                log.info("%s: %d parts of %s are missing (%s)", update.of, assembly.missing, update.worker, problem)
+            if assembly.complete:
+                return assembly.data
+            why = f"{assembly.missing} parts are missing"
+            await self.tell((update.worker,), Answer(update.of, "resend", why))
+        raise WireError(f"{assembly.missing} of its parts did not come.")
+
+    async def _collect(self, assembly: Assembly, queue: str) -> None:
+        if assembly.complete:
+            return
+        async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS) as deliveries:
+            while not assembly.complete:
+                delivery = await _next(deliveries, STALL_S)
+                message = decode(delivery.body)
+                if not isinstance(message, Part):
+                    raise WireError("something that is not a part lies in the upload queue.")
+                assembly.add(message)
+                await delivery.ack()
+
+
+async def _next(deliveries: AsyncIterator[Delivery], within_s: float) -> Delivery:
+    async with asyncio.timeout(within_s):
+        return await anext(deliveries)

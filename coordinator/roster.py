@@ -1,0 +1,110 @@
+"""Who is here: workers' signs of life, their leases, and the choice of a cohort among them.
+
+Pure: time and dice come in as arguments. Does not know rounds, messages' routes or what a worker trains.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from broker.messages import Hello
+
+LEASE_S_MAX = 3600.0
+WORKERS_MAX = 20_000
+
+
+class News(Enum):
+    """What a hello told us."""
+
+    JOINED = "joined"
+    RENEWED = "renewed"
+    RETURNED = "returned"
+    CROWDED = "crowded"
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """One worker whose lease has not ended. `until_at` is on the clock that `hear` was given."""
+
+    worker: str
+    incarnation: str
+    learner: str
+    trains: bool
+    until_at: float
+
+
+class Roster:
+    """Everyone who is here. Changed only by `hear`, `leave` and `lapse`."""
+
+    def __init__(self) -> None:
+        self._present: dict[str, Present] = {}
+
+    def hear(self, hello: Hello, now: float) -> News:
+        """Note a sign of life; RETURNED says that what was sent to the worker before is lost."""
+        before = self._present.get(hello.worker)
+        if before is None and len(self._present) >= WORKERS_MAX:
+            return News.CROWDED
+        until_at = now + min(hello.lease_s, LEASE_S_MAX)
+        self._present[hello.worker] = Present(hello.worker, hello.incarnation, hello.learner, hello.trains, until_at)
+        if before is None:
+            return News.JOINED
+        return News.RENEWED if before.incarnation == hello.incarnation else News.RETURNED
+
+    def leave(self, worker: str) -> bool:
+        """Strike a worker off; False when it was not here."""
+        return self._present.pop(worker, None) is not None
+
+    def lapse(self, now: float) -> list[str]:
+        """Strike off everyone whose lease has ended; their names, sorted."""
+        gone = sorted(p.worker for p in self._present.values() if p.until_at <= now)
+        for worker in gone:
+            del self._present[worker]
+        return gone
+
+    def next_lapse_at(self) -> float | None:
+        """When the next lease ends, on the clock given to `hear`; None when nobody is here."""
+        return min((p.until_at for p in self._present.values()), default=None)
+
+    def has(self, worker: str) -> bool:
+        """Whether the worker is here."""
+        return worker in self._present
+
+    def incarnation(self, worker: str) -> str:
+        """The worker's present incarnation; empty when it is not here."""
+        present = self._present.get(worker)
+        return present.incarnation if present else ""
+
+    def trainers(self, invited: Sequence[str] = ()) -> list[str]:
+        """Names of those who train: sorted, or in the order of `invited` (and only those) where it is given."""
+        names = [p.worker for p in self._present.values() if p.trains]
+        if invited:
+            return [name for name in invited if name in names]
+        return sorted(names)
+
+    def evaluators(self) -> list[str]:
+        """Sorted names of those who only evaluate."""
+        return sorted(p.worker for p in self._present.values() if not p.trains)
+
+
+def choose_cohort(trainers: Sequence[str], size: int, dice: random.Random) -> list[str]:
+    """`size` of the trainers, each equally likely, kept in their order; all of them when they are fewer."""
+    if len(trainers) <= size:
+        return list(trainers)
+    chosen = set(dice.sample(list(trainers), size))
+    return [name for name in trainers if name in chosen]
+
+
+def may_begin(present: int, cohort: int, quorum: int, *, waited_s: float, gather_s: float) -> tuple[bool, str]:
+    """Whether a round may begin with the trainers present, and why.
+
+    A full cohort begins at once. Less than that, but a quorum, begins when `gather_s` have passed since the
+    coordinator came up, so that a run's first rounds do not depend on who was quickest to join.
+    """
+    if present >= cohort:
+        return True, f"{present} of {cohort} workers are here"
+    if present < quorum:
+        return False, f"waiting for workers: {present} here, quorum {quorum}"
+    if waited_s < gather_s:
+        return False, f"{present} of {cohort} workers are here; the others have {gather_s - waited_s:.0f} s to join"
+    return True, f"{present} of {cohort} workers are here, quorum {quorum}"

@@ -1,0 +1,156 @@
+"""One round: who was asked, who has answered, whether it is over, and why.
+
+Pure: time comes in as an argument, a decision comes out with its reason in words. Does not know tensors, queues or
+files, nor what an update holds.
+
+A round has turns. A parallel round has one turn with the whole cohort; a cyclic one has a turn for each worker, which
+starts from the weights that the turn before left. Rules, all of them here:
+
+    open       somebody who was asked in this turn may still answer, and the turn's deadline has not passed; or an
+               upload that was accepted is still being drained; or turns remain
+    closed     no turn remains and the counted updates reach the quorum
+    abandoned  no turn remains and they do not
+
+A worker whose lease has ended is waited for only while the quorum is missing: it may return before the deadline.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from broker.messages import Attempt
+
+
+class Phase(Enum):
+    """Whether the round goes on."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    ABANDONED = "abandoned"
+
+
+class Verdict(Enum):
+    """What an update is to the round it came into."""
+
+    ACCEPTED = "accepted"
+    LATE = "late"
+    STRANGER = "stranger"
+    DUPLICATE = "duplicate"
+    INVALID = "invalid"
+
+
+class Round:
+    """The state of one attempt at one version; changed only by the methods that are verbs.
+
+    Attributes:
+        of: run, round and attempt.
+        cohort: everyone chosen, in order.
+        quorum: fewest counted updates that make a version.
+        counted: worker → examples, for every update in the sum.
+        refused: worker → reason, for everyone who will not contribute any more.
+    """
+
+    def __init__(self, of: Attempt, turns: Sequence[Sequence[str]], *, quorum: int, turn_s: float) -> None:
+        self.of = of
+        self.cohort = tuple(worker for turn in turns for worker in turn)
+        self.quorum = quorum
+        self.counted: dict[str, int] = {}
+        self.refused: dict[str, str] = {}
+        self._turns = [tuple(turn) for turn in turns]
+        self._turn_s = turn_s
+        self._asked: tuple[str, ...] = ()
+        self._closed_turns: set[str] = set()
+        self._arriving: set[str] = set()
+        self._lost: set[str] = set()
+        self.deadline_at = float("-inf")
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The workers of the present turn."""
+        return self._asked
+
+    def begin_turn(self, now: float) -> tuple[str, ...]:
+        """Go on to the next turn; who is to be asked."""
+        self._closed_turns.update(self._asked)
+        self._asked = self._turns.pop(0)
+        self.deadline_at = now + self._turn_s
+        return self._asked
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether a turn remains to be begun."""
+        return bool(self._turns)
+
+    def judge(self, of: Attempt, worker: str) -> tuple[Verdict, str]:
+        """What an update of this worker, made for `of`, is to this round, and why."""
+        if of.run != self.of.run:
+            return Verdict.STRANGER, f"it is for the run {of.run}, this is {self.of.run}"
+        if (of.round, of.attempt) != (self.of.round, self.of.attempt):
+            return Verdict.LATE, f"it is for {of}, this is {self.of}"
+        if worker not in self.cohort:
+            return Verdict.STRANGER, f"{worker} was not asked in {self.of}"
+        if worker in self.counted or worker in self._arriving:
+            return Verdict.DUPLICATE, f"an update of {worker} is counted in {self.of} already"
+        if worker in self.refused:
+            return Verdict.LATE, f"{worker} is out of {self.of}: {self.refused[worker]}"
+        if worker in self._closed_turns or worker not in self._asked:
+            return Verdict.LATE, f"the turn of {worker} in {self.of} is over"
+        return Verdict.ACCEPTED, "in time"
+
+    def accept(self, worker: str) -> None:
+        """An update was judged ACCEPTED; its parts are on the way, and the round waits for them."""
+        assert worker in self._asked
+        self._arriving.add(worker)
+
+    def count(self, worker: str, examples: int) -> None:
+        """The update is in the sum."""
+        self._arriving.discard(worker)
+        self.counted[worker] = examples
+
+    def refuse(self, worker: str, reason: str) -> None:
+        """The worker will not contribute to this round; nobody waits for it any more."""
+        self._arriving.discard(worker)
+        if worker in self.cohort and worker not in self.counted:
+            self.refused[worker] = reason
+
+    def lose(self, worker: str) -> None:
+        """The worker's lease has ended, or it has left; it may come back."""
+        self._lost.add(worker)
+
+    def find(self, worker: str) -> bool:
+        """The worker is (back) here; True when it still owes this turn an update."""
+        self._lost.discard(worker)
+        return worker in self.outstanding and worker not in self._arriving
+
+    @property
+    def outstanding(self) -> tuple[str, ...]:
+        """Those asked in this turn who have neither been counted nor refused."""
+        return tuple(w for w in self._asked if w not in self.counted and w not in self.refused)
+
+    def turn_over(self, now: float) -> tuple[bool, str]:
+        """Whether the present turn waits for nobody any more, and why."""
+        waiting = self.outstanding
+        if not waiting:
+            return True, "everyone who was asked has answered"
+        if self._arriving:
+            return False, f"receiving from {', '.join(sorted(self._arriving))}"
+        if now >= self.deadline_at:
+            return True, f"the deadline has passed without {', '.join(waiting)}"
+        here = [w for w in waiting if w not in self._lost]
+        if here:
+            return False, f"waiting for {', '.join(here)}"
+        if len(self.counted) >= self.quorum or self._turns:
+            return True, f"{', '.join(waiting)} went away"
+        return False, f"waiting for {', '.join(waiting)} to return"
+
+    def phase(self, now: float) -> tuple[Phase, str]:
+        """Open, closed or abandoned, and why."""
+        over, why = self.turn_over(now)
+        if not over:
+            return Phase.OPEN, why
+        if self._turns:
+            return Phase.OPEN, f"next is the turn of {', '.join(self._turns[0])}"
+        tally = f"{len(self.counted)}/{len(self.cohort)} updates, quorum {self.quorum}"
+        if len(self.counted) >= self.quorum:
+            return Phase.CLOSED, tally
+        refusals = "".join(f"; {worker}: {reason}" for worker, reason in self.refused.items())
+        return Phase.ABANDONED, f"{tally}: {why}{refusals}"

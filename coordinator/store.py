@@ -1,0 +1,192 @@
+"""A run's folder: plan.toml, versions/NNNNNN.safetensors, history.jsonl, and what an open round must not forget.
+
+Knows files: every one is whole or absent, whatever dies when. Does not know rounds' rules, workers or the wire.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from broker.errors import UsageError
+from broker.files import read_version, write_version, write_whole
+from broker.tensors import Layout
+from coordinator import plan as plans
+from coordinator.plan import Plan
+
+VERSIONS, HISTORY, ROUND, NOW, LOCK = "versions", "history.jsonl", "round.json", "now.json", ".lock"
+
+
+class Store:
+    """One run's folder, opened by `Store.open` or made by `Store.create`.
+
+    Attributes:
+        folder: where it is.
+        plan: the plan as it stands in the folder.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder = folder
+        self.plan = plan
+
+    @classmethod
+    def create(cls, folder: Path, plan: Plan, layout: Layout, weights: memoryview) -> "Store":
+        """A new run with version 0.
+
+        Raises:
+            UsageError: the folder holds something already, or cannot be written.
+        """
+        if (folder / plans.FILE).exists():
+            raise UsageError(f"{folder} holds a run already: choose another folder, or remove it first.")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} is not an empty folder: choose another name for the run.")
+        store = cls(folder, plan)
+        with _disk(folder):
+            (folder / VERSIONS).mkdir(parents=True, exist_ok=True)
+            store.save(0, layout, weights)
+            write_whole(folder / plans.FILE, plans.to_toml(plan))  # last: a folder with a plan is a whole run
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> "Store":
+        """The run in a folder.
+
+        Raises:
+            UsageError: it is not a run, or its plan does not hold.
+        """
+        if not (folder / plans.FILE).is_file():
+            raise UsageError(f"{folder} is not a run: make one with `fluffle init LEARNER {folder}`.")
+        store = cls(folder, plans.read(folder / plans.FILE))
+        if store.latest() is None:
+            raise UsageError(f"{folder} has a plan but no version 0: make the run anew with `fluffle init`.")
+        return store
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else changes this run in the meantime.
+
+        Raises:
+            UsageError: another coordinator is at work on it.
+        """
+        with _disk(self.folder), (self.folder / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another coordinator is at work on {self.folder}: stop it first.") from None
+            yield
+
+    def adopt(self, plan: Plan) -> None:
+        """Take another plan, unless versions have been made under the present one.
+
+        Raises:
+            UsageError: version 1 exists and more than `rounds` would change.
+        """
+        old, new = plans.as_dict(self.plan), plans.as_dict(plan)
+        changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+        if not changed:
+            return
+        if self.latest() and changed != ["rounds"]:
+            names = ", ".join(key for key in changed if key != "rounds")
+            raise UsageError(f"the plan of {self.folder} is frozen since version 1 (you would change {names}).")
+        with _disk(self.folder):
+            write_whole(self.folder / plans.FILE, plans.to_toml(plan))
+        self.plan = plan
+
+    def path(self, version: int) -> Path:
+        """Where a version is, or would be."""
+        return self.folder / VERSIONS / f"{version:06d}.safetensors"
+
+    def latest(self) -> int | None:
+        """The newest version's number; None when there is none."""
+        names = (p.stem for p in (self.folder / VERSIONS).glob("*.safetensors"))
+        return max((int(name) for name in names if name.isdecimal()), default=None)
+
+    def save(self, version: int, layout: Layout, weights: memoryview) -> None:
+        """Write a version; when this returns it survives a power failure, and until then it is absent.
+
+        Raises:
+            UsageError: the disk is full or not writable.
+        """
+        about = {"fluffle_run": self.plan.run, "fluffle_version": str(version), "learner": self.plan.learner}
+        with _disk(self.folder):
+            write_version(self.path(version), layout, weights, about)
+
+    def load(self, version: int) -> tuple[Layout, bytearray]:
+        """A version's tensors.
+
+        Raises:
+            UsageError: the file is damaged, or belongs to another run.
+        """
+        layout, weights, about = read_version(self.path(version))
+        if about.get("fluffle_run", self.plan.run) != self.plan.run:
+            raise UsageError(
+                f"{self.path(version)} belongs to the run {about['fluffle_run']}: put the right file back."
+            )
+        return layout, weights
+
+    def note(self, line: dict[str, Any]) -> None:
+        """Add a line to the history; it survives a power failure."""
+        with _disk(self.folder), (self.folder / HISTORY).open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash tore the last line: let it stand alone, unreadable
+                    file.write(b"\n")
+            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def history(self) -> list[dict[str, Any]]:
+        """All lines of the history in order; torn ones are passed over."""
+        try:
+            text = (self.folder / HISTORY).read_text(errors="replace")
+        except FileNotFoundError:
+            return []
+        lines = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict)]
+
+    def begin_attempt(self, number: int) -> int:
+        """Note that a try at round `number` begins; which try it is, counting those that crashed."""
+        before = self._json(ROUND)
+        attempt = before["attempt"] + 1 if before.get("round") == number else 1
+        with _disk(self.folder):
+            write_whole(self.folder / ROUND, json.dumps({"round": number, "attempt": attempt}).encode())
+        return attempt
+
+    def say_now(self, now: dict[str, Any]) -> None:
+        """Leave word of what is happening, for `fluffle status`; may be lost in a crash."""
+        with _disk(self.folder):
+            write_whole(self.folder / NOW, json.dumps(now).encode(), durable=False)
+
+    def now(self) -> dict[str, Any]:
+        """What was last said to be happening; empty when nothing was."""
+        return self._json(NOW)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / name).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def new_run_name(folder: Path) -> str:
+    """A name for the wire: the folder's, as far as a name may be spelt so, and a few letters of chance."""
+    spelt = "".join(c if c.isascii() and c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-")
+    return f"{spelt[:40].strip('-') or 'run'}-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise UsageError(
+            f"{folder} cannot be written ({problem.strerror}): make room or mend its permissions, then start again."
+        ) from None

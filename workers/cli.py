@@ -1,0 +1,123 @@
+"""The worker's commands: `fluffle worker`, `fluffle try` and `fluffle evaluate`.
+
+Knows options and what is printed. Does not know how a task is done.
+"""
+
+import asyncio
+import re
+import socket
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from broker import daemon, rabbit
+from broker.errors import UsageError
+from broker.files import read_version
+from broker.messages import NAME, NAME_RULE
+from broker.options import BrokerUrl, SettingPairs, parse_settings, state_folder
+from workers import learner as learners
+from workers.service import LEASE_S, Who, Worker
+from workers.spool import Spool
+from workers.training import Trainer
+from workers.trial import Report, try_learner
+from workers.work import Work
+
+LearnerName = Annotated[
+    str, typer.Argument(metavar="LEARNER", help=f"A file.py, a module, or one of: {', '.join(learners.EXAMPLES)}.")
+]
+Source = Annotated[str, typer.Option("--data", help="What the learner's data() is given: a path, a name, …")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes with; results may depend on it.")]
+
+
+def worker(
+    learner: LearnerName,
+    broker: BrokerUrl,
+    data: Source,
+    name: Annotated[
+        str | None, typer.Option(help="Unique in the federation; this machine's name if not given.")
+    ] = None,
+    evaluate_only: Annotated[bool, typer.Option(help="Score versions, never train.")] = False,
+    state: Annotated[Path | None, typer.Option(help="Folder for this worker's files.")] = None,
+    threads: Threads = 1,
+) -> None:
+    """Stay beside the data: train what is sent here, and send back what changed. Ends on SIGTERM or Ctrl-C."""
+    called = name if name is not None else _name_of_machine()
+    if NAME.fullmatch(called) is None:
+        raise UsageError(f"a worker cannot be called {called!r}: a name is {NAME_RULE}.")
+    who = Who(called, learners.learner_name(learner), trains=not evaluate_only, lease_s=LEASE_S)
+    spool = Spool(state or state_folder("workers", called))
+    trainer = Trainer(learner, data, spool.folder, threads=threads)
+    daemon.start_log()
+    daemon.run(lambda stop: _serve(who, broker, trainer, spool, stop))
+
+
+async def _serve(who: Who, broker: str, trainer: Trainer, spool: Spool, stop: asyncio.Event) -> None:
+    link = await rabbit.connect(broker, name=f"worker-{who.name}")
+    try:
+        await Worker(who, link, trainer, spool).serve(stop)
+    finally:
+        await link.close()
+        spool.remove()
+
+
+def try_(
+    learner: LearnerName,
+    data: Source,
+    settings: SettingPairs = None,
+    threads: Threads = 1,
+) -> None:
+    """Check a learner without any broker: one task, timed, sized and looked at."""
+    report = try_learner(learner, data, settings=parse_settings(settings), threads=threads)
+    console = Console()
+    console.print(_shown(report))
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if not report.warnings:
+        console.print("[green]fine[/]: this learner is ready for a federation.")
+
+
+def _shown(report: Report) -> Table:
+    table = Table(show_header=False)
+    table.add_row("model", f"{report.parameters:,} numbers in {report.tensors} tensors")
+    table.add_row("travels each way, each round", f"{report.weights_bytes / 1e6:.3f} MB")
+    table.add_row("loading learner and data", f"{report.ready_s:.2f} s")
+    table.add_row("one task", f"{report.train_s:.2f} s, {report.examples:,} examples")
+    table.add_row("train said", _metrics(report.metrics))
+    table.add_row("evaluate before", _metrics(report.before))
+    table.add_row("evaluate after", _metrics(report.after))
+    return table
+
+
+def evaluate(
+    learner: LearnerName,
+    version: Annotated[Path, typer.Argument(metavar="VERSION-FILE", help="versions/NNNNNN.safetensors of a run.")],
+    data: Source,
+    threads: Threads = 1,
+) -> None:
+    """Score a version on data of one's own."""
+    layout, weights, _ = read_version(version)
+    work = Work(train=False, evaluate=True, seed=0, settings={}, round=0)
+
+    async def score(folder: Path) -> dict[str, float]:
+        trainer = Trainer(learner, data, folder, threads=threads)
+        try:
+            await trainer.start()
+            (folder / "version").write_bytes(weights)
+            return (await trainer.run(work, layout, folder / "version")).scores
+        finally:
+            await trainer.stop()
+
+    with tempfile.TemporaryDirectory(prefix="fluffle-evaluate-") as folder:
+        Console().print(_metrics(asyncio.run(score(Path(folder)))))
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "nothing"
+
+
+def _name_of_machine() -> str:
+    return re.sub(r"[^a-z0-9]+", "-", socket.gethostname().lower()).strip("-")[:63].strip("-") or "worker"

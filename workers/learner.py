@@ -1,0 +1,159 @@
+"""Finding the user's learner and checking that it has the functions which a worker calls.
+
+Knows names, files and modules, and how an exception of the user's is told in one line. Does not know torch, tasks or
+weights: what the functions take and give is checked where they are called (`task.py`).
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import workers.learners
+from broker.errors import UsageError
+
+EXAMPLES = tuple(sorted(module.name for module in pkgutil.iter_modules(workers.learners.__path__)))
+FUNCTIONS = ("model", "data", "train", "evaluate")
+EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "opacus": "dp"}  # module → the extra of ours that brings it
+TEXT_LENGTH_MAX = 2000
+FRAMES_MAX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """What is learned and how: the functions of the user's file.
+
+    Attributes:
+        name: the example's, file's or module's own name, without folder or package.
+        model: () → a fresh torch module, the same shape every time.
+        data: (source) → whatever train and evaluate want; called once for each process.
+        train: (model, data, settings) → examples, or (examples, metrics); changes the model in place.
+        evaluate: (model, data) → metrics, such as loss, accuracy and examples.
+        demo: (workers, seed) → the sources and settings of a demonstration, where the file offers one.
+    """
+
+    name: str
+    model: Callable[[], Any]
+    data: Callable[[str], Any]
+    train: Callable[[Any, Any, dict[str, Any]], Any]
+    evaluate: Callable[[Any, Any], Any]
+    demo: Callable[[int, int], dict[str, Any]] | None = None
+
+
+def load(where: str) -> Learner:
+    """The learner called `where`: an example's name, a file ending in .py, or a module's dotted name.
+
+    Runs the file. Its folder (for a module: the current one) joins the end of `sys.path`, so that it can import what
+    lies beside it but never hides an installed package.
+
+    Raises:
+        UsageError: not found, cannot be imported, or lacks one of the four functions.
+    """
+    try:
+        module = _module(where)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as problem:
+        raise UsageError(f"the learner {where!r} cannot be imported: {told(problem)}") from problem
+    missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
+    if missing:
+        raise UsageError(
+            f"the learner {where!r} has no function {', '.join(missing)}: write it, see workers/learners/."
+        )
+    functions = {name: getattr(module, name) for name in FUNCTIONS}
+    demo = getattr(module, "demo", None)
+    return Learner(name=learner_name(where), **functions, demo=demo if callable(demo) else None)
+
+
+def learner_name(where: str) -> str:
+    """What a learner is called on the wire: the last word of its path or dotted name."""
+    return Path(where).stem if where.endswith(".py") else where.rpartition(".")[2]
+
+
+def told(problem: BaseException) -> str:
+    """The exception in one line: its type, its message, and where in the user's code it was raised.
+
+    The text is valid UTF-8 and has at most 2000 characters.
+    """
+    extra = _missing_extra(problem)
+    if extra:
+        return f"it needs {extra[0]}, install it with: pip install 'fluffle[{extra[1]}]'"
+    kind = type(problem).__name__
+    try:
+        message = " ".join(str(problem).split())
+    except Exception:  # noqa: BLE001 (an exception of the user's may fail even at this)
+        message = "its message cannot be read"
+    text = f"{kind}: {message[: TEXT_LENGTH_MAX // 2]}" if message else kind
+    text += "".join(f" ← {where}" for where in _frames(problem))
+    return text.encode("utf-8", "replace").decode()[:TEXT_LENGTH_MAX]
+
+
+def _module(where: str) -> ModuleType:
+    if where in EXAMPLES:
+        return importlib.import_module(f"workers.learners.{where}")
+    if where.endswith(".py"):
+        return _module_of_file(Path(where))
+    _let_import_from(Path.cwd())
+    try:
+        return importlib.import_module(where)
+    except (ModuleNotFoundError, TypeError, ValueError) as problem:
+        # a dotted name fails with the first word that is not there; any other name is what the learner itself lacks
+        absent = problem.name if isinstance(problem, ModuleNotFoundError) else where
+        if absent is None or not f"{where}.".startswith(f"{absent}."):
+            raise
+    raise UsageError(
+        f"there is no learner {where!r}: name an example ({', '.join(EXAMPLES)}), a file ending in .py, or a module."
+    )
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"there is no learner file {str(path)!r}: check the path, seen from {str(Path.cwd())!r}.")
+    _let_import_from(path.resolve().parent)
+    name = f"learner_{path.stem}"  # never the name of a module that others import
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _let_import_from(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _missing_extra(problem: BaseException) -> tuple[str, str] | None:
+    if isinstance(problem, ModuleNotFoundError) and problem.name:
+        package = problem.name.partition(".")[0]
+        if package in EXTRAS:
+            return package, EXTRAS[package]
+    return None
+
+
+def _frames(problem: BaseException) -> list[str]:
+    """Where it was raised, innermost first, in the user's own files where they appear at all."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    ours = Path(__file__).parent
+    theirs = [f for f in frames if Path(f.filename).parent != ours and "importlib" not in f.filename]
+    users = [f for f in theirs if "site-packages" not in f.filename] or theirs
+    return [_told_frame(frame) for frame in reversed(users[-FRAMES_MAX:])]
+
+
+def _told_frame(frame: traceback.FrameSummary) -> str:
+    place = f"{Path(frame.filename).name} line {frame.lineno}, in {frame.name}"
+    code = " ".join((frame.line or "").split())
+    # a raise says nothing that the message has not said
+    return place if not code or code.startswith("raise ") else f"{place}: {code[:160]}"

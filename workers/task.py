@@ -1,0 +1,164 @@
+"""One task done in this process: the user's functions called in order, and what they return checked.
+
+Knows the learner's promises. Does not know processes, files or the wire; whatever the user's code does wrong comes
+out as LearnerFailed with a sentence, and anything else that comes out is a fault of ours.
+"""
+
+import math
+import operator
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from broker.errors import LearnerFailed, UsageError
+from broker.messages import MAP_MAX
+from broker.tensors import Layout
+from workers import weights
+from workers.learner import Learner, told
+from workers.work import EXAMPLES_MAX, Outcome, Work
+
+METRIC_NAME_LENGTH_MAX = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A learner set up beside its data: what a worker makes once and every task uses again."""
+
+    learner: Learner
+    model: nn.Module
+    data: Any
+    layout: Layout
+
+
+def set_up(learner: Learner, source: str) -> Place:
+    """Load the data and make the model, both once.
+
+    Raises:
+        UsageError: data() or model() raised, or the model cannot travel.
+    """
+    try:
+        data = learner.data(source)
+    except (Exception, SystemExit) as problem:
+        raise UsageError(f"data({source!r}) of the learner {learner.name} failed: {told(problem)}") from problem
+    model = new_model(learner)
+    return Place(learner, model, data, weights.layout_of(model))
+
+
+def new_model(learner: Learner, *, seed: int = 0) -> nn.Module:
+    """A fresh model of the learner's, its random start drawn with `seed`.
+
+    Raises:
+        UsageError: model() raised, or returned something else than a torch module.
+    """
+    _sow(seed)
+    try:
+        model = learner.model()
+    except (Exception, SystemExit) as problem:
+        raise UsageError(f"model() of the learner {learner.name} failed: {told(problem)}") from problem
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model() of the learner {learner.name} returned {_kind(model)}: it must return a torch nn.Module."
+        )
+    return model
+
+
+def do(place: Place, work: Work, *, layout: Layout, received: weights.Raw) -> Outcome:
+    """Load the weights, evaluate them, train, and take the difference, as far as `work` asks.
+
+    The result is a function of the arguments alone, as far as the learner's is: dice are sown from `work.seed` before
+    each step, so training is the same whether or not it was evaluated before.
+
+    Args:
+        place: the learner beside its data; its model is overwritten.
+        work: what to do.
+        layout: which tensors are in `received`.
+        received: the version's raw weights.
+
+    Raises:
+        LearnerFailed: the learner raised, returned what it must not, diverged, or is another than the version's.
+    """
+    model = place.model
+    model.zero_grad(set_to_none=True)  # nothing of an earlier task may leak into this one
+    weights.load(model, layout, received)
+    scores: dict[str, float] = {}
+    if work.evaluate:
+        _sow(work.seed)
+        model.eval()
+        with torch.no_grad():
+            scores = _metrics(_call("evaluate", place.learner.evaluate, model, place.data), "evaluate")
+    if not work.train:
+        return Outcome(None, {}, scores, None)
+    settings = {**work.settings, "seed": work.seed, "round": work.round}
+    _sow(work.seed)
+    model.train()
+    with torch.enable_grad():  # whatever the learner's code has switched off elsewhere
+        returned = _call("train", place.learner.train, model, place.data, settings)
+    examples, metrics = _trained(returned)
+    return Outcome(examples, metrics, scores, weights.delta(model, layout, received))
+
+
+def _sow(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (a learner may well use numpy's global dice)
+    torch.manual_seed(seed)
+
+
+def _call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except BaseException as problem:  # noqa: BLE001 (sys.exit in a learner is its failure, not the worker's end)
+        raise LearnerFailed(f"{name}() of the learner raised {told(problem)}") from None
+
+
+def _trained(returned: Any) -> tuple[int, dict[str, float]]:
+    found, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
+    try:
+        examples = None if isinstance(found, bool) else operator.index(found)
+    except TypeError:
+        examples = None
+    if examples is None:
+        raise LearnerFailed(
+            f"train() returned {_kind(returned)}: it must return how many examples it learned from, "
+            "or that and a dict of metrics."
+        )
+    if not 1 <= examples <= EXAMPLES_MAX:
+        raise LearnerFailed(f"train() says it learned from {examples} examples: it must be 1 to {EXAMPLES_MAX}.")
+    return examples, _metrics(metrics, "train")
+
+
+def _metrics(found: Any, name: str) -> dict[str, float]:
+    """The learner's metrics as plain floats; those that are not finite are left out, for no mean can hold them."""
+    if not isinstance(found, Mapping):
+        raise LearnerFailed(f"{name}() returned {_kind(found)} where a dict of metrics belongs.")
+    if len(found) > MAP_MAX:
+        raise LearnerFailed(f"{name}() returned {len(found)} metrics: at most {MAP_MAX} travel.")
+    metrics = {}
+    for key, value in found.items():
+        if not isinstance(key, str) or len(key) > METRIC_NAME_LENGTH_MAX:
+            raise LearnerFailed(
+                f"{name}() returned a metric called {str(key)[:40]!r}: "
+                f"its name must be text of at most {METRIC_NAME_LENGTH_MAX} characters."
+            )
+        metrics[key] = _number(value, f"{name}() returned the metric {key!r} as")
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+
+def _number(value: Any, said: str) -> float:
+    complaint = LearnerFailed(f"{said} {_kind(value)}: it must be a number.")
+    if isinstance(value, str | bytes):  # float("1") would do, and hide a mistake
+        raise complaint
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise complaint from None
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

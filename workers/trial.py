@@ -1,0 +1,127 @@
+"""`fluffle try`: a learner checked beside its data, with no broker: one task done, timed, sized and looked at.
+
+Knows what a good learner keeps to, and says so where one does not. Does not know torch (the training process does)
+nor how a report is shown.
+"""
+
+import asyncio
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from broker.messages import Scalar
+from broker.tensors import FLOATS, Layout, as_float64, from_float64, view
+from workers.training import Trainer
+from workers.work import Work
+
+PIECE_BYTES = 8 * 1024 * 1024  # weights are added up piece by piece, for float64 takes up to four times their room
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one trial showed.
+
+    Attributes:
+        tensors: how many the model has, buffers included.
+        parameters: how many numbers are in them.
+        weights_bytes: how much travels each way each round.
+        ready_s: seconds to load the learner and its data.
+        train_s: seconds of one task, evaluation included.
+        examples: how many rows train says it learned from.
+        metrics: what train reported.
+        before: what evaluate said before training.
+        after: what evaluate said after it.
+        warnings: what the learner should not do, a sentence each.
+    """
+
+    tensors: int
+    parameters: int
+    weights_bytes: int
+    ready_s: float
+    train_s: float
+    examples: int
+    metrics: dict[str, float]
+    before: dict[str, float]
+    after: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None = None, threads: int = 1) -> Report:
+    """Do one task twice, with the same dice, in a training process of its own, and report.
+
+    Args:
+        where: as for `workers.learner.load`.
+        source: what the learner's data() is given.
+        settings: what its train() is given, beside seed and round.
+        threads: how many threads torch computes with.
+
+    Raises:
+        UsageError: the learner or its data cannot be loaded.
+        LearnerFailed: a task failed, and why.
+    """
+    with tempfile.TemporaryDirectory(prefix="fluffle-try-") as name, asyncio.Runner() as steps:
+        folder = Path(name)
+        trainer = Trainer(where, source, folder, threads=threads)
+        try:
+            layout = steps.run(trainer.start())
+            start = folder / "start"
+            drawn = steps.run(trainer.draw(start, seed=0))
+            warnings = [_other_model(layout.difference(drawn))] if layout != drawn else []
+            work = Work(train=True, evaluate=True, seed=1, settings=settings or {}, round=1)
+            done = steps.run(trainer.run(work, drawn, start))
+            assert done.delta_file is not None
+            assert done.examples is not None
+            first = done.delta_file.read_bytes()
+            steps.run(trainer.run(work, drawn, start))
+            warnings += _looked_at(layout, first, done.delta_file.read_bytes())
+            trained = folder / "trained"
+            trained.write_bytes(_added(layout, start.read_bytes(), first))
+            score = Work(train=False, evaluate=True, seed=1, settings={}, round=1)
+            after = steps.run(trainer.run(score, layout, trained)).scores
+        finally:
+            steps.run(trainer.stop())
+        return Report(
+            tensors=len(layout.specs),
+            parameters=sum(spec.items for spec in layout.specs),
+            weights_bytes=layout.size_bytes,
+            ready_s=trainer.ready_s,
+            train_s=done.seconds,
+            examples=done.examples,
+            metrics=done.metrics,
+            before=done.scores,
+            after=after,
+            warnings=tuple(warnings),
+        )
+
+
+def _other_model(difference: str) -> str:
+    return f"model() called twice gives different tensors ({difference}): no two workers could learn together."
+
+
+def _looked_at(layout: Layout, first: bytes, second: bytes) -> list[str]:
+    """Warnings from the deltas of one task done twice."""
+    warnings = []
+    floats = [s for s in layout.segments if s.dtype in FLOATS]
+    if not any(np.any(view(first[s.start : s.stop], "uint8")) for s in floats):
+        warnings.append("train() changed no weights: it must change the model it is given, in place.")
+    if first != second:
+        warnings.append(
+            "train() with the same seed twice gave two different results: draw all chance from settings['seed'], "
+            "or an update that has to be made again will not be the same."
+        )
+    return warnings
+
+
+def _added(layout: Layout, start: bytes, delta: bytes) -> bytearray:
+    """The trained weights: start + delta for floats, the delta's own value for integers and booleans."""
+    trained = bytearray(delta)
+    for segment in layout.segments:
+        if segment.dtype not in FLOATS:
+            continue
+        for at in range(segment.start, segment.stop, PIECE_BYTES):
+            piece = slice(at, min(at + PIECE_BYTES, segment.stop))
+            total = sum(as_float64(view(data[piece], segment.dtype), segment.dtype) for data in (start, delta))
+            trained[piece] = from_float64(np.asarray(total), segment.dtype).tobytes()
+    return trained

@@ -1,0 +1,120 @@
+"""A torch module's weights as the raw bytes that travel, and back.
+
+Knows torch's tensors, dtypes and devices, and the canonical layout of `broker/tensors.py`. Does not know files, tasks
+or who sent the bytes.
+
+Weights are everything in a module's state dict, so buffers such as BatchNorm's statistics travel too. Bytes are
+looked at in place: each tensor is copied once, from the module into the payload or from the payload into the module.
+"""
+
+from collections.abc import Iterator
+from mmap import mmap
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from broker.errors import LearnerFailed, UsageError, WireError
+from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec
+
+Raw = bytes | bytearray | memoryview | mmap
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Where each tensor of the model's state dict lies in a payload.
+
+    Raises:
+        UsageError: the state dict holds something that cannot travel: no tensor, no shape yet, a sparse tensor,
+            an exotic dtype (complex, float8, quantised).
+    """
+    specs = []
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"the model's state {name!r} is a {type(tensor).__name__}, and only tensors travel: make it a buffer."
+            )
+        if is_lazy(tensor):
+            raise UsageError(f"the model's tensor {name!r} has no shape yet: run one batch through it in model().")
+        if tensor.layout != torch.strided:
+            raise UsageError(f"the model's tensor {name!r} is sparse, and only dense tensors travel.")
+        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+    try:
+        return Layout.of(specs)
+    except WireError as problem:
+        raise UsageError(f"the learner's model cannot travel: {problem}") from problem
+
+
+def read(model: nn.Module, layout: Layout) -> bytearray:
+    """The model's weights as raw bytes in the order of `layout`, which must be `layout_of(model)`."""
+    data = bytearray(layout.size_bytes)
+    state = model.state_dict()
+    for spec, place in _tensors(layout, data):
+        place.copy_(state[spec.name])
+    return data
+
+
+def load(model: nn.Module, layout: Layout, data: Raw) -> None:
+    """Put the weights in `data`, laid out as `layout`, into the model.
+
+    Raises:
+        LearnerFailed: the model has other tensors than `layout`, or the bytes have another length.
+    """
+    difference = layout.difference(layout_of(model))
+    if difference:
+        raise LearnerFailed(
+            f"this worker's learner has other tensors than the version: {difference}; "
+            "give the worker the learner that the run was made with."
+        )
+    if len(data) != layout.size_bytes:
+        raise LearnerFailed(f"the version has {len(data)} bytes where its tensors need {layout.size_bytes}.")
+    model.load_state_dict({spec.name: tensor for spec, tensor in _tensors(layout, data)})
+
+
+def delta(model: nn.Module, layout: Layout, received: Raw) -> bytearray:
+    """What training changed, as raw bytes: floats trained − received, integers and booleans the trained value.
+
+    The difference of 16-bit floats is taken in float32 and rounded once.
+
+    Args:
+        model: the trained module.
+        layout: the tensors of `received`, and of the result.
+        received: the weights from which training began.
+
+    Raises:
+        LearnerFailed: the trained weights are not finite, or training changed which tensors the model has.
+    """
+    try:
+        difference = layout.difference(layout_of(model))
+    except UsageError as problem:
+        difference = str(problem)
+    if difference:
+        raise LearnerFailed(
+            f"train changed which tensors the model has: {difference}; it must keep them as they were."
+        )
+    changed = bytearray(layout.size_bytes)
+    state = model.state_dict()
+    for (spec, place), (_, before) in zip(_tensors(layout, changed), _tensors(layout, received), strict=True):
+        trained = state[spec.name].detach().cpu()
+        if spec.dtype not in FLOATS:
+            place.copy_(trained)
+            continue
+        wide = torch.promote_types(trained.dtype, torch.float32)
+        place.copy_(trained.to(wide) - before.to(wide))
+        if not torch.isfinite(place).all():
+            what = "NaN" if torch.isnan(trained).any() else "infinite values"
+            raise LearnerFailed(f"training diverged: tensor {spec.name} has {what}; try a smaller learning rate.")
+    return changed
+
+
+def _tensors(layout: Layout, data: Raw) -> Iterator[tuple[TensorSpec, Tensor]]:
+    """Each tensor of the raw bytes, looked at in place; of read-only bytes, which torch cannot look at, a copy."""
+    whole = memoryview(data)
+    for spec in layout.specs:
+        dtype = DTYPES[spec.dtype]
+        if spec.items == 0:  # torch refuses to look at no bytes
+            yield spec, torch.empty(spec.shape, dtype=dtype)
+            continue
+        start = layout.offsets[spec.name]
+        piece = whole[start : start + spec.size_bytes]
+        yield spec, torch.frombuffer(bytearray(piece) if whole.readonly else piece, dtype=dtype).view(spec.shape)

@@ -51,6 +51,7 @@ app.command()(workers.cli.evaluate)
 POLL_S = 0.1
 STOP_S = 20.0
 HELD_OUT = "held-out"
+INTERRUPTED = 130
 STOPPED = 3
 """Exit status of a coordinator that was stopped before its rounds were done."""
 
@@ -148,15 +149,19 @@ def demo(
         "seed": seed,
         "settings": cast.settings,
     }
-    with ExitStack() as stack:
-        out.print("starting RabbitMQ …" if broker_url is None else "using the RabbitMQ given")
-        url = broker_url or stack.enter_context(_private_node()).url
-        store = _init(learner, folder, values)
-        began_at = time.monotonic()
-        _play(store, cast, url, out)
-        seconds = time.monotonic() - began_at
-    out.print("comparing with each worker alone, and with all data in one place …")
-    figures = _figures(store, cast, _compare(store, cast), seconds)
+    try:
+        with ExitStack() as stack:
+            out.print("starting RabbitMQ …" if broker_url is None else "using the RabbitMQ given")
+            url = broker_url or stack.enter_context(_private_node()).url
+            store = _init(learner, folder, values)
+            began_at = time.monotonic()
+            _play(store, cast, url, out)
+            seconds = time.monotonic() - began_at
+        out.print("comparing with each worker alone, and with all data in one place …")
+        figures = _figures(store, cast, _compare(store, cast), seconds)
+    except KeyboardInterrupt:
+        out.print(f"stopped; what there is of the run is in {folder}/")
+        raise typer.Exit(INTERRUPTED) from None
     picture = report.draw(store, figures)
     if as_json:
         sys.stdout.write(json.dumps(figures) + "\n")
@@ -283,7 +288,7 @@ def _watch(store: Store, company: Company, out: Console) -> None:
             done = company.done()
             points = history.curve(store.history())
             for point in points[told:] if done else points[told:-1]:
-                progress.print(_told(point))
+                progress.print(_told(point), soft_wrap=True)
                 told += 1
             now = store.now()
             progress.update(bar, completed=store.latest() or 0, description=now.get("why", "starting the workers"))
@@ -362,12 +367,15 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
     out.print(f"{figures['rounds']} rounds in {figures['seconds']:.1f} s; {down:.2f} MB down, {up:.2f} MB up")
     learner, run, last = store.plan.learner, store.folder, store.latest()
     source = cast.held_out or next(iter(cast.workers.values()))
-    out.print(f"""
+    out.print(
+        f"""
 The run is in [bold]{run}/[/]: plan.toml, versions/, history.jsonl, report.png, log/. Next:
   fluffle status {run}
   fluffle evaluate {learner} {store.path(last or 0)} --data '{source}'
   fluffle demo --learner toy --schedule cyclic      the classroom where it began
-  fluffle try my_learner.py --data my_data          a learner of your own""")
+  fluffle try my_learner.py --data my_data          a learner of your own""",
+        soft_wrap=True,
+    )
 
 
 def _as_text(accuracy: float | None, loss: float | None) -> list[tuple[float | None, str]]:

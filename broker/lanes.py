@@ -9,7 +9,7 @@ import logging
 import random
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 
 import aio_pika
 from aio_pika.abc import AbstractChannel
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 CONNECT_S = 10.0
 CLOSE_S = 5.0
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 5.0
+CANCELS_MAX = 5  # a close waits inside a wait inside a wait; each cancel ends one
 PORTS = {"amqp": 5672, "amqps": 5671}
 
 REFUSALS = (ChannelNotFoundEntity, ChannelAccessRefused, ChannelPreconditionFailed)
@@ -82,14 +83,13 @@ class Connector:
             BrokerRefused: it answers and refuses, or is no RabbitMQ.
         """
         connection = aio_pika.Connection(self._url, client_properties={"connection_name": self._name})
-        connection.close_callbacks.add(self._say_lost)
         try:
             with _dialling(self._url):
                 await connection.connect(timeout=CONNECT_S)
         except BaseException:
-            connection.close_callbacks.clear()
             await shut(connection)
             raise
+        connection.close_callbacks.add(self._say_lost)
         log.info("%s: connected %sto %s", self._name, "again " if self._connection else "", self._where)
         if self._connection is not None:
             await shut(self._connection)
@@ -138,10 +138,18 @@ async def open_channel(connection: aio_pika.Connection, *, confirms: bool) -> Ab
 
 
 async def shut(what: AbstractChannel | aio_pika.Connection) -> None:
-    """Close within CLOSE_S; what is lost needs no closing."""
-    with suppress(LinkError, *REFUSALS), interruptions():
-        async with asyncio.timeout(CLOSE_S):
-            await what.close()
+    """Close within CLOSE_S; what is lost needs no closing, and what does not answer is left to the system."""
+    closing = asyncio.ensure_future(what.close())
+    try:
+        await asyncio.wait({closing}, timeout=CLOSE_S)
+    finally:
+        for _ in range(CANCELS_MAX):
+            if closing.done():
+                break
+            closing.cancel()
+            await asyncio.wait({closing}, timeout=0.1)
+    if closing.done() and not closing.cancelled() and closing.exception() is not None:
+        log.debug("closing ended with %s", words(closing.exception()))
 
 
 @contextmanager

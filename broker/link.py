@@ -9,7 +9,8 @@ The promises:
 - `consume` raises LinkError when its connection is lost. Deliveries in hand are then void: acking them does nothing,
   and they come again. Consuming once more waits for the broker to return.
 - Publishing waits for the broker to return, within its bound.
-- One queue, one publisher: first in, first out.
+- One queue, one publisher: first in, first out, for messages published one after the other.
+- A queue that is full and may refuse (`reject-publish`) makes the publisher wait for room, within its bound.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from broker.errors import LinkError
 from broker.messages import Part, encode
 from broker.topology import Topology
 
@@ -59,7 +61,7 @@ class Delivery(Protocol):
 
     @property
     def key(self) -> str:
-        """The routing key it was published with."""
+        """The routing key it was published with; the first one, whichever of several brought it here."""
 
     @property
     def redelivered(self) -> bool:
@@ -86,7 +88,9 @@ class Link(Protocol):
         """Hand one message to the broker; returns when the broker has confirmed it.
 
         Raises:
-            Unroutable: no queue takes it.
+            Unroutable: none of its keys reaches a queue, or there is no such exchange. One key of several that
+                reaches none goes unnoticed.
+            BrokerRefused: not allowed, or larger than the broker takes.
             LinkError: not confirmed within `within_s`; it may have arrived.
             LinkClosed: this link was closed.
         """
@@ -96,8 +100,12 @@ class Link(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
         """Take deliveries of a queue; at most `prefetch` unacked at a time. Leaving gives the unacked back.
 
+        Entering waits for the broker as long as it takes.
+
         Raises:
-            LinkError: (while iterating) the connection was lost, or the queue was deleted.
+            LinkError: (on entering) there is no such queue; (while iterating) the connection was lost, or the queue
+                was deleted.
+            LinkClosed: this link was closed.
         """
 
     async def purge(self, queue: str) -> int:
@@ -111,6 +119,34 @@ class Link(Protocol):
 
     async def close(self) -> None:
         """Close; unacked deliveries go back to their queues. May be called twice."""
+
+
+class Intake:
+    """What one consumer has received and not handed on yet, until it is lost: the iterator that `consume` gives."""
+
+    def __init__(self) -> None:
+        self._arrived: asyncio.Queue[Delivery | None] = asyncio.Queue()  # bounded by the consumer's prefetch
+        self._lost: LinkError | None = None
+
+    def __aiter__(self) -> "Intake":
+        return self
+
+    async def __anext__(self) -> Delivery:
+        delivery = None if self._lost else await self._arrived.get()
+        if self._lost is not None:  # then what arrived before is void, and comes again
+            raise self._lost
+        assert delivery is not None
+        return delivery
+
+    def take(self, delivery: Delivery) -> None:
+        """One more."""
+        self._arrived.put_nowait(delivery)
+
+    def lose(self, why: LinkError) -> None:
+        """No more: whoever waits, and whoever comes, is told why."""
+        if self._lost is None:
+            self._lost = why
+            self._arrived.put_nowait(None)
 
 
 async def publish_parts(

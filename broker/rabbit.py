@@ -26,7 +26,7 @@ from yarl import URL
 
 from broker.errors import BrokerRefused, LinkClosed, LinkError, Unroutable, UsageError
 from broker.lanes import REFUSALS, Connector, backoff_s, checked, interruptions, open_channel, shut, words
-from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Lane, Outgoing
+from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class RabbitLink:
 
     def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
         self._lanes = {lane: Connector(url, f"{name} {lane.value}", heartbeat_s) for lane in Lane}
-        self._intakes: set[_Intake] = set()
+        self._intakes: set[Intake] = set()
         self._running: set[asyncio.Timeout] = set()
         self._closed = False
 
@@ -127,7 +127,7 @@ class RabbitLink:
         self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
     ) -> AsyncIterator[AsyncIterator[Delivery]]:
         """See `Link.consume`. Entering waits for the broker, but not for a queue that is missing: LinkError."""
-        intake = _Intake()
+        intake = Intake()
         async with self._bounded(None, "never said"):
             channel = await self._start(intake, queue, self._lanes[lane], prefetch)
         self._intakes.add(intake)
@@ -200,7 +200,7 @@ class RabbitLink:
         finally:
             self._running.discard(scope)
 
-    async def _start(self, intake: "_Intake", queue: str, lane: "Connector", prefetch: int) -> AbstractChannel:
+    async def _start(self, intake: Intake, queue: str, lane: Connector, prefetch: int) -> AbstractChannel:
         """A channel of its own on which `intake` consumes; waits for the broker as long as it takes."""
         pauses = backoff_s()
         while True:
@@ -237,34 +237,6 @@ class RabbitLink:
                 await asyncio.sleep(next(pauses))
 
 
-class _Intake:
-    """What one consumer has received and not handed on, until its channel is lost; an iterator of deliveries."""
-
-    def __init__(self) -> None:
-        self._arrived: asyncio.Queue[_Delivery | None] = asyncio.Queue()  # bounded by the consumer's prefetch
-        self._lost: LinkError | None = None
-
-    def __aiter__(self) -> "_Intake":
-        return self
-
-    async def __anext__(self) -> Delivery:
-        delivery = None if self._lost else await self._arrived.get()
-        if self._lost is not None:  # then what arrived before is void, and comes again
-            raise self._lost
-        assert delivery is not None
-        return delivery
-
-    async def take(self, message: AbstractIncomingMessage) -> None:
-        """Called by aio-pika, which cancels whatever runs here when the channel closes: so nothing runs here."""
-        self._arrived.put_nowait(_Delivery(message))
-
-    def lose(self, why: LinkError) -> None:
-        """No more deliveries: whoever waits, and whoever comes, is told why."""
-        if self._lost is None:
-            self._lost = why
-            self._arrived.put_nowait(None)
-
-
 @dataclass(frozen=True, slots=True)
 class _Delivery:
     message: AbstractIncomingMessage
@@ -295,17 +267,21 @@ class _Delivery:
             log.debug("a delivery is void, it will come again: %s", lost)
 
 
-async def _consume(channel: AbstractChannel, queue: str, prefetch: int, intake: _Intake) -> None:
+async def _consume(channel: AbstractChannel, queue: str, prefetch: int, intake: Intake) -> None:
     def lost(_channel: object, why: BaseException | None) -> None:
         intake.lose(LinkError(f"the connection was lost while {queue} was consumed: {words(why)}."))
 
     def cancelled(_frame: object) -> None:
         intake.lose(LinkError(f"the queue {queue} was deleted while it was consumed: declare it again."))
 
+    async def take(message: AbstractIncomingMessage) -> None:
+        # aio-pika cancels whatever runs here when the channel closes: so nothing does
+        intake.take(_Delivery(message))
+
     channel.close_callbacks.add(lost)
     (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(cancelled)
     await channel.set_qos(prefetch)
-    await (await channel.get_queue(queue, ensure=False)).consume(intake.take)
+    await (await channel.get_queue(queue, ensure=False)).consume(take)
 
 
 async def _send(channel: AbstractChannel, message: Outgoing) -> bool:

@@ -17,7 +17,8 @@ A worker whose lease has ended is waited for only while the quorum is missing: i
 from collections.abc import Sequence
 from enum import Enum
 
-from broker.messages import Attempt
+from broker.messages import Attempt, Update
+from broker.tensors import Layout
 
 
 class Phase(Enum):
@@ -154,3 +155,14 @@ class Round:
             return Phase.CLOSED, tally
         refusals = "".join(f"; {worker}: {reason}" for worker, reason in self.refused.items())
         return Phase.ABANDONED, f"{tally}: {why}{refusals}"
+
+
+def judge(update: Update, now_open: Round | None, layout: Layout) -> tuple[Verdict, str]:
+    """What an update is to the round that is open, if one is, and why; `layout` is the model's."""
+    if now_open is None:
+        return Verdict.LATE, f"it is for {update.of}, which is over"
+    verdict, reason = now_open.judge(update.of, update.worker)
+    differs = layout.difference(update.payload.layout)
+    if verdict is Verdict.ACCEPTED and differs:
+        return Verdict.INVALID, f"its tensors are not the model's: {differs}"
+    return verdict, reason

@@ -34,7 +34,7 @@ from coordinator.aggregation import RULES, Sums
 from coordinator.history import Facts
 from coordinator.post import Post
 from coordinator.roster import News, Roster, choose_cohort, may_begin
-from coordinator.round import Phase, Round, Verdict
+from coordinator.round import Phase, Round, Verdict, judge
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -305,22 +305,15 @@ class Coordinator:
         """Give an update its verdict; accepted ones stay unacknowledged until their version is safe."""
         here = self._open
         if any(update.of == of and update.worker in counted for of, counted in self._made):
-            await delivery.ack()
             await self._tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
-            return
-        if here is None:
-            verdict, reason = Verdict.LATE, f"it is for {update.of}, which is over"
         else:
-            verdict, reason = here.round.judge(update.of, update.worker)
-            differs = self.layout.difference(update.payload.layout)
-            if verdict is Verdict.ACCEPTED and differs:
-                verdict, reason = Verdict.INVALID, f"its tensors are not the model's: {differs}"
-        if verdict is Verdict.ACCEPTED and here is not None:
-            here.round.accept(update.worker)
-            here.held.append(delivery)
-            self._uploads.put_nowait((here, update))
-            return
-        await self._turn_down(update, verdict, reason)
+            verdict, reason = judge(update, here.round if here else None, self.layout)
+            if here and verdict is Verdict.ACCEPTED:
+                here.round.accept(update.worker)
+                here.held.append(delivery)
+                self._uploads.put_nowait((here, update))
+                return
+            await self._turn_down(update, verdict, reason)
         await delivery.ack()
         self._changed.set()
 

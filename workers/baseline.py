@@ -85,16 +85,24 @@ def _learned(request: Request, place: task.Place, *, name: str, judge: task.Plac
     return task.do(judge or place, score, layout=layout, received=current).scores
 
 
+def asked(text: str) -> Request:
+    """The request in a JSON text.
+
+    Raises:
+        UsageError: it is not JSON, or not a request's fields.
+    """
+    try:
+        return Request(**json.loads(text))
+    except (ValueError, TypeError) as problem:
+        raise UsageError(f"the request for a baseline is not one: {problem}.") from problem
+
+
 def main() -> int:
     """Answer one request; the exit status is 2, with a sentence on stderr, where it cannot be answered."""
     die_with(os.getppid())
     kept = print_to_stderr()  # what the learner prints must not come between the JSON
     try:
-        try:
-            request = Request(**json.load(sys.stdin))
-        except (ValueError, TypeError) as problem:
-            raise UsageError(f"the request is not one: {problem}.") from problem
-        answer = baseline(request)
+        answer = baseline(asked(sys.stdin.read()))
     except FluffleError as problem:
         print(problem, file=sys.stderr)  # noqa: T201 (this is a command)
         return 2

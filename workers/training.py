@@ -117,18 +117,21 @@ class Trainer:
             return _layout(answer)
 
     async def stop(self) -> None:
-        """End the process, whatever it does; may be called at any time, and again."""
+        """End the process, whatever it does, within seconds; may be called again.
+
+        A task under way fails; cancel calls that may still be starting the process before this.
+        """
         await self._end()
 
     async def _open(self) -> None:
-        if self._child is not None and self._child.process.returncode is None:
+        if self._child is not None and _lives(self._child.process.pid):
             return
         await self._end()  # of a child that died while idle, its socket is left
         self._child = await _spawn(self._threads)
         self.pid = self._child.process.pid
         try:
             answer = await self._ask(self._opening)
-        except UsageError:
+        except (UsageError, LearnerFailed):  # it lives, but has nothing to train with
             await self._end()
             raise
         self._layout, self.ready_s = _layout(answer), answer["seconds"]
@@ -198,6 +201,14 @@ async def _talk(child: _Child, packed: bytes) -> dict[str, Any]:
     length = int.from_bytes(await child.reader.readexactly(LENGTH_BYTES), "big")
     answer: dict[str, Any] = msgpack.unpackb(await child.reader.readexactly(length))
     return answer
+
+
+def _lives(pid: int) -> bool:
+    """Whether the child runs; asks the kernel, because asyncio hears of a death a little later."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _last_words(status: int | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from broker.errors import UsageError
 from broker.messages import Scalar
 from broker.tensors import FLOATS, Layout, as_float64, from_float64, view
 from workers.training import Trainer
@@ -58,7 +59,7 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
         threads: how many threads torch computes with.
 
     Raises:
-        UsageError: the learner or its data cannot be loaded.
+        UsageError: the learner or its data cannot be loaded, or model() is another every time.
         LearnerFailed: a task failed, and why.
     """
     with tempfile.TemporaryDirectory(prefix="fluffle-try-") as name, asyncio.Runner() as steps:
@@ -68,14 +69,18 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
             layout = steps.run(trainer.start())
             start = folder / "start"
             drawn = steps.run(trainer.draw(start, seed=0))
-            warnings = [_other_model(layout.difference(drawn))] if layout != drawn else []
+            if layout != drawn:
+                raise UsageError(
+                    f"model() called twice gives different tensors ({layout.difference(drawn)}): "
+                    "no two workers could learn together; make it return the same shape every time."
+                )
             work = Work(train=True, evaluate=True, seed=1, settings=settings or {}, round=1)
             done = steps.run(trainer.run(work, drawn, start))
             assert done.delta_file is not None
             assert done.examples is not None
             first = done.delta_file.read_bytes()
             steps.run(trainer.run(work, drawn, start))
-            warnings += _looked_at(layout, first, done.delta_file.read_bytes())
+            warnings = _looked_at(layout, first, done.delta_file.read_bytes())
             trained = folder / "trained"
             trained.write_bytes(_added(layout, start.read_bytes(), first))
             score = Work(train=False, evaluate=True, seed=1, settings={}, round=1)
@@ -92,15 +97,11 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
             metrics=done.metrics,
             before=done.scores,
             after=after,
-            warnings=tuple(warnings),
+            warnings=warnings,
         )
 
 
-def _other_model(difference: str) -> str:
-    return f"model() called twice gives different tensors ({difference}): no two workers could learn together."
-
-
-def _looked_at(layout: Layout, first: bytes, second: bytes) -> list[str]:
+def _looked_at(layout: Layout, first: bytes, second: bytes) -> tuple[str, ...]:
     """Warnings from the deltas of one task done twice."""
     warnings = []
     floats = [s for s in layout.segments if s.dtype in FLOATS]
@@ -111,7 +112,7 @@ def _looked_at(layout: Layout, first: bytes, second: bytes) -> list[str]:
             "train() with the same seed twice gave two different results: draw all chance from settings['seed'], "
             "or an update that has to be made again will not be the same."
         )
-    return warnings
+    return tuple(warnings)
 
 
 def _added(layout: Layout, start: bytes, delta: bytes) -> bytearray:

@@ -1,13 +1,14 @@
 """The training process as the daemon sees it: kept between tasks, replaced when it dies, and never left behind."""
 
 import asyncio
+import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,19 @@ def learner(tmp_path: Path) -> str:
     return str(path)
 
 
-@asynccontextmanager
+def open_files() -> list[str]:
+    """What this process has open; but for /dev/null, which uvloop opens once and keeps."""
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing itself was one of them
+            links.append(str(link.readlink()))
+    return sorted(link for link in links if link != "/dev/null")
+
+
+@contextlib.asynccontextmanager
 async def training(learner: str, folder: Path) -> AsyncIterator[Trainer]:
     """A started trainer, with version 0 in `folder`/start; afterwards nothing of it is left."""
-    open_before = sorted(os.listdir("/proc/self/fd"))
+    before = open_files()
     trainer = Trainer(learner, "here", folder)
     try:
         await trainer.draw(folder / "start", seed=0)
@@ -89,8 +99,10 @@ async def training(learner: str, folder: Path) -> AsyncIterator[Trainer]:
         pid = trainer.pid
         await trainer.stop()
         await trainer.stop()
-    assert pid is None or not Path(f"/proc/{pid}").exists()
-    assert sorted(os.listdir("/proc/self/fd")) == open_before
+    if pid is not None:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert open_files() == before
 
 
 async def run(trainer: Trainer, folder: Path, asked: Work) -> Done:
@@ -145,30 +157,24 @@ async def test_tasks_share_the_data_and_a_learners_failure_costs_one_task_only(l
         assert trainer.pid == pid
 
 
-@pytest.mark.parametrize(
-    ("do", "said"),
-    [
-        ("end", "ended by itself with status 3"),
-        ("crash", r"ended with signal 11 \(a crash in native code\)"),
-        ("be killed", r"ended with signal 9 \(killed: out of memory\?\)"),
-    ],
-)
-async def test_a_process_that_dies_is_a_failure_and_the_next_task_has_a_new_one(
-    learner: str, tmp_path: Path, do: str, said: str
+async def test_a_process_that_dies_costs_its_task_and_the_next_one_has_a_new_process(
+    learner: str, tmp_path: Path
 ) -> None:
     async with training(learner, tmp_path) as trainer:
-        with pytest.raises(LearnerFailed, match=said):
-            await run(trainer, tmp_path, work(do=do))
+        for do, said in (
+            ("end", "ended by itself with status 3"),
+            ("crash", r"ended with signal 11 \(a crash in native code\)"),
+            ("be killed", r"ended with signal 9 \(killed: out of memory\?\)"),
+        ):
+            with pytest.raises(LearnerFailed, match=said):
+                await run(trainer, tmp_path, work(do=do))
         assert (await run(trainer, tmp_path, work())).metrics == {"tasks": 1.0}
 
-
-async def test_a_process_that_dies_while_idle_is_replaced(learner: str, tmp_path: Path) -> None:
-    async with training(learner, tmp_path) as trainer:
         assert trainer.pid is not None
-        pidfd = os.pidfd_open(trainer.pid)
+        idle = os.pidfd_open(trainer.pid)
         os.kill(trainer.pid, signal.SIGKILL)
-        assert gone(pidfd)
-        assert (await run(trainer, tmp_path, work())).examples == 5
+        assert gone(idle)
+        assert (await run(trainer, tmp_path, work())).metrics == {"tasks": 1.0}
 
 
 async def test_a_cancelled_task_ends_the_process_whatever_it_does_and_all_it_started(
@@ -181,7 +187,8 @@ async def test_a_cancelled_task_ends_the_process_whatever_it_does_and_all_it_sta
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        assert all([gone(pidfd) for pidfd in pidfds])
+        for pidfd in pidfds:
+            assert gone(pidfd)
         assert (await run(trainer, tmp_path, work())).metrics == {"tasks": 1.0}
 
 
@@ -194,18 +201,18 @@ async def test_stopping_in_the_midst_of_a_task_is_a_failure_of_that_task(learner
 
 
 async def test_what_the_user_can_mend_is_said_in_a_sentence(learner: str, tmp_path: Path) -> None:
-    for where, source, said in (
-        (learner, "nowhere", "data('nowhere') of the learner obedient failed: ValueError: there is no such place."),
-        ("nonesuch", "", "there is no learner 'nonesuch'"),
-    ):
-        trainer = Trainer(where, source, tmp_path)
-        with pytest.raises(UsageError) as caught:
-            await trainer.start()
-        assert said in str(caught.value)
-        assert trainer.pid is None
+    trainer = Trainer(learner, "nowhere", tmp_path)
+    said = re.escape("data('nowhere') of the learner obedient failed: ValueError: there is no such place.")
+    with pytest.raises(UsageError, match=said):
+        await trainer.start()
+    assert trainer.pid is None
+
+
+async def test_a_process_that_dies_while_it_loads_the_data_is_a_failure(learner: str, tmp_path: Path) -> None:
     trainer = Trainer(learner, "abyss", tmp_path)
     with pytest.raises(LearnerFailed, match="ended by itself with status 7"):
         await trainer.start()
+    assert trainer.pid is None
 
 
 def test_the_same_works_on_the_loop_that_the_daemon_runs_on(learner: str, tmp_path: Path) -> None:
@@ -215,7 +222,6 @@ def test_the_same_works_on_the_loop_that_the_daemon_runs_on(learner: str, tmp_pa
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
-            assert (await run(trainer, tmp_path, work())).examples == 5
 
     uvloop.run(all_of_it())
 
@@ -261,23 +267,17 @@ def test_a_trial_measures_a_learner() -> None:
     assert report.warnings == ()
 
 
-def test_a_trial_warns_of_what_a_learner_should_not_do(tmp_path: Path) -> None:
-    path = tmp_path / "sloppy.py"
+def test_a_trial_refuses_a_model_that_is_another_every_time(tmp_path: Path) -> None:
+    path = tmp_path / "moody.py"
     path.write_text("""
-import copy, itertools, torch
-count = itertools.count(2)
-def model(): return torch.nn.Linear(next(count), 1)
+import itertools, torch
+sizes = itertools.count(2)
+def model(): return torch.nn.Linear(next(sizes), 1)
 def data(source): return None
+def train(model, data, settings): return 1
 def evaluate(model, data): return {}
-def train(model, data, settings):
-    model = copy.deepcopy(model)
-    return 1
 """)
-    with pytest.raises(LearnerFailed, match="other tensors"):
+    with pytest.raises(
+        UsageError, match=r"different tensors \(weight float32\[1, 3\] should be weight float32\[1, 2\]\)"
+    ):
         try_learner(str(path), "")
-    path.write_text(path.read_text().replace("next(count)", "2"))
-    (warning,) = try_learner(str(path), "").warnings
-    assert "train() changed no weights" in warning
-    path.write_text(path.read_text().replace("model = copy.deepcopy(model)", "model.weight.data += next(count)"))
-    (warning,) = try_learner(str(path), "").warnings
-    assert "train() with the same seed twice gave two different results" in warning

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import workers.learners
 from broker.errors import UsageError
 from workers import learner, task
-from workers.baseline import Request, baseline
+from workers.baseline import Request, asked, baseline
 
 
 def version(where: str, folder: Path) -> str:
@@ -60,11 +60,14 @@ def test_the_command_answers_in_json_whatever_the_learner_prints(tmp_path: Path)
     text = (Path(workers.learners.__path__[0]) / "line.py").read_text() + "\nprint('noise')\n"
     (tmp_path / "loud.py").write_text(text)
     request = {"learner": str(tmp_path / "loud.py"), "workers": {"ann": "a"}, "rounds": 1}
-    asked = json.dumps({**request, "weights": version("line", tmp_path)})
+    text = json.dumps({**request, "weights": version("line", tmp_path)})
     command = [sys.executable, "-m", "workers.baseline"]
-    good = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
+    good = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
     assert json.loads(good.stdout)["alone"]["ann"]["examples"] == 64
     assert "noise" in good.stderr
-    bad = subprocess.run(command, input='{"learner": 3}', capture_output=True, text=True, check=False)
-    assert bad.returncode == 2
-    assert bad.stderr.startswith("the request is not one: ")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"learner": "toy"}', '{"learner": "toy", "other": 3}'])
+def test_what_is_no_request_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="the request for a baseline is not one"):
+        asked(text)

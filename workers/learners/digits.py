@@ -6,9 +6,6 @@ it hardly sees; together they learn all ten. One part of the rows, "held-out", i
 Needs the extra `demo`: pip install 'fluffle[demo]'.
 """
 
-# ruff: noqa: ANN001, ANN201 (a learner needs no annotations)
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, var-annotated"
-
 import zlib
 from urllib.parse import parse_qsl
 

@@ -1,8 +1,5 @@
 """The smallest learner: find the line y = 2x + 1 in noisy points. Every source is a different handful of points."""
 
-# ruff: noqa: ANN001, ANN201, D103 (a learner needs no annotations)
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
-
 import zlib
 
 import torch

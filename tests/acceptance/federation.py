@@ -1,0 +1,114 @@
+"""Whole federations of real processes, for tests that kill them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+FLUFFLE = (sys.executable, "-P", "-m", "fluffle")
+LEARNER = """
+import time, zlib
+import torch
+from torch import nn
+
+def model():
+    return nn.Linear(4, 1)
+
+def data(source):
+    dice = torch.Generator().manual_seed(zlib.crc32(source.encode()))
+    x = torch.randn(50, 4, generator=dice)
+    return x, x.sum(1, keepdim=True)
+
+def train(model, data, settings):
+    time.sleep(settings.get("nap", 0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(5):
+        batch = torch.randint(len(data[0]), (16,))
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(data[0][batch]), data[1][batch])
+        loss.backward()
+        optimizer.step()
+    return len(data[0]), {"loss": loss.item()}
+
+def evaluate(model, data):
+    return {"loss": nn.functional.mse_loss(model(data[0]), data[1]).item(), "examples": len(data[0])}
+"""
+ENOUGH_S = 90.0
+
+
+class Federation:
+    """A run and the processes that make it."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        self.learner = folder / "slow.py"
+        self.learner.write_text(LEARNER)
+        self.env = {**os.environ, "FLUFFLE_BROKER": url, "XDG_STATE_HOME": str(folder / "state")}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def fluffle(self, *command: str, status: int = 0) -> str:
+        """One command to its end; what it printed, on stderr if its status is not 0."""
+        done = subprocess.run(
+            [*FLUFFLE, *command], env=self.env, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stderr if status else done.stdout
+
+    def start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen([*FLUFFLE, *command], env=self.env, stdout=log, stderr=log)
+
+    def worker(self, name: str) -> None:
+        self.start(name, "worker", str(self.learner), "--name", name, "--data", name)
+
+    def coordinator(self, *options: str) -> None:
+        self.start("coordinator", "coordinator", str(self.run), *options)
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        process = self.processes[name]
+        process.send_signal(number)
+        return process.wait(ENOUGH_S)
+
+    def wait(self, name: str) -> int:
+        return self.processes[name].wait(ENOUGH_S)
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def until(self, what: Callable[[], Any]) -> None:
+        """Wait for something that other processes will bring about."""
+        end = time.monotonic() + ENOUGH_S
+        while not what():
+            assert time.monotonic() < end, "\n".join(f"{name}: {self.log(name)}" for name in self.processes)
+            time.sleep(0.02)
+
+    def history(self) -> list[dict[str, Any]]:
+        with suppress(FileNotFoundError):
+            return [json.loads(line) for line in (self.run / "history.jsonl").read_text().splitlines()]
+        return []
+
+    def rounds(self) -> list[dict[str, Any]]:
+        return [line for line in self.history() if line["event"] == "round"]
+
+    def version(self, number: int) -> bytes:
+        """The tensors of a version; the header before them names the run, which differs from run to run."""
+        raw = (self.run / "versions" / f"{number:06d}.safetensors").read_bytes()
+        return raw[8 + int.from_bytes(raw[:8], "little") :]
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

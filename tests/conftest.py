@@ -1,0 +1,127 @@
+"""What tests of every kind share: one private RabbitMQ node, a vhost for each test, and proof that nothing stays.
+
+A vhost costs half a second through rabbitmqctl, most of it to start rabbitmqctl; so one call makes twenty, and the
+tests take them one by one. They are not removed: the node and its folder go when the tests are over.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from broker.errors import UsageError
+from broker.node import Node, find_server
+
+VHOSTS = 20
+MAKE_VHOSTS = """
+[begin
+  Name = list_to_binary("t" ++ integer_to_list(I)),
+  _ = rabbit_vhost:add(Name, <<"test">>),
+  _ = rabbit_auth_backend_internal:set_permissions(<<"fluffle">>, Name, <<".*">>, <<".*">>, <<".*">>, <<"test">>)
+end || I <- lists:seq({first}, {last})], ok.
+"""
+
+
+def pytest_report_header() -> str:
+    try:
+        found = re.search(r"rabbitmq[^/]*[-/](\d+\.\d+\.\d+)", str(find_server().resolve()))
+        rabbitmq = found[1] if found else "of unknown version"
+    except UsageError:
+        rabbitmq = "missing"
+    return f"torch {version('torch')}, aio-pika {version('aio-pika')}, RabbitMQ {rabbitmq}"
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with Node(tmp_path_factory.mktemp("node") / "rabbitmq") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def broker_url(node: Node) -> str:
+    return node.url
+
+
+@pytest.fixture(scope="session")
+def _vhosts(node: Node) -> Iterator[str]:
+    def names() -> Iterator[str]:
+        first = 1
+        while True:
+            last = first + VHOSTS - 1
+            node.ctl("eval", MAKE_VHOSTS.replace("{first}", str(first)).replace("{last}", str(last)))
+            yield from (f"t{i}" for i in range(first, last + 1))
+            first = last + 1
+
+    return names()
+
+
+@pytest.fixture
+def vhost_url(broker_url: str, _vhosts: Iterator[str]) -> str:
+    """The URL of a vhost that no other test has seen."""
+    return broker_url + next(_vhosts)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An acceptance test leaves no process behind: no child, and none that inherited its environment."""
+    if "acceptance" not in request.path.parts:
+        yield
+        return
+    mark = f"FLUFFLE_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    monkeypatch.setenv(mark, "1")
+    before = {process.id for process in processes()}
+    yield
+    until = time.monotonic() + 5
+    while left := [each for each in processes() if each.id not in before and each.is_ours(mark)]:
+        if time.monotonic() > until:
+            pytest.fail("left behind: " + "; ".join(f"{each.id} {each.words[:120] or 'a zombie'}" for each in left))
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def processes_with() -> Callable[[str], list[str]]:
+    """Finds the processes that name a text in their words or their environment; their words."""
+
+    def find(text: str) -> list[str]:
+        return [each.words for each in processes() if text in each.environment or text in each.words]
+
+    return find
+
+
+class Process(NamedTuple):
+    id: int
+    parent: int
+    words: str
+    environment: str
+
+    def is_ours(self, mark: str) -> bool:
+        if "resource_tracker" in self.words or "forkserver" in self.words:
+            return False  # multiprocessing's own: they stay until the interpreter ends, by design
+        return self.parent == os.getpid() or mark in self.environment
+
+
+def processes() -> Iterator[Process]:
+    """All that runs on this machine and lets us look."""
+    if not Path("/proc/self/stat").exists():  # macOS
+        listing = subprocess.run(
+            ["/bin/ps", "-AwwE", "-o", "pid=,ppid=,command="], capture_output=True, text=True, check=True
+        )
+        for pid, parent, words in (line.split(None, 2) for line in listing.stdout.splitlines()):
+            if not words.startswith("/bin/ps -AwwE"):
+                yield Process(int(pid), int(parent), words, words)
+        return
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            words, environment = (
+                (folder / name).read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                for name in ("cmdline", "environ")
+            )
+            yield Process(int(folder.name), int(parent), words, environment)

@@ -25,7 +25,7 @@ from rich.table import Table
 import broker.cli
 import coordinator.cli
 import workers.cli
-from broker.daemon import StoppedEarly
+from broker.daemon import PARENT, StoppedEarly
 from broker.errors import FluffleError, RunEnded, UsageError
 from broker.node import Node
 from broker.options import SettingPairs, parse_settings
@@ -168,7 +168,7 @@ def demo(
     else:
         _show(out, figures, store, cast)
     if picture is None:
-        out.print("no picture: it takes matplotlib, which `pip install 'fluffle[demo]'` brings")
+        out.print("no picture: it takes matplotlib, which `pip install 'fluffle\\[demo]'` brings")
 
 
 def _free_folder(wanted: Path) -> Path:
@@ -218,7 +218,7 @@ class Company:
         self._logs = logs
         self._state = state
         # in the environment, because every user of the machine can read a command line
-        self._env = {**os.environ, "FLUFFLE_BROKER": url, "FLUFFLE_PARENT": str(os.getpid())}
+        self._env = {**os.environ, "FLUFFLE_BROKER": url, PARENT: str(os.getpid())}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str) -> None:

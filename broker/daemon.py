@@ -1,22 +1,23 @@
-"""What both daemons do to begin and to end: the event loop, signals, the log's form.
+"""What both daemons do to begin and to end: the event loop, signals, the log's form, not outliving a parent.
 
 Does not know what the daemon does, nor the command line's options.
 """
 
 import asyncio
+import ctypes
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 
+from uvloop import new_event_loop
+
 from broker.errors import FluffleError
 
-if sys.platform == "win32":  # which has no uvloop
-    from asyncio import new_event_loop
-else:
-    from uvloop import new_event_loop
-
-log = logging.getLogger(__name__)
+PARENT = "FLUFFLE_PARENT"
+"""Environment variable: a daemon that finds it dies with the process of that id."""
+PR_SET_PDEATHSIG = 1
 
 
 class StoppedEarly(FluffleError):
@@ -36,6 +37,14 @@ def start_log(*, quiet: bool = False) -> None:
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies; end at once if it is dead already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     """Run a daemon until it returns.
 
@@ -44,6 +53,8 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     Raises:
         StoppedEarly: it was cancelled by the second signal.
     """
+    if os.environ.get(PARENT):
+        die_with(int(os.environ[PARENT]))
 
     async def under_signals() -> None:
         stop = asyncio.Event()

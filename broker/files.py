@@ -4,6 +4,7 @@ Knows the safetensors format by its library, and how a disk keeps what it was gi
 """
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -24,7 +25,14 @@ _DTYPES = {
 
 
 def write_version(path: Path, layout: Layout, weights: memoryview, about: dict[str, str]) -> None:
-    """Write named tensors as a safetensors file, whole or not at all, without a copy of them."""
+    """Write named tensors as a safetensors file, whole or not at all, without a copy of them.
+
+    Raises:
+        UsageError: there are no tensors to write.
+        OSError: the disk is full or not writable.
+    """
+    if not layout.specs:
+        raise UsageError("the model has no tensors, so there is nothing to learn: give it parameters.")
     flat = np.frombuffer(weights, np.uint8)  # keeps the bytes in place while they are written
     tensors = {
         spec.name: safetensors.TensorSpec(
@@ -36,7 +44,10 @@ def write_version(path: Path, layout: Layout, weights: memoryview, about: dict[s
         for spec in layout.specs
     }
     with _beside(path, durable=True) as beside:
-        safetensors.serialize_file(tensors, beside, about)
+        try:
+            safetensors.serialize_file(tensors, beside, about)
+        except safetensors.SafetensorError as problem:  # its word for a full disk
+            raise OSError(errno.EIO, str(problem)) from None
 
 
 def read_version(path: Path) -> tuple[Layout, bytearray, dict[str, str]]:
@@ -63,7 +74,11 @@ def read_version(path: Path) -> tuple[Layout, bytearray, dict[str, str]]:
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write a file so that it is old or new and never half; `durable`: also after a power failure."""
+    """Write a file so that it is old or new and never half; `durable`: also after a power failure.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
     with _beside(path, durable=durable) as beside:
         beside.write_bytes(data)
 
@@ -72,7 +87,10 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
 def _beside(path: Path, *, durable: bool) -> Iterator[Path]:
     """A file to write beside `path`, renamed over it when it is done and, if wanted, on the disk."""
     beside = path.with_name(f".{path.name}.new")
+    beside.touch()
+    mode = beside.stat().st_mode  # as the user's umask has it; safetensors puts a private file in its place
     yield beside
+    beside.chmod(mode)
     if durable:
         _sync(beside)
     beside.replace(path)

@@ -24,7 +24,7 @@ from aiormq.exceptions import (
 )
 from yarl import URL
 
-from broker.errors import BrokerRefused, LinkError, UsageError
+from broker.errors import BrokerRefused, LinkClosed, LinkError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class Connector:
                     if self._connection is None:
                         raise
                     trouble = str(problem)
+                except LinkClosed:
+                    raise
                 except LinkError as problem:
                     trouble = str(problem)
                 if trouble != self._trouble:
@@ -80,6 +82,7 @@ class Connector:
 
         Raises:
             LinkError: nobody answers.
+            LinkClosed: the link was closed meanwhile.
             BrokerRefused: it answers and refuses, or is no RabbitMQ.
         """
         connection = aio_pika.Connection(self._url, client_properties={"connection_name": self._name})
@@ -89,11 +92,14 @@ class Connector:
         except BaseException:
             await shut(connection)
             raise
+        if self._leaving:  # closed while we were at it
+            await shut(connection)
+            raise LinkClosed("this link was closed.")
         connection.close_callbacks.add(self._say_lost)
-        log.info("%s: connected %sto %s", self._name, "again " if self._connection else "", self._where)
-        if self._connection is not None:
-            await shut(self._connection)
-        self._connection, self._trouble = connection, ""
+        former, self._connection, self._trouble = self._connection, connection, ""
+        log.info("%s: connected %sto %s", self._name, "again " if former else "", self._where)
+        if former is not None:
+            await shut(former)
         return connection
 
     async def publisher(self) -> AbstractChannel:

@@ -15,14 +15,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgpack
 
 from broker.errors import WireError
-from broker.tensors import Layout, TensorSpec
+from broker.tensors import TENSORS_MAX, Layout, TensorSpec
 
 PROTOCOL = 1
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # anything but a part: a header of 20,000 tensors with long names still fits
 PART_BYTES_MIN, PART_BYTES_MAX = 256 * 1024, 3584 * 1024  # RabbitMQ treats messages from 4,000,000 bytes up apart
-PART_FRAME_BYTES = 512  # what a part may have around its data
 MAP_MAX = 512
 TEXT_MAX = 4096
+KEY_MAX = 200
+COLLECTIONS_MAX = 2 * TENSORS_MAX + 64  # a tensor is a map with a list in it; empty maps cost 100 times their bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,13 @@ NAME_RULE = "1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or 
 Name = Annotated[str, NAME]
 Text = Annotated[str, Within(0, TEXT_MAX)]
 Count = Annotated[int, Within(0, 2**53)]
-Number = Annotated[float, Within(-1.7e308, 1.7e308)]
+Number = float  # finite: `_check_plain` sees to it
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
+Key = Annotated[str, Within(0, KEY_MAX)]
 Scalar = bool | int | float | str
-Settings = Annotated[dict[str, Scalar], Within(0, MAP_MAX)]
-Metrics = Annotated[dict[str, Number], Within(0, MAP_MAX)]
+Value = bool | int | float | Text
+Settings = Annotated[dict[Key, Value], Within(0, MAP_MAX)]
+Metrics = Annotated[dict[Key, Number], Within(0, MAP_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Payload:
 
     id: Text
     part_bytes: Annotated[int, Within(PART_BYTES_MIN, PART_BYTES_MAX)]
-    tensors: Annotated[tuple[TensorSpec, ...], Within(0, 20_000)]
+    tensors: Annotated[tuple[TensorSpec, ...], Within(0, TENSORS_MAX)]
 
     @property
     def layout(self) -> Layout:
@@ -191,14 +194,22 @@ _HINTS: dict[type[Any], dict[str, Any]] = {
 
 
 def encode(message: Message) -> bytes:
-    """The message as msgpack: a map of the protocol version `v`, its `kind`, and its fields."""
+    """The message as msgpack: a map of the protocol version `v`, its `kind`, and its fields.
+
+    Raises:
+        WireError: it is larger than a receiver would take.
+    """
     if isinstance(message, Part):  # asdict would copy the data deeply
         body: dict[str, Any] = {
             "payload": message.payload, "index": message.index, "crc": message.crc, "data": message.data,
         }  # fmt: skip
     else:
         body = asdict(message)
-    packed: bytes = msgpack.packb({"v": PROTOCOL, "kind": type(message).__name__.lower(), **body})
+    kind = type(message).__name__.lower()
+    # a learner's traceback may name a file whose name is not Unicode
+    packed: bytes = msgpack.packb({"v": PROTOCOL, "kind": kind, **body}, unicode_errors="replace")
+    if len(packed) > MESSAGE_BYTES_MAX:
+        raise WireError(f"a {kind} of {len(packed)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
     return packed
 
 
@@ -213,16 +224,14 @@ def decode(body: bytes) -> Message:
     if not isinstance(raw, dict):
         raise WireError("a message must be a msgpack map.")
     version = raw.pop("v", None)
-    if version != PROTOCOL or isinstance(version, bool):
+    if type(version) is not int or version != PROTOCOL:
         raise WireError(
-            f"the message speaks protocol {str(version)[:20]}, this side speaks {PROTOCOL}: "
+            f"the message speaks protocol {_in_short(version)}, this side speaks {PROTOCOL}: "
             "install the same version of fluffle on both sides."
         )
     kind = raw.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise WireError(f"unknown kind of message {str(kind)[:40]!r}.")
-    if kind != "part" and len(body) > MESSAGE_BYTES_MAX:
-        raise WireError(f"a {kind} of {len(body)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
+        raise WireError(f"unknown kind of message {_in_short(kind)}.")
     message: Message = _build(KINDS[kind], raw, kind)
     if isinstance(message, Task | Update):
         message.payload.layout.check()
@@ -230,17 +239,32 @@ def decode(body: bytes) -> Message:
 
 
 def _unpack(body: bytes) -> Any:
-    if len(body) > max(MESSAGE_BYTES_MAX, PART_BYTES_MAX + PART_FRAME_BYTES):
+    if len(body) > MESSAGE_BYTES_MAX:
         raise WireError(f"a message of {len(body)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
+    collections = 0
+
+    def one_more(collection: Any) -> Any:
+        nonlocal collections
+        collections += 1
+        if collections > COLLECTIONS_MAX:
+            raise WireError(f"a message of {len(body)} bytes has more than {COLLECTIONS_MAX} maps and lists.")
+        return collection
+
     try:
         return msgpack.unpackb(
             body, raw=False, strict_map_key=True, use_list=True, max_str_len=TEXT_MAX * 4,
-            max_bin_len=PART_BYTES_MAX, max_array_len=20_000, max_map_len=MAP_MAX, max_ext_len=0,
+            max_bin_len=PART_BYTES_MAX, max_array_len=TENSORS_MAX, max_map_len=MAP_MAX, max_ext_len=0,
+            object_hook=one_more, list_hook=one_more,
         )  # fmt: skip
     except (ValueError, msgpack.UnpackException, RecursionError, OverflowError) as problem:
         # one class covers most, but which one depends on where the bytes go wrong
         why = type(problem).__name__
         raise WireError(f"a message of {len(body)} bytes is not msgpack within the limits ({why}).") from None
+
+
+def _in_short(value: Any) -> str:
+    """`value` for a sentence; of anything but a number or a text only its type, for it may be nested too deep."""
+    return repr(value)[:40] if isinstance(value, int | float | str) else type(value).__name__
 
 
 def _build(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
@@ -271,7 +295,8 @@ def _check(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_check(get_args(hint)[0], item, where) for item in value)
     if origin is dict and isinstance(value, dict):
-        return {_check(str, k, where)[:200]: _check(get_args(hint)[1], v, where) for k, v in value.items()}
+        key_hint, value_hint = get_args(hint)
+        return {_check(key_hint, k, where): _check(value_hint, v, where) for k, v in value.items()}
     if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _build(hint, value, where)
     return _check_plain(hint, value, where)

@@ -111,12 +111,12 @@ class RabbitLink:
                     if taken:
                         return
                 except REFUSALS as problem:
-                    # It ended every publish on the channel, whoever's fault it was: on a channel alone we learn.
+                    # It ended every publish on the channel, whosever fault it was: on a channel of our own we learn.
                     if alone:
                         raise _refusal(problem, f"publishing to {message.exchange}") from None
                     alone = True
                     continue
-                except Unroutable:
+                except (Unroutable, LinkClosed):
                     raise
                 except LinkError as lost:
                     log.debug("publishing to %s again: %s", message.exchange, lost)

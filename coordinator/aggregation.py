@@ -78,14 +78,15 @@ def add_weighted(sums: Sums, examples: int, update: memoryview) -> None:
         update: raw bytes in the layout's places: deltas for floats, trained values for the rest.
 
     Raises:
-        WireError: NaN, infinity, or values beyond the grid's reach; nothing has been added then.
+        WireError: NaN, infinity, values beyond the grid's reach, booleans that are neither 0 nor 1; nothing has
+            been added then.
     """
     assert len(update) == sums.layout.size_bytes
     reach = examples * _largest_delta(sums.layout, update)
+    if reach > REACH:
+        raise WireError(f"examples times the largest delta is {reach:.3g}, over the limit of {REACH:.3g}.")
     if sums.reach + reach > SUM_REACH or sums.examples + examples > EXAMPLES_MAX:
         raise WireError("the round's sum would leave its grid: lower the examples or the size of the deltas.")
-    if not reach <= REACH:
-        raise WireError(f"examples times the largest delta is {reach:.3g}, over the limit of {REACH:.3g}.")
     at = 0
     for segment, items in _chunks(sums.layout, update):
         if segment.dtype in FLOATS:
@@ -155,7 +156,11 @@ def _carry(sums: Sums) -> None:
 
 
 def _largest_delta(layout: Layout, update: memoryview) -> float:
-    """The largest |delta| of all floats; infinite when one is NaN or infinite."""
+    """The largest |delta| of all floats.
+
+    Raises:
+        WireError: a float that is not finite, a boolean that is neither 0 nor 1.
+    """
     largest = 0.0
     for segment, items in _chunks(layout, update):
         if segment.dtype in FLOATS:
@@ -163,6 +168,8 @@ def _largest_delta(layout: Layout, update: memoryview) -> float:
             if not np.isfinite(here):
                 raise WireError("the update holds NaN or infinity: training has diverged there.")
             largest = max(largest, here)
+        elif segment.dtype == "bool" and items.view(np.uint8).max() > 1:
+            raise WireError("the update holds a boolean that is neither 0 nor 1.")
     return largest
 
 

@@ -5,6 +5,7 @@ Pure. Knows the names in `history.jsonl`; does not know files or the wire. There
 a version), `final` (the last version, scored by everyone).
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,10 @@ class Facts:
 
 
 def mean_metrics(weighted: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
-    """Each metric's mean, weighted; a metric counts only where it was given. `examples` is summed instead."""
+    """Each metric's mean, weighted; a metric counts only where it was given. `examples` is summed instead.
+
+    A metric whose sum is beyond all numbers, as one worker can make it, is left out.
+    """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for weight, metrics in weighted:
@@ -38,7 +42,8 @@ def mean_metrics(weighted: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
             else:
                 sums[name] = sums.get(name, 0.0) + weight * value
                 weights[name] = weights.get(name, 0.0) + weight
-    return {name: sums[name] / weights[name] for name in sums if weights[name] > 0}
+    means = {name: sums[name] / weights[name] for name in sums if weights[name] > 0}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
 
 def scores(scored: Mapping[str, Metrics]) -> dict[str, float]:

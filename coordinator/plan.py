@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from broker.errors import UsageError
-from broker.messages import MAP_MAX, NAME, NAME_RULE, PART_BYTES_MAX, PART_BYTES_MIN
+from broker.messages import KEY_MAX, MAP_MAX, NAME, NAME_RULE, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
 from broker.parts import PART_BYTES
 from coordinator.aggregation import RULES
 
@@ -24,6 +25,36 @@ HEADER = """\
 
 """
 _NAME = Annotated[str, Field(pattern=f"^(?:{NAME.pattern})$")]
+_KEY = Annotated[str, Field(max_length=KEY_MAX)]
+_VALUE = (
+    bool
+    | Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    | Annotated[float, Field(allow_inf_nan=False)]
+    | Annotated[str, Field(max_length=TEXT_MAX)]
+)
+
+
+_SETTING_RULE = (
+    f"must be a finite number of at most 64 bits, true, false, or text of at most {TEXT_MAX} characters, "
+    f"under a name of at most {KEY_MAX}"
+)
+_WORDS = {
+    "dict_type": "must be a table of names and values",
+    "float_type": "must be a number",
+    "greater_than": "must be above {gt:.0f}",
+    "greater_than_equal": "must be at least {ge:.0f}",
+    "int_type": "must be a whole number",
+    "less_than_equal": "must be at most {le:.0f}",
+    "literal_error": "must be {expected}",
+    "missing": "is missing",
+    "string_pattern_mismatch": f"must be {NAME_RULE}",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_long": "may have at most {max_length} entries",
+    "tuple_type": "must be a list of names",
+    "unexpected_keyword_argument": "is not a setting",
+}
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -58,7 +89,7 @@ class Plan:
     rule: str = "mean"
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     part_bytes: Annotated[int, Field(ge=PART_BYTES_MIN, le=PART_BYTES_MAX)] = PART_BYTES
-    settings: Annotated[dict[str, bool | int | float | str], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
+    settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.least > self.cohort:
@@ -93,14 +124,18 @@ def make(values: Mapping[str, Any], source: str = "the plan") -> Plan:
     try:
         return Plan(**given)
     except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and "[" not in part)
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "string_pattern_mismatch":
-            said = f"must be {NAME_RULE}"
-        elif first["type"] == "unexpected_keyword_argument":
-            said = "there is no such setting"
-        raise UsageError(f"{source}: {name + ': ' if name else ''}{said[:1].lower()}{said[1:]}.") from None
+        raise UsageError(f"{source}: {_said(problem.errors(include_url=False)[0])}.") from None
+
+
+def _said(error: ErrorDetails) -> str:
+    """What pydantic found wrong first, in our words."""
+    place = error["loc"]
+    if not place:  # a contradiction, found by __post_init__
+        return error["msg"].removeprefix("Value error, ")
+    if place[0] == "settings" and len(place) > 1:
+        return f"settings.{str(place[1])[:40]} {_SETTING_RULE}"
+    words = _WORDS.get(error["type"])
+    return f"{place[0]} {words.format(**error.get('ctx', {})) if words else error['msg']}"
 
 
 def change(plan: Plan, changes: Mapping[str, Any]) -> Plan:

@@ -77,7 +77,7 @@ class Roster:
 
     def trainers(self, invited: Sequence[str] = ()) -> list[str]:
         """Names of those who train: sorted, or in the order of `invited` (and only those) where it is given."""
-        names = [p.worker for p in self._present.values() if p.trains]
+        names = {p.worker for p in self._present.values() if p.trains}
         if invited:
             return [name for name in invited if name in names]
         return sorted(names)

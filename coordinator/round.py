@@ -93,8 +93,9 @@ class Round:
             return Verdict.DUPLICATE, f"an update of {worker} is counted in {self.of} already"
         if worker in self.refused:
             return Verdict.LATE, f"{worker} is out of {self.of}: {self.refused[worker]}"
-        if worker in self._closed_turns or worker not in self._asked:
-            return Verdict.LATE, f"the turn of {worker} in {self.of} is over"
+        if worker not in self._asked:
+            over = worker in self._closed_turns
+            return Verdict.LATE, f"the turn of {worker} in {self.of} {'is over' if over else 'has not come'}"
         return Verdict.ACCEPTED, "in time"
 
     def accept(self, worker: str) -> None:
@@ -107,8 +108,13 @@ class Round:
         self._arriving.discard(worker)
         self.counted[worker] = examples
 
+    def withdraw(self, worker: str, reason: str) -> None:
+        """The worker says that it will not contribute; what is arriving already counts all the same."""
+        if worker not in self._arriving:
+            self.refuse(worker, reason)
+
     def refuse(self, worker: str, reason: str) -> None:
-        """The worker will not contribute to this round; nobody waits for it any more."""
+        """The worker will not contribute to this round, nor what is arriving; nobody waits for it any more."""
         self._arriving.discard(worker)
         if worker in self.cohort and worker not in self.counted:
             self.refused[worker] = reason

@@ -72,7 +72,9 @@ class Store:
         Raises:
             UsageError: another coordinator is at work on it.
         """
-        with _disk(self.folder), (self.folder / LOCK).open("w") as file:
+        with _disk(self.folder):
+            file = (self.folder / LOCK).open("w")
+        with file:  # outside of _disk: what goes wrong while it is locked need not be the disk
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -154,7 +156,7 @@ class Store:
     def begin_attempt(self, number: int) -> int:
         """Note that a try at round `number` begins; which try it is, counting those that crashed."""
         before = self._json(ROUND)
-        attempt = before["attempt"] + 1 if before.get("round") == number else 1
+        attempt = before.get("attempt", 0) + 1 if before.get("round") == number else 1
         with _disk(self.folder):
             write_whole(self.folder / ROUND, json.dumps({"round": number, "attempt": attempt}).encode())
         return attempt

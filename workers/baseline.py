@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from broker.daemon import die_with
 from broker.errors import FluffleError, UsageError
 from broker.files import read_version
 from broker.messages import Scalar
 from workers import learner, task, weights
-from workers.child import die_with, print_to_stderr
+from workers.child import print_to_stderr
 from workers.work import Work, task_seed
 
 

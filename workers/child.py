@@ -8,7 +8,6 @@ It holds the user's data for as long as it lives and must never outlive its pare
 parent dies, and, where the kernel cannot, the closed socket does. What the user's code prints goes to stderr.
 """
 
-import ctypes
 import mmap
 import os
 import queue
@@ -23,13 +22,13 @@ from typing import Any
 import msgpack
 import torch
 
+from broker.daemon import die_with
 from broker.errors import FluffleError, UsageError
 from broker.tensors import Layout, TensorSpec
 from workers import learner, task, weights
 from workers.work import Work
 
 LENGTH_BYTES = 4
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -55,14 +54,6 @@ def main() -> None:
         except BaseException as problem:  # noqa: BLE001 (the user's code runs here; whatever it does is an answer)
             answer = {"failed": "learner", "text": f"the training process failed: {learner.told(problem)}"}
         _send(link, answer)
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies; end at once if it is dead already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def print_to_stderr() -> int:

@@ -125,9 +125,9 @@ async def test_a_user_without_the_right_is_told_what_was_not_allowed(node: Node,
     await host.declare(direct(queue("a")))
     with pytest.raises(BrokerRefused, match="ACCESS_REFUSED"):
         await guest.declare(direct(queue("a")))
-    with pytest.raises(BrokerRefused, match="publishing to post .*ACCESS_REFUSED"):
+    with pytest.raises(BrokerRefused, match=r"publishing to post .*ACCESS_REFUSED"):
         await guest.publish(to("a"))
-    with pytest.raises(BrokerRefused, match="consuming a .*ACCESS_REFUSED"):
+    with pytest.raises(BrokerRefused, match=r"consuming a .*ACCESS_REFUSED"):
         await hold(guest, "a", 1)
     await asyncio.gather(host.close(), guest.close())
 

@@ -1,0 +1,43 @@
+"""What the README says one may type, typed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.timeout(180)
+def test_the_readmes_learner_and_commands_do_what_it_says(tmp_path: Path) -> None:
+    (learner,) = blocks("python")
+    (tmp_path / "my_learner.py").write_text(learner)
+    script = "set -eu\n" + "\n".join(blocks("bash"))
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+    }
+    done = subprocess.run(
+        ["/bin/bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "this learner is ready for a federation" in done.stdout
+    assert "version 5 of 5; version 5 is made" in done.stdout
+    assert "carol" not in done.stderr.partition("abandoned")[2]
+    accuracy = float(re.findall(r"accuracy ([0-9.]+)", done.stdout)[-1])
+    assert accuracy > 0.6
+
+
+def test_every_file_is_in_the_readmes_map_or_beside_one_that_is() -> None:
+    text = README.read_text()
+    for room in ("broker", "coordinator", "workers"):
+        for file in (README.parent / room).glob("*.py"):
+            assert file.name == "__init__.py" or file.name in text, f"{room}/{file.name} is not in the README's map"

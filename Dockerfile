@@ -7,8 +7,7 @@ ARG PIP_ARGS=""
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 RUN useradd --uid 10001 --no-log-init --create-home fluffle \
- && install -d -o fluffle -g fluffle /runs /state
-ENV XDG_STATE_HOME=/state
+ && install -d -o fluffle -g fluffle /runs
 
 # The dependencies are a layer of their own: a change of the code does not install PyTorch again.
 WORKDIR /tmp/build

@@ -162,9 +162,10 @@ def view(data: memoryview | bytes | bytearray, dtype: str) -> NDArray[np.generic
 
 def as_float64(raw: NDArray[np.generic], dtype: str) -> NDArray[np.float64]:
     """A new float64 array with the values of `view(…, dtype)`; exact for all four float dtypes."""
-    if dtype == "bfloat16":  # a bfloat16 is the upper half of a float32
-        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # some NaNs complain of being widened; they stay NaN
+        if dtype == "bfloat16":  # a bfloat16 is the upper half of a float32
+            return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return raw.astype(np.float64)
 
 
 def from_float64(values: NDArray[np.float64], dtype: str) -> NDArray[np.generic]:

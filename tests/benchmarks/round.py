@@ -2,59 +2,49 @@
 
 Each row is a federation of its own: a private RabbitMQ, a coordinator and workers as real processes, and a learner
 that adds one to every parameter and so does nearly no training. Beside it stand what the same machine does with less
-around it: a bare pump of parts through the same broker, a plain memcpy and, with `--flower PYTHON`, a round of Flower.
+around it: a bare pump of parts through the same broker, a plain memcpy, and with `--flower PYTHON` a round of Flower.
 
 Knows how to measure from outside: the run's history, /proc, the broker's counters. Knows nothing of how a round is
 made, and judges nothing: no figure here fails a build.
 """
 
 import argparse
-import asyncio
 import itertools
 import json
 import os
 import platform
 import re
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from broker import rabbit
-from broker.daemon import PARENT
 from broker.errors import FluffleError, RunEnded
 from broker.files import read_version
 from broker.folder import BROKER
-from broker.link import Lane, publish_parts
-from broker.messages import Part
 from broker.node import Node
 from broker.processes import holder
-from broker.topology import Binding, Exchange, Queue, Topology
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds its neighbours where tests do
+from tests.benchmarks import beside
+from tests.benchmarks.troupe import Troupe, cpu_s, offspring, peak_bytes, troupe
 
 WARMUP = 2  # the first rounds pay for connections, page faults and torch's first steps
 SCALES = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 ROW_S = 300.0
-STOP_S = 20.0
-POLL_S = 0.005
-PUMP_PARTS, PART_BYTES = 192, 1 << 20
-TICKS_S = os.sysconf("SC_CLK_TCK")
-PUMP = "fluffle.pump"
 
-# Version n holds n everywhere. Whoever scores the last one waits for the curtain: everybody is alive and at rest then,
-# and can be measured.
+# Version n holds n everywhere. Whoever scores the last one waits for the curtain: everybody is alive and at rest
+# then, and can be measured.
 LEARNER = """
 import os, time
 from pathlib import Path
@@ -82,39 +72,6 @@ def evaluate(model, data):
     return {{}}
 """
 
-# The same round in Flower 1.13: FedAvg on the server, clients that add one to what they get, gRPC between.
-FLOWER = """
-import json, re, sys, time
-import flwr, numpy as np
-
-role, address, (workers, parameters, rounds) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:])
-began = []
-
-class Adds(flwr.client.NumPyClient):
-    def fit(self, arrays, config):
-        return [array + 1 for array in arrays], 1, {}
-
-def at_begin(number):
-    began.append(time.time())
-    return {}
-
-if role == "client":
-    limit = 2**31 - 1
-    flwr.client.start_client(server_address=address, client=Adds().to_client(), grpc_max_message_length=limit)
-    sys.exit()
-weights = flwr.common.ndarrays_to_parameters([np.zeros(parameters, np.float32)])
-strategy = flwr.server.strategy.FedAvg(
-    fraction_fit=1.0, fraction_evaluate=0.0, min_fit_clients=workers, min_available_clients=workers,
-    initial_parameters=weights, on_fit_config_fn=at_begin,
-)
-config = flwr.server.ServerConfig(num_rounds=rounds)
-flwr.server.start_server(
-    server_address=address, config=config, strategy=strategy, grpc_max_message_length=2**31 - 1
-)
-peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
-print(json.dumps({"at": began, "server_peak_bytes": int(peak[1]) * 1024}))
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -128,84 +85,6 @@ class Row:
     @property
     def all_rounds(self) -> int:
         return WARMUP + self.rounds
-
-
-# -- processes, and what the kernel says of them ----------------------------------------------------------------------
-
-
-class Troupe:
-    """The processes of one row, each with a log of its own; none outlives this process."""
-
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.folder = folder
-        self.env = {**os.environ, **env, PARENT: str(os.getpid())}
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, name: str, *command: str) -> None:
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self.running[name] = subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def words(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text(errors="replace").strip()
-
-    def until(self, what: Callable[[], bool], end: float) -> None:
-        """Wait until `what` is true, nobody having failed; `end` is on time.monotonic()'s clock."""
-        while not what():
-            for name, process in self.running.items():
-                if process.poll():
-                    raise RunEnded(f"{name} ended with status {process.returncode}: {self.words(name)[-300:]}")
-            if time.monotonic() > end:
-                raise RunEnded(f"not done within {ROW_S:.0f} s: {self.words(next(iter(self.running)))[-300:]}")
-            time.sleep(POLL_S)
-
-    def stop(self) -> None:
-        for process in self.running.values():
-            process.terminate()
-        for process in self.running.values():
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-@contextmanager
-def troupe(folder: Path, env: dict[str, str]) -> Iterator[Troupe]:
-    made = Troupe(folder, env)
-    try:
-        yield made
-    finally:
-        made.stop()
-
-
-def peak_bytes(pid: int) -> int:
-    """The most memory that a process ever held; 0 where there is no /proc, as on macOS."""
-    with suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return 0
-
-
-def cpu_s(pid: int) -> float:
-    """Seconds of processor time that a process has used so far, in all its threads."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_S
-    return 0.0
-
-
-def offspring(pid: int) -> list[int]:
-    """All processes below one."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
 
 
 class Crowd:
@@ -229,20 +108,15 @@ class Crowd:
         return {part: max(map(peak_bytes, pids), default=0) for part, pids in self.pids.items()}
 
 
-# -- a row ------------------------------------------------------------------------------------------------------------
-
-
 def measure(row: Row, folder: Path, flower: str | None) -> dict[str, Any]:
     """All figures of a row."""
     with Node(folder / "rabbitmq") as node:
         figures = federate(row, folder, node)
-        figures |= {"pump_bytes_per_s": pump(node.url), "memcpy_bytes_per_s": memcpy()}
+        figures |= {"pump_bytes_per_s": beside.pump(node.url), "memcpy_bytes_per_s": beside.memcpy()}
     for name in ("pump", "memcpy"):
         figures[f"of_{name}"] = figures["path_bytes_per_s"] / figures[f"{name}_bytes_per_s"]
     if flower is not None:
-        (folder / "flower").mkdir()
-        figures["flower"] = theirs = run_flower(row, folder / "flower", flower)
-        theirs["times_as_long"] = theirs["seconds"]["median"] / figures["seconds"]["median"]
+        figures["flower"] = against(flower, row, folder, figures["seconds"]["median"])
     return {**asdict(row), **figures}
 
 
@@ -282,6 +156,15 @@ def federate(row: Row, folder: Path, node: Node) -> dict[str, Any]:
         # every version goes out once, and the last one once more, to be scored
         "coordinator_out_bytes": out_bytes / (row.all_rounds + 1),
     }
+
+
+def against(flower: str, row: Row, folder: Path, ours_s: float) -> dict[str, Any]:
+    """Flower's figures for a row, each round measured from its beginning to the beginning of the next."""
+    sizes = {"workers": row.workers, "parameters": row.parameters, "rounds": row.all_rounds + 1}
+    said = beside.flower(flower, folder / "flower", **sizes)
+    seconds = spread(periods(said["at"][WARMUP:]))
+    peak = {"server_peak_bytes": said["server_peak_bytes"]}
+    return {"seconds": seconds, "times_as_long": seconds["median"] / ours_s, **peak}
 
 
 Samples = list[tuple[int, dict[str, float]]]
@@ -330,72 +213,6 @@ def sent_by(name: str, node: Node) -> int:
     return sum(int(octets) for octets in re.findall(rf'"{name}-[^"]*"[^\n]*\t(\d+)$', listed, re.MULTILINE))
 
 
-# -- what stands beside it --------------------------------------------------------------------------------------------
-
-
-def pump(url: str) -> float:
-    """Bytes a second through the broker with nothing around them: parts published, consumed and acked, once each."""
-    return uvloop.run(_pump(url))
-
-
-async def _pump(url: str) -> float:
-    place = Topology((Exchange(PUMP, "direct"),), (Queue(PUMP, {}),), (Binding(PUMP, PUMP, PUMP),))
-    link = await rabbit.connect(url, name="pump")
-    try:
-        await link.declare(place)
-        async with link.consume(PUMP, lane=Lane.UP, prefetch=16) as deliveries:
-            parts = [Part("pump", index, 0, bytes(PART_BYTES)) for index in range(PUMP_PARTS)]
-            began = time.perf_counter()
-            publishing = asyncio.create_task(publish_parts(link, parts, PUMP, (PUMP,), lane=Lane.DOWN))
-            for _ in parts:
-                await (await anext(deliveries)).ack()
-            sent = await publishing
-            return sent / (time.perf_counter() - began)
-    finally:
-        await link.close()
-
-
-def memcpy() -> float:
-    """Bytes a second that this machine copies from memory to memory; both places are mapped already."""
-    source = np.ones(PUMP_PARTS * PART_BYTES // 8)
-    target = source.copy()
-    began = time.perf_counter()
-    for _ in range(4):
-        np.copyto(target, source)
-    return 4 * source.nbytes / (time.perf_counter() - began)
-
-
-def run_flower(row: Row, folder: Path, python: str) -> dict[str, Any]:
-    """The same round in Flower: from the beginning of one to the beginning of the next."""
-    script = folder / "same_round.py"
-    script.write_text(FLOWER)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    end = time.monotonic() + ROW_S
-    # one more round than is measured: its beginning is the last one's end
-    words = (address, str(row.workers), str(row.parameters), str(row.all_rounds + 1))
-    with troupe(folder, {"FLWR_TELEMETRY_ENABLED": "0"}) as company:
-        company.start("server", python, str(script), "server", *words)
-        company.until(lambda: _listens(address), end)
-        for n in range(1, row.workers + 1):
-            company.start(f"c{n}", python, str(script), "client", *words)
-        company.until(lambda: company.running["server"].poll() == 0, end)
-        said = json.loads(company.words("server").splitlines()[-1])
-    seconds = spread(periods(said["at"][WARMUP:]))
-    return {"seconds": seconds, "server_peak_bytes": said["server_peak_bytes"]}
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.partition(":")
-    with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-        return True
-    return False
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
 def rows_of(text: str, rounds: int) -> list[Row]:
     """`2xtoy,4x1M` as rows."""
     rows = []
@@ -436,9 +253,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "seconds a round": lambda r: times(r["seconds"]),
         "MB/s, all the way": lambda r: mb(r["path_bytes_per_s"]),
         "bare pump, MB/s": lambda r: mb(r["pump_bytes_per_s"]),
-        "  of which a round": lambda r: f"{100 * r['of_pump']:.3g} %",
+        "  reached of it": lambda r: f"{100 * r['of_pump']:.3g} %",
         "memcpy, MB/s": lambda r: mb(r["memcpy_bytes_per_s"]),
-        "  of which a round": lambda r: f"{100 * r['of_memcpy']:.3g} %",
+        "  reached of that": lambda r: f"{100 * r['of_memcpy']:.3g} %",
     }
     shown = Table("", *(row["label"] for row in rows), title="a round of Fluffle")
     for what, figure in lines.items():
@@ -456,13 +273,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     asked = argparse.ArgumentParser(description="Measure what a round costs on this machine.")
     asked.add_argument("--rows", default="2xtoy,4x1M,4x10M", help="WORKERSxPARAMETERS, with commas: 4x1M,2x40M")
     asked.add_argument("--rounds", type=int, default=10, help=f"rounds that count, after {WARMUP} others")
     asked.add_argument("--flower", metavar="PYTHON", help="a Python that has flwr 1.13, to compare with")
     asked.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
-    given = asked.parse_args()
+    given = asked.parse_args(words)
     try:
         rows = rows_of(given.rows, given.rounds)
     except argparse.ArgumentTypeError as problem:

@@ -86,6 +86,20 @@ SPECS = st.builds(TensorSpec, st.text(min_size=1, max_size=5), st.sampled_from(s
 LAYOUTS = st.lists(SPECS, unique_by=lambda spec: spec.name, max_size=3).map(lambda specs: Layout.of(specs).specs)
 
 
+def bounded(plain: Any, rule: Any) -> st.SearchStrategy[Any]:
+    if plain == tuple[TensorSpec, ...]:
+        return LAYOUTS
+    if not isinstance(rule, Within):
+        return st.from_regex(NAME, fullmatch=True)
+    if plain is int:
+        return st.integers(int(rule.low), int(rule.high))
+    if plain is float:
+        return st.floats(rule.low, rule.high)
+    if plain is str:
+        return st.text(min_size=int(rule.low), max_size=8) | st.just("é" * int(rule.high))
+    return values(plain)
+
+
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Anything that the annotation allows, its bounds included."""
     origin, arguments = get_origin(hint), get_args(hint)
@@ -94,18 +108,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     if origin in (Union, types.UnionType):
         return st.one_of([values(option) for option in arguments])
     if origin is Annotated:
-        plain, rule = arguments
-        if plain == tuple[TensorSpec, ...]:
-            return LAYOUTS
-        if not isinstance(rule, Within):
-            return st.from_regex(NAME, fullmatch=True)
-        if plain is int:
-            return st.integers(int(rule.low), int(rule.high))
-        if plain is float:
-            return st.floats(rule.low, rule.high)
-        if plain is str:
-            return st.text(min_size=int(rule.low), max_size=8) | st.just("é" * int(rule.high))
-        return values(plain)
+        return bounded(*arguments)
     if origin is dict:
         return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
     if is_dataclass(hint) and isinstance(hint, type):
@@ -129,7 +132,7 @@ def test_there_is_one_of_each_kind() -> None:
 
 
 @given(MESSAGES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_message_comes_out_as_it_went_in(message: Message) -> None:
     assert decode(encode(message)) == message
 
@@ -187,8 +190,9 @@ def test_a_field_too_many_or_too_few_is_refused_by_name(message: Message) -> Non
 @pytest.mark.parametrize("message", ONE_OF_EACH, ids=kind_of)
 def test_a_value_of_another_type_is_refused_by_its_field(message: Message) -> None:
     raw = raw_of(message)
+    odds: tuple[Any, ...] = (msgpack.ExtType(5, b""), b"bytes", [], {"a": []}, -1.5, "A B", 3, True, None)
     for name in raw.keys() - {"v", "kind"}:
-        for odd in (msgpack.ExtType(5, b""), b"bytes", [], {"a": []}, -1.5, "A B", 3, True, None):
+        for odd in odds:
             if type(odd) is type(raw[name]) or (odd == 3 and isinstance(raw[name], float)):
                 continue
             if name == "doing" and odd is None:
@@ -329,7 +333,7 @@ def accept_or_refuse(body: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_no_bytes_whatever_raise_anything_but_a_wire_error(body: bytes) -> None:
     accept_or_refuse(body)
 
@@ -338,7 +342,7 @@ def test_no_bytes_whatever_raise_anything_but_a_wire_error(body: bytes) -> None:
     st.sampled_from(ONE_OF_EACH).map(encode),
     st.lists(st.tuples(st.integers(0, 500), st.binary(max_size=3), st.integers(0, 3)), min_size=1, max_size=4),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @example(encode(ONE_OF_EACH[3]), [(3, b"\xcb\x3f\xf0\0\0\0\0\0\0", 1)])
 def test_no_damaged_message_raises_anything_but_a_wire_error(body: bytes, cuts: list[tuple[int, bytes, int]]) -> None:
     for at, instead, length in cuts:
@@ -364,9 +368,8 @@ def tables(text: str) -> dict[str, list[list[str]]]:
     """The rows (without the head) of the first table under each heading `### `kind`` or `## Words`."""
     found = {}
     for heading, body in re.findall(r"^##+ ([^\n]+)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL):
-        rows = [
-            [cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line[:1] == "|"
-        ]
+        lines = [line.strip("|").split("|") for line in body.splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line] for line in lines]
         found[re.sub(r"`(\w+)`.*", r"\1", heading)] = rows[2:]
     return found
 
@@ -441,10 +444,10 @@ def test_the_page_names_the_version_that_the_code_speaks() -> None:
 
 
 def test_the_bytes_on_the_page_are_the_message_on_the_page() -> None:
-    shown = re.search(r"```hex\n(.*?)```\n\n```python\n(.*?)\n```", PAGE, re.DOTALL)
+    shown = re.search(r"```hex\n(.*?)```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
     assert shown
     body = bytes.fromhex("".join(line.split("#")[0] for line in shown[1].splitlines()))
-    assert repr(decode(body)) == shown[2]
+    assert repr(decode(body)).replace("'", '"') == shown[2]
     assert encode(decode(body)) == body
 
 

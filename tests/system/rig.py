@@ -1,0 +1,372 @@
+"""A federation inside one event loop: a coordinator, workers, and a learner that is a few lines of numpy.
+
+Knows how to start them, disturb them at an exact step, and prove at the end that nothing was left behind. Does not
+know what a test is about. No torch, no child process, no network: a whole run takes milliseconds.
+"""
+
+import asyncio
+import itertools
+import os
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+import coordinator.post
+import coordinator.service
+import workers.service
+from broker import topology
+from broker.errors import LearnerFailed
+from broker.link import PUBLISH_S, Delivery, Lane, Outgoing
+from broker.memory import MemoryBroker, MemoryLink
+from broker.messages import PART_BYTES_MIN
+from broker.tensors import Layout, TensorSpec, view
+from coordinator import plan as plans
+from coordinator.aggregation import RULES
+from coordinator.plan import Plan
+from coordinator.service import Coordinator
+from coordinator.store import Store
+from workers.service import Who, Worker
+from workers.spool import Spool
+from workers.training import Trainer
+from workers.work import Done, Work, task_seed
+
+MODEL = Layout.of(
+    [TensorSpec("w", "float32", (132_000,)), TensorSpec("b", "float16", (1_000,)), TensorSpec("seen", "int64", ())]
+)
+PARTS = 3
+LEASE_S = 0.3
+BOUND_S = 20.0
+"""No run of these tests takes longer, on however slow a machine; a hang ends here."""
+QUICK = {
+    coordinator.post: {"STALL_S": 0.1, "RETRY_S": 0.005},
+    coordinator.service: {"BACKOFF_S_MAX": 0.01},
+    workers.service: {"RETRY_S": 0.005},
+}
+
+Hook = Callable[[Outgoing | Delivery], Awaitable[None] | None]
+
+
+def start_weights() -> bytearray:
+    """Version 0: everything is zero."""
+    return bytearray(MODEL.size_bytes)
+
+
+def learned(seed: int, weights: bytes | bytearray) -> tuple[int, bytes]:
+    """What one worker's learner makes of a version: examples and delta, a pure function of both arguments."""
+    return _learned(seed, zlib.crc32(weights))
+
+
+@lru_cache(1000)
+def _learned(seed: int, checksum: int) -> tuple[int, bytes]:
+    dice = np.random.default_rng([seed, checksum])
+    delta = bytearray(MODEL.size_bytes)
+    for segment in MODEL.segments:
+        items = view(memoryview(delta)[segment.start : segment.stop], segment.dtype)
+        if segment.dtype == "int64":
+            items[:] = seed % 1000
+        else:
+            items[:] = dice.standard_normal(len(items)) / 8
+    return 1 + seed % 50, bytes(delta)
+
+
+def mean_of(weights: bytearray, updates: Iterable[tuple[int, bytes]]) -> bytearray:
+    """The version that these updates make."""
+    rule = RULES["mean"]
+    sums = rule.init(MODEL)
+    for examples, delta in updates:
+        rule.add(sums, examples, memoryview(delta))
+    return rule.finish(sums, memoryview(weights))
+
+
+def expected(plan: Plan, cohorts: Iterable[Iterable[str]]) -> bytearray:
+    """The last version of a run in which each round counts the workers given for it."""
+    return bytearray(_expected(plan.seed, plan.schedule, tuple(tuple(cohort) for cohort in cohorts)))
+
+
+@lru_cache
+def _expected(seed: int, schedule: str, cohorts: tuple[tuple[str, ...], ...]) -> bytes:
+    weights = start_weights()
+    for number, cohort in enumerate(cohorts, 1):
+        for turn in [cohort] if schedule == "parallel" else [(worker,) for worker in cohort]:
+            weights = mean_of(weights, [learned(task_seed(seed, number, worker), weights) for worker in turn])
+    return bytes(weights)
+
+
+class Lesson:
+    """Stands in for `Trainer`: does what it is told, when it is told.
+
+    Attributes:
+        gate: training waits for it; open unless a test closes it.
+        began: set when a training has begun.
+        fails: training raises LearnerFailed with this text.
+        shift_s: how long a training takes at least, by the number of trainings before it.
+        done: the (train, round) of everything that was done.
+    """
+
+    def __init__(self, folder: Path, layout: Layout = MODEL) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.began = asyncio.Event()
+        self.fails = ""
+        self.shift_s: Callable[[int], float] = lambda _: 0.0
+        self.done: list[tuple[bool, int]] = []
+        self._folder = folder
+        self._layout = layout
+
+    async def start(self) -> Layout:
+        return self._layout
+
+    async def run(self, work: Work, layout: Layout, weights_file: Path) -> Done:
+        assert layout == MODEL
+        weights = weights_file.read_bytes()
+        self.began.set()
+        await asyncio.sleep(self.shift_s(len(self.done)))
+        await self.gate.wait()
+        if self.fails:
+            raise LearnerFailed(self.fails)
+        self.done.append((work.train, work.round))
+        scores = {"sum": float(np.abs(view(weights[:4000], "int64")).sum() % 1000), "examples": 10.0}
+        if not work.train:
+            return Done(None, {}, scores, None, 0.0)
+        examples, delta = learned(work.seed, weights)
+        delta_file = self._folder / f"{weights_file.stem}.delta"
+        delta_file.write_bytes(delta)
+        return Done(examples, {"loss": 1.0 / work.round}, scores, delta_file, 0.0)
+
+    async def stop(self) -> None:
+        self.gate.set()
+
+
+class Wire:
+    """A `MemoryLink` that shows a hook everything it has published and everything it is about to hand over."""
+
+    def __init__(self, broker: MemoryBroker, hook: Hook | None = None) -> None:
+        self.link = MemoryLink(broker)
+        self.hook = hook
+        self.declare = self.link.declare
+        self.purge = self.link.purge
+        self.delete = self.link.delete
+        self.depth = self.link.depth
+        self.close = self.link.close
+        self.drop = self.link.drop
+
+    async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
+        await self.link.publish(message, within_s=within_s)
+        await self.show(message)
+
+    async def show(self, what: Outgoing | Delivery) -> None:
+        waits = self.hook(what) if self.hook else None
+        if waits is not None:
+            await waits
+
+    @asynccontextmanager
+    async def _consume(self, queue: str, lane: Lane, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:
+        async with self.link.consume(queue, lane=lane, prefetch=prefetch) as deliveries:
+            yield _Shown(deliveries, self)
+
+    def consume(
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
+    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        return self._consume(queue, lane, prefetch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    deliveries: AsyncIterator[Delivery]
+    wire: Wire
+
+    def __aiter__(self) -> "_Shown":
+        return self
+
+    async def __anext__(self) -> Delivery:
+        delivery = await anext(self.deliveries)
+        await self.wire.show(delivery)
+        return delivery
+
+
+@dataclass(slots=True)
+class Place:
+    """One worker and what is around it."""
+
+    name: str
+    worker: Worker
+    lesson: Lesson
+    wire: Wire
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    async def leave(self) -> None:
+        """As SIGTERM does: finish, say goodbye, go."""
+        self.stop.set()
+        await self.task
+        await self.wire.close()
+
+    async def die(self) -> None:
+        """As SIGKILL does."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        await self.wire.close()
+
+
+@dataclass(slots=True)
+class Federation:
+    """A run and who takes part; made by `federation`."""
+
+    folder: Path
+    broker: MemoryBroker
+    places: dict[str, Place] = field(default_factory=dict)
+    hook: Hook | None = None
+    names: set[str] = field(default_factory=set)
+    _coordinator: asyncio.Task[None] | None = None
+    _wire: Wire | None = None
+    _spools: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def store(self) -> Store:
+        return Store.open(self.run)
+
+    # -- who takes part -----------------------------------------------------------------------------------------
+
+    def join(self, name: str, **of_who: Any) -> Place:
+        """One more worker; it is started at once."""
+        spool = Spool(self.folder / f"spool-{name}-{next(self._spools)}")
+        lesson, wire, stop = Lesson(spool.folder), Wire(self.broker, self.hook), asyncio.Event()
+        who = Who(name, "lesson", **{"lease_s": LEASE_S, "drain_s": 5.0, **of_who})
+        worker = Worker(who, wire, cast(Trainer, lesson), spool)  # it asks for the class, and uses these methods
+        place = Place(name, worker, lesson, wire, stop, asyncio.create_task(worker.serve(stop)))
+        self.places[name] = place
+        self.names.add(name)
+        return place
+
+    def begin(self) -> asyncio.Task[None]:
+        """Start the coordinator, or start it anew on the same folder."""
+        self._wire = Wire(self.broker, self.hook)
+        self._coordinator = asyncio.create_task(Coordinator(self.store, self._wire).serve())
+        return self._coordinator
+
+    def kill(self) -> None:
+        """Let the coordinator die where it stands; `revive` waits until it has, and starts it again."""
+        if self._coordinator:
+            self._coordinator.cancel()
+
+    async def end(self) -> None:
+        """Wait until the run is over, through every kill."""
+        async with asyncio.timeout(BOUND_S):
+            while True:
+                serving = self._coordinator or self.begin()
+                await asyncio.wait([serving])
+                await self._bury()
+                if not serving.cancelled():
+                    serving.result()
+                    return
+
+    async def _bury(self) -> None:
+        """A dead process writes nothing: wait for what its thread had begun."""
+        if self._wire:
+            await self._wire.close()
+        self._wire = self._coordinator = None
+        executor = ThreadPoolExecutor(4)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, lambda: None)
+        before = getattr(loop, "_default_executor", None)
+        loop.set_default_executor(executor)
+        if before is not None:
+            before.shutdown(wait=True)
+
+    # -- what is seen -------------------------------------------------------------------------------------------
+
+    def lines(self, event: str = "") -> list[dict[str, Any]]:
+        """The history, or its lines of one kind."""
+        return [line for line in self.store.history() if not event or line["event"] == event]
+
+    def counted(self) -> list[list[str]]:
+        """Who was counted, round by round."""
+        return [sorted(line["counted"]) for line in self.lines("round")]
+
+    def weights(self) -> bytearray:
+        """The latest version."""
+        store = self.store
+        return store.load(store.latest() or 0)[1]
+
+    async def dead(self) -> list[tuple[str, bytes]]:
+        """What was put aside: reasons and bodies. Takes them out."""
+        wire = MemoryLink(self.broker)
+        found = []
+        async with wire.consume(topology.DEAD) as deliveries:
+            while await wire.depth(topology.DEAD) or not found:
+                delivery = await asyncio.wait_for(anext(deliveries), BOUND_S)
+                headers = dict(delivery.stored.message.headers)  # type: ignore[attr-defined]  # the memory broker's own
+                found.append((headers["reason"], delivery.body))
+                await delivery.ack()
+        await wire.close()
+        return found
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that announces itself by no event."""
+        async with asyncio.timeout(BOUND_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def depths(self) -> dict[str, int]:
+        """Queues that are there and not empty."""
+        link = MemoryLink(self.broker)
+        run = self.store.plan.run
+        names = [topology.DEAD, topology.hello_queue(run), topology.inbox_queue(run)]
+        for name in self.names:
+            names += [topology.down_queue(name), topology.control_queue(name), topology.upload_queue(name)]
+        found = {name: await link.depth(name) for name in names}
+        await link.close()
+        return {name: depth for name, depth in found.items() if depth}
+
+    async def close(self) -> None:
+        """Everyone leaves."""
+        if self._coordinator:
+            self._coordinator.cancel()
+            await asyncio.wait([self._coordinator])
+            await self._bury()
+        for place in self.places.values():
+            if not place.task.done():
+                place.stop.set()
+                place.lesson.gate.set()
+        for place in self.places.values():
+            await asyncio.wait([place.task])
+            await place.wire.close()
+
+
+def plan(**settings: Any) -> Plan:
+    """Three workers, all of them waited for; rounds end by answers, not by the clock, unless a test says so."""
+    usual = {
+        "run": "test", "learner": "lesson", "rounds": 2, "cohort": 3, "quorum": 3, "round_s": 60.0, "gather_s": 60.0,
+        "seed": 7, "part_bytes": PART_BYTES_MIN,
+    }  # fmt: skip
+    return plans.make({**usual, **settings})
+
+
+@asynccontextmanager
+async def federation(folder: Path, **settings: Any) -> AsyncIterator[Federation]:
+    """A new run with the plan's settings; at the end nobody is there any more, and no task runs."""
+    before = asyncio.all_tasks()
+    Store.create(folder / "run", plan(**settings), MODEL, memoryview(start_weights()))
+    made = Federation(folder, MemoryBroker())
+    with pytest.MonkeyPatch.context() as patch:
+        for module, constants in QUICK.items():
+            for name, value in constants.items():
+                patch.setattr(module, name, value)
+        patch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a busy disk takes its time
+        try:
+            yield made
+        finally:
+            await made.close()
+    assert asyncio.all_tasks() == before, "a task was left running"

@@ -6,6 +6,7 @@ FluffleError
  ├── WireError           the sender: bytes that lie; the message is dropped with this sentence as the reason
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
+ │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
  │    └── LinkClosed     our own side closed the link
  ├── LearnerFailed       the learner's author: the user's code raised; carries the end of its traceback
  └── RunEnded            the operator: a run cannot go on, and the sentence says what it waited for
@@ -36,6 +37,10 @@ class LinkError(FluffleError):
 
 class Unroutable(LinkError):
     """No queue takes this message: its receiver has not been here, or has been removed."""
+
+
+class QueueInUse(LinkError):
+    """Another party consumes this queue, and one of the two wants it alone."""
 
 
 class LinkClosed(LinkError):

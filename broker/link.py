@@ -96,13 +96,14 @@ class Link(Protocol):
         """
 
     def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
     ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
         """Take deliveries of a queue; at most `prefetch` unacked at a time. Leaving gives the unacked back.
 
-        Entering waits for the broker as long as it takes.
+        Entering waits for the broker as long as it takes. `alone`: as the queue's only consumer.
 
         Raises:
+            QueueInUse: (on entering) someone else consumes it, and one of the two wants it alone.
             LinkError: (on entering) there is no such queue; (while iterating) the connection was lost, or the queue
                 was deleted.
             LinkClosed: this link was closed.

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from broker.errors import BrokerRefused, LinkClosed, LinkError, Unroutable
+from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.topology import Binding, Queue, Topology
 
@@ -139,7 +139,7 @@ class MemoryLink:
 
     @asynccontextmanager
     async def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
     ) -> AsyncIterator[AsyncIterator[Delivery]]:
         """See `Link.consume`."""
         del lane  # nothing waits behind anything here
@@ -147,7 +147,9 @@ class MemoryLink:
         source = self._broker.queue(queue)
         if source is None:
             raise LinkError(f"there is no queue {queue}: declare it, then consume again.")
-        consumer = _Consumer(source, prefetch, self._broker.tell)
+        if source.consumers and (alone or any(other.alone for other in source.consumers)):
+            raise QueueInUse(f"the queue {queue} is consumed by someone else already.")
+        consumer = _Consumer(source, prefetch, self._broker.tell, alone)
         self._consumers.append(consumer)
         source.consumers.append(consumer)
         source.deliver()
@@ -294,6 +296,7 @@ class _Consumer:
     queue: _Queue
     prefetch: int
     tell: Callable[[], None]
+    alone: bool
     intake: Intake = field(default_factory=Intake)
     unacked: dict[int, _Stored] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from aiormq.exceptions import (
 )
 from yarl import URL
 
-from broker.errors import BrokerRefused, LinkClosed, LinkError, Unroutable, UsageError
+from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable, UsageError
 from broker.lanes import REFUSALS, Connector, backoff_s, checked, interruptions, open_channel, shut, words
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.topology import Topology
@@ -124,12 +124,12 @@ class RabbitLink:
 
     @asynccontextmanager
     async def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
     ) -> AsyncIterator[AsyncIterator[Delivery]]:
         """See `Link.consume`. Entering waits for the broker, but not for a queue that is missing: LinkError."""
         intake = Intake()
         async with self._bounded(None, "never said"):
-            channel = await self._start(intake, queue, self._lanes[lane], prefetch)
+            channel = await self._start(self._lanes[lane], _Wish(queue, prefetch, alone), intake)
         self._intakes.add(intake)
         try:
             yield intake
@@ -200,7 +200,7 @@ class RabbitLink:
         finally:
             self._running.discard(scope)
 
-    async def _start(self, intake: Intake, queue: str, lane: Connector, prefetch: int) -> AbstractChannel:
+    async def _start(self, lane: Connector, wish: "_Wish", intake: Intake) -> AbstractChannel:
         """A channel of its own on which `intake` consumes; waits for the broker as long as it takes."""
         pauses = backoff_s()
         while True:
@@ -208,17 +208,19 @@ class RabbitLink:
                 channel = await open_channel(await lane.connection(), confirms=False)
                 try:
                     with interruptions():
-                        await _consume(channel, queue, prefetch, intake)
+                        await _consume(channel, wish, intake)
                     return channel
                 except BaseException:
                     await shut(channel)
                     raise
             except ChannelNotFoundEntity:
-                raise LinkError(f"there is no queue {queue}: declare it, then consume again.") from None
+                raise LinkError(f"there is no queue {wish.queue}: declare it, then consume again.") from None
             except REFUSALS as problem:
-                raise _refusal(problem, f"consuming {queue}") from None
+                if "exclusive" in str(problem):
+                    raise QueueInUse(f"the queue {wish.queue} is consumed by someone else already.") from None
+                raise _refusal(problem, f"consuming {wish.queue}") from None
             except LinkError as lost:
-                log.debug("consuming %s again: %s", queue, lost)
+                log.debug("consuming %s again: %s", wish.queue, lost)
             await asyncio.sleep(next(pauses))
 
     async def _ask(self, question: Callable[[AbstractChannel], Awaitable[_Answer]]) -> _Answer:
@@ -267,7 +269,16 @@ class _Delivery:
             log.debug("a delivery is void, it will come again: %s", lost)
 
 
-async def _consume(channel: AbstractChannel, queue: str, prefetch: int, intake: Intake) -> None:
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    queue: str
+    prefetch: int
+    alone: bool
+
+
+async def _consume(channel: AbstractChannel, wish: _Wish, intake: Intake) -> None:
+    queue = wish.queue
+
     def lost(_channel: object, why: BaseException | None) -> None:
         intake.lose(LinkError(f"the connection was lost while {queue} was consumed: {words(why)}."))
 
@@ -280,8 +291,8 @@ async def _consume(channel: AbstractChannel, queue: str, prefetch: int, intake: 
 
     channel.close_callbacks.add(lost)
     (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(cancelled)
-    await channel.set_qos(prefetch)
-    await (await channel.get_queue(queue, ensure=False)).consume(take)
+    await channel.set_qos(wish.prefetch)
+    await (await channel.get_queue(queue, ensure=False)).consume(take, exclusive=wish.alone)
 
 
 async def _send(channel: AbstractChannel, message: Outgoing) -> bool:

@@ -1,4 +1,6 @@
-"""The exchanges, queues and bindings of a federation, as data. Declaring them is the link's work.
+"""The exchanges, queues and bindings of a federation, as data.
+
+Does not know what travels through them, nor how they are declared: that is the link's work.
 
 Queues belong to workers, and two to each run; every name here appears in PROTOCOL.md. All queues are classic,
 durable and limited, and carry no argument that RabbitMQ 3.10, 4.0 or 4.3 refuses. Changing an argument of a queue

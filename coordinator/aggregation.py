@@ -27,7 +27,7 @@ EXAMPLES_MAX = 2**40
 """Most examples of all updates of a round together."""
 LOW_BITS = 52
 CARRY_EVERY = 1024  # |low| grows by at most 2^51 an update, so 2^61 before its carry is taken
-CHUNK_ITEMS = 32 * 1024  # float64 temporaries of 256 KiB stay in the cache
+CHUNK_ITEMS = 16 * 1024  # float64 temporaries of 128 KiB stay in the cache
 
 # Adding 1.5 · 2^52 to |x| ≤ 2^51 makes the last bit worth 1, so the processor rounds x to an integer (to nearest,
 # ties to even), and the bits of the result are that integer plus the bits of the constant: rounding and conversion
@@ -102,7 +102,8 @@ def add_weighted(sums: Sums, examples: int, update: memoryview) -> None:
     sums.updates += 1
     sums.reach += reach
     if sums.updates % CARRY_EVERY == 0:
-        _carry(sums)
+        for start in range(0, len(sums.low), CHUNK_ITEMS):
+            _carry(sums.high[start : start + CHUNK_ITEMS], sums.low[start : start + CHUNK_ITEMS])
 
 
 def finish_mean(sums: Sums, weights: memoryview) -> bytearray:
@@ -115,15 +116,17 @@ def finish_mean(sums: Sums, weights: memoryview) -> bytearray:
         WireError: the result is not finite in the tensor's dtype.
     """
     assert sums.updates > 0
-    _carry(sums)
     result = bytearray(weights)
     target = memoryview(result)
     at = 0
     for segment, items in _chunks(sums.layout, target):
         if segment.dtype in FLOATS:
             stop = at + len(items)
-            mean = sums.low[at:stop].astype(np.float64) * 2.0**-LOW_BITS
-            mean += sums.high[at:stop].astype(np.float64)
+            high, low = sums.high[at:stop], sums.low[at:stop]
+            _carry(high, low)
+            mean = low.astype(np.float64)
+            mean *= 2.0**-LOW_BITS
+            mean += high
             mean /= float(sums.examples)
             mean += as_float64(items, segment.dtype)
             items[:] = from_float64(mean, segment.dtype)
@@ -148,11 +151,11 @@ def _fold(x: NDArray[np.float64], high: NDArray[np.int64], low: NDArray[np.int64
     low -= _SHIFT_BITS
 
 
-def _carry(sums: Sums) -> None:
+def _carry(high: NDArray[np.int64], low: NDArray[np.int64]) -> None:
     """Bring the low limb back within ±2^51, its whole part into the high one: one form for one sum."""
-    carry = (sums.low + (1 << (LOW_BITS - 1))) >> LOW_BITS
-    sums.high += carry
-    sums.low -= carry << LOW_BITS
+    carry = (low + (1 << (LOW_BITS - 1))) >> LOW_BITS
+    high += carry
+    low -= carry << LOW_BITS
 
 
 def _largest_delta(layout: Layout, update: memoryview) -> float:
@@ -164,7 +167,8 @@ def _largest_delta(layout: Layout, update: memoryview) -> float:
     largest = 0.0
     for segment, items in _chunks(layout, update):
         if segment.dtype in FLOATS:
-            here = float(np.abs(as_float64(items, segment.dtype)).max())
+            plain = as_float64(items, segment.dtype) if segment.dtype == "bfloat16" else items
+            here = max(float(plain.max()), -float(plain.min()))  # NaN anywhere makes both of them NaN
             if not np.isfinite(here):
                 raise WireError("the update holds NaN or infinity: training has diverged there.")
             largest = max(largest, here)

@@ -4,11 +4,12 @@ Knows queues, parts and reconnecting. Does not know rounds' rules: every decisio
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from broker import topology
-from broker.errors import LinkError, Unroutable, WireError
+from broker.errors import LinkError, WireError
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts
 from broker.messages import Answer, Closed, Message, Part, Task, Update, decode, encode
 from broker.parts import Assembly, split
@@ -16,7 +17,7 @@ from broker.parts import Assembly, split
 log = logging.getLogger(__name__)
 
 STALL_S = 20.0
-"""How long a part of an upload that was said to be complete may keep the coordinator waiting."""
+"""How long the next missing part of an upload that was said to be complete may keep the coordinator waiting."""
 RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 INBOX_PREFETCH = 2048
@@ -44,22 +45,26 @@ class Post:
         await self.link.delete(topology.hello_queue(self.run))
         await self.link.delete(topology.inbox_queue(self.run))
 
-    async def hear_hellos(self, take: Take) -> None:
-        """Give every sign of life to `take`, for ever."""
-        await self._listen(topology.hello_queue(self.run), take, prefetch=256)
+    async def hear_hellos(self, take: Take, listen: Callable[[bool], None]) -> None:
+        """Give every sign of life to `take`, for ever; `listen` is told when we begin and cease to hear them."""
+        await self._listen(topology.hello_queue(self.run), take, prefetch=256, listen=listen)
 
     async def read_inbox(self, take: Take) -> None:
         """Give everything that workers say to this run to `take`, for ever. `take` acknowledges."""
         await self._listen(topology.inbox_queue(self.run), take, prefetch=INBOX_PREFETCH)
 
-    async def _listen(self, queue: str, take: Take, *, prefetch: int) -> None:
+    async def _listen(
+        self, queue: str, take: Take, *, prefetch: int, listen: Callable[[bool], None] = lambda _: None
+    ) -> None:
         while True:
             try:
                 async with self.link.consume(queue, prefetch=prefetch) as deliveries:
+                    listen(True)
                     async for delivery in deliveries:
                         await self._open(delivery, take)
             except LinkError as problem:
                 log.debug("%s: %s", queue, problem)
+                listen(False)
                 await asyncio.sleep(RETRY_S)
                 await self.declare()
 
@@ -105,26 +110,28 @@ class Post:
         for batch in batches(tuple(workers)):
             try:
                 await self.link.publish(Outgoing(topology.CONTROL, batch, encode(message)))
-            except Unroutable as problem:
-                log.debug("%s", problem)
+            except LinkError as problem:
+                log.debug("could not tell %d workers: %s", len(batch), problem)
 
     async def drop_upload(self, worker: str) -> None:
         """Throw away what a worker has uploaded and nobody will drain."""
-        await self.link.purge(topology.upload_queue(worker))
+        with contextlib.suppress(LinkError):
+            await self.link.purge(topology.upload_queue(worker))
 
-    async def drain(self, update: Update) -> memoryview:
+    async def drain(self, update: Update, *, within_s: float) -> memoryview:
         """The bytes of an update, out of its worker's upload queue.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
-        asked to send them again.
+        asked to send them again. A worker that lets parts come one by one has `within_s` for all of them.
 
         Raises:
             WireError: the parts lie, or do not come.
         """
         assembly = Assembly(update.payload)
+        end_at = asyncio.get_running_loop().time() + within_s
         for _ in range(RESENDS_MAX):
             try:
-                await self._collect(assembly, topology.upload_queue(update.worker))
+                await self._collect(assembly, topology.upload_queue(update.worker), end_at)
             except (TimeoutError, LinkError) as problem:
                 log.info("%s: %d parts of %s are missing (%s)", update.of, assembly.missing, update.worker, problem)
             if assembly.complete:
@@ -133,19 +140,20 @@ class Post:
             await self.tell((update.worker,), Answer(update.of, "resend", why))
         raise WireError(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str) -> None:
+    async def _collect(self, assembly: Assembly, queue: str, end_at: float) -> None:
         if assembly.complete:
             return
+        now = asyncio.get_running_loop().time
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS) as deliveries:
+            due_at = min(now() + STALL_S, end_at)
             while not assembly.complete:
-                delivery = await _next(deliveries, STALL_S)
+                async with asyncio.timeout_at(due_at):
+                    delivery = await anext(deliveries)
                 message = decode(delivery.body)
                 if not isinstance(message, Part):
                     raise WireError("something that is not a part lies in the upload queue.")
-                assembly.add(message)
+                if assembly.add(message):
+                    due_at = min(now() + STALL_S, end_at)
+                elif now() > due_at:  # a flood of anything else leaves no moment for the timeout to strike
+                    raise TimeoutError
                 await delivery.ack()
-
-
-async def _next(deliveries: AsyncIterator[Delivery], within_s: float) -> Delivery:
-    async with asyncio.timeout(within_s):
-        return await anext(deliveries)

@@ -5,7 +5,7 @@ Pure: time and dice come in as arguments. Does not know rounds, messages' routes
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from broker.messages import Hello
@@ -31,11 +31,12 @@ class Present:
     incarnation: str
     learner: str
     trains: bool
+    lease_s: float
     until_at: float
 
 
 class Roster:
-    """Everyone who is here. Changed only by `hear`, `leave` and `lapse`."""
+    """Everyone who is here. Changed only by `hear`, `renew`, `leave` and `lapse`."""
 
     def __init__(self) -> None:
         self._present: dict[str, Present] = {}
@@ -45,11 +46,17 @@ class Roster:
         before = self._present.get(hello.worker)
         if before is None and len(self._present) >= WORKERS_MAX:
             return News.CROWDED
-        until_at = now + min(hello.lease_s, LEASE_S_MAX)
-        self._present[hello.worker] = Present(hello.worker, hello.incarnation, hello.learner, hello.trains, until_at)
+        lease_s = min(hello.lease_s, LEASE_S_MAX)
+        self._present[hello.worker] = Present(
+            hello.worker, hello.incarnation, hello.learner, hello.trains, lease_s, now + lease_s
+        )
         if before is None:
             return News.JOINED
         return News.RENEWED if before.incarnation == hello.incarnation else News.RETURNED
+
+    def renew(self, now: float) -> None:
+        """Begin every lease anew: we have been deaf, and nobody's silence means anything."""
+        self._present = {w: replace(p, until_at=now + p.lease_s) for w, p in self._present.items()}
 
     def leave(self, worker: str) -> bool:
         """Strike a worker off; False when it was not here."""

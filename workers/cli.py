@@ -20,11 +20,11 @@ from broker.files import read_version
 from broker.messages import NAME, NAME_RULE
 from broker.options import BrokerUrl, SettingPairs, parse_settings, state_folder
 from workers import learner as learners
-from workers.service import LEASE_S, Who, Worker
+from workers.service import Worker
 from workers.spool import Spool
 from workers.training import Trainer
 from workers.trial import Report, try_learner
-from workers.work import Work
+from workers.work import LEASE_S, Who, Work
 
 LearnerName = Annotated[
     str, typer.Argument(metavar="LEARNER", help=f"A file.py, a module, or one of: {', '.join(learners.EXAMPLES)}.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from broker import topology
-from broker.errors import LearnerFailed, LinkError, Unroutable, WireError
+from broker.errors import LearnerFailed, LinkError, QueueInUse, Unroutable, UsageError, WireError
 from broker.link import Delivery, Lane, Link, Outgoing, first_of, publish_parts
 from broker.messages import (
     TEXT_MAX,
@@ -38,35 +38,17 @@ from broker.parts import split
 from broker.tensors import Layout
 from workers.spool import Arrival, Spool, read_file
 from workers.training import Trainer
-from workers.work import Done, Work, task_seed
+from workers.work import Done, Who, Work, task_seed
 
 log = logging.getLogger(__name__)
 
-LEASE_S = 15.0
 RETRY_S = 0.2
 PREFETCH = 32
 GOODBYE_S = 2.0
+NAMESAKE_S = 100.0
+"""How long a former connection of our own may keep our queue: the broker notices its end after three heartbeats."""
 SAY_S = 120.0
 """How long a claim, score, update or refusal tries to reach the broker before the job is given up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Who:
-    """A worker's own settings.
-
-    Attributes:
-        name: unique in the federation.
-        learner: what it can learn, for people.
-        trains: False for one that only evaluates.
-        lease_s: how long a sign of life counts; one is sent three times as often.
-        drain_s: how long SIGTERM lets the job in hand go on.
-    """
-
-    name: str
-    learner: str
-    trains: bool = True
-    lease_s: float = LEASE_S
-    drain_s: float = 30.0
 
 
 @dataclass(slots=True)
@@ -171,20 +153,43 @@ class Worker:
     # -- receiving ----------------------------------------------------------------------------------------------
 
     async def _receive(self, group: asyncio.TaskGroup) -> None:
-        """Take tasks and their parts off the queue, for ever."""
+        """Take tasks and their parts off the queue, for ever.
+
+        Raises:
+            UsageError: another worker of this name is connected.
+        """
         queue = topology.down_queue(self.who.name)
-        while True:
-            lost = self._drop_arrival()
-            try:
-                if lost or self._job is None:  # a job in hand goes on; nothing else survives a lost connection
-                    await self._renew(queue)
-                async with self.link.consume(queue, lane=Lane.DOWN, prefetch=PREFETCH) as deliveries:
-                    async for delivery in deliveries:
-                        await self._land(delivery, group)
-            except LinkError as problem:
-                log.info("the broker is away: %s", problem)
-                await asyncio.sleep(RETRY_S)
-                await self._declare()
+        free = asyncio.timeout(None)  # runs only while someone else has our queue
+        try:
+            async with free:
+                while True:
+                    self._drop_arrival()
+                    try:
+                        await self._take_tasks(queue, free, group)
+                    except QueueInUse as problem:
+                        if free.when() is None:
+                            log.warning("another worker called %s is connected, or was a moment ago", self.who.name)
+                            free.reschedule(asyncio.get_running_loop().time() + NAMESAKE_S)
+                        log.debug("%s", problem)
+                        await asyncio.sleep(1.0)
+                    except LinkError as problem:
+                        log.info("the broker is away: %s", problem)
+                        await asyncio.sleep(RETRY_S)
+                        await self._declare()
+        except TimeoutError:
+            raise UsageError(
+                f"another worker called {self.who.name} is connected to this broker: choose another --name."
+            ) from None
+
+    async def _take_tasks(self, queue: str, free: asyncio.Timeout, group: asyncio.TaskGroup) -> None:
+        self._incarnation = ""
+        async with self.link.consume(queue, lane=Lane.DOWN, prefetch=1, alone=True):
+            pass  # nobody else is at our queue: only now may it be purged
+        await self._renew(queue)  # a job in hand goes on; nothing else survives a lost connection
+        async with self.link.consume(queue, lane=Lane.DOWN, prefetch=PREFETCH, alone=True) as deliveries:
+            free.reschedule(None)
+            async for delivery in deliveries:
+                await self._land(delivery, group)
 
     async def _renew(self, queue: str) -> None:
         """Take a new incarnation: what lies in the queue was sent to the former one."""
@@ -212,8 +217,8 @@ class Worker:
 
     async def _expect(self, task: Task, delivery: Delivery) -> None:
         """A task's header has come: make room for its parts, or refuse it at once."""
-        if self._job and self._job.task.of == task.of:
-            await delivery.ack()  # the same task again, while it is being done
+        if task.of in (self._job and self._job.task.of, self._next and self._next[0].of):
+            await delivery.ack()  # the same task again, while it is being done or waits
             return
         if self._arrival:
             await self._arrival.header.ack()

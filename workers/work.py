@@ -1,4 +1,4 @@
-"""What one task asks for and what came of it, in plain values.
+"""Who a worker is, what one task asks for and what came of it, in plain values.
 
 Knows no torch: the daemon, which must never import it, and the training process, which does little else, both speak
 of work in these words. Does not know how training is done or where a result is sent.
@@ -10,7 +10,27 @@ from pathlib import Path
 
 from broker.messages import Scalar
 
+LEASE_S = 15.0
 EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """A worker's own settings.
+
+    Attributes:
+        name: unique in the federation.
+        learner: what it can learn, for people.
+        trains: False for one that only evaluates.
+        lease_s: how long a sign of life counts; one is sent three times as often.
+        drain_s: how long SIGTERM lets the job in hand go on.
+    """
+
+    name: str
+    learner: str
+    trains: bool = True
+    lease_s: float = LEASE_S
+    drain_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,10 @@ def measure(row: Row, folder: Path, flower: str | None) -> dict[str, Any]:
     for name in ("pump", "memcpy"):
         figures[f"of_{name}"] = figures["path_bytes_per_s"] / figures[f"{name}_bytes_per_s"]
     if flower is not None:
-        figures["flower"] = against(flower, row, folder, figures["seconds"]["median"])
+        try:
+            figures["flower"] = against(flower, row, folder, figures["seconds"]["median"])
+        except (FluffleError, OSError, ValueError) as problem:  # our own figures stand without it
+            figures["flower_failed"] = str(problem)
     return {**asdict(row), **figures}
 
 
@@ -266,10 +269,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for part in parts:
         shown.add_row(f"peak MB, {part}", *(mb(row["peak_bytes"][part]) for row in rows))
     shown.add_row("MB out of the coordinator", *(f"{row['coordinator_out_bytes'] / 1e6:.3f}" for row in rows))
-    if any("flower" in row for row in rows):
-        shown.add_row("Flower, seconds a round", *(times(row["flower"]["seconds"]) for row in rows))
-        shown.add_row("  times as long", *(f"{row['flower']['times_as_long']:.2f}" for row in rows))
-        shown.add_row("  peak MB, its server", *(mb(row["flower"]["server_peak_bytes"]) for row in rows))
+    theirs = [row.get("flower") for row in rows]
+    if any(theirs):
+        shown.add_row("Flower, seconds a round", *(times(it["seconds"]) if it else "" for it in theirs))
+        shown.add_row("  times as long", *(f"{it['times_as_long']:.2f}" if it else "" for it in theirs))
+        shown.add_row("  peak MB, its server", *(mb(it["server_peak_bytes"]) if it else "" for it in theirs))
     return shown
 
 
@@ -284,15 +288,21 @@ def main(words: list[str] | None = None) -> int:
         rows = rows_of(given.rows, given.rounds)
     except argparse.ArgumentTypeError as problem:
         asked.error(str(problem))
-    out, done, failed = Console(highlight=False), [], {}
+    if given.rounds < 1:
+        asked.error("--rounds must be at least 1")
+    out, done = Console(highlight=False), list[dict[str, Any]]()
+    failed: dict[str, str] = {}
     for row in rows:
         out.print(f"measuring {row.label}: {row.all_rounds} rounds …")
         try:
             with tempfile.TemporaryDirectory(prefix="fluffle-bench-") as folder:
                 done.append(measure(row, Path(folder), given.flower))
-        except (FluffleError, OSError, subprocess.SubprocessError) as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are not to be lost
             failed[row.label] = str(problem)
-            out.print(f"{row.label} failed: {problem}", markup=False, style="red")
+        else:
+            failed |= {f"{row.label}, Flower": done[-1]["flower_failed"]} if "flower_failed" in done[-1] else {}
+    for what, why in failed.items():
+        out.print(f"{what} failed: {why}", markup=False, style="red")
     about = machine()
     if done:
         out.print(table(done))

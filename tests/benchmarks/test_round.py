@@ -11,6 +11,8 @@ import pytest
 from broker.errors import RunEnded
 from tests.benchmarks import round as bench
 
+pytestmark = pytest.mark.timeout(120)
+
 
 def test_a_row_is_measured_and_one_that_fails_does_not_lose_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

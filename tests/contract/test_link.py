@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from broker.errors import BrokerRefused, LinkClosed, LinkError, Unroutable
+from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, Lane, Outgoing, publish_parts
 from broker.messages import PART_BYTES_MIN, Part, Payload, decode
 from broker.parts import PART_BYTES, Assembly, split
@@ -253,6 +253,19 @@ async def test_a_queue_that_is_missing_or_deleted_ends_consuming(ground: Ground)
         await link.delete("a")
         with pytest.raises(LinkError, match="a was deleted"):
             await anext(deliveries)
+
+
+async def test_a_queue_that_one_wants_alone_has_one_consumer(ground: Ground) -> None:
+    one, other = await ground.link(), await ground.link()
+    await one.declare(direct(queue("a")))
+    for alone_first, alone_second in ((True, True), (True, False), (False, True)):
+        async with one.consume("a", alone=alone_first):
+            with pytest.raises(QueueInUse, match="someone else"):
+                async with other.consume("a", alone=alone_second):
+                    pass
+    async with other.consume("a", alone=True) as deliveries:
+        await one.publish(to("a", b"1"))
+        assert (await anext(deliveries)).body == b"1"
 
 
 async def test_purging_drops_what_waits_and_deleting_all(ground: Ground) -> None:

@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,10 +33,10 @@ from coordinator.aggregation import RULES
 from coordinator.plan import Plan
 from coordinator.service import Coordinator
 from coordinator.store import Store
-from workers.service import Who, Worker
+from workers.service import Worker
 from workers.spool import Spool
 from workers.training import Trainer
-from workers.work import Done, Work, task_seed
+from workers.work import Done, Who, Work, task_seed
 
 MODEL = Layout.of(
     [TensorSpec("w", "float32", (132_000,)), TensorSpec("b", "float16", (1_000,)), TensorSpec("seen", "int64", ())]
@@ -47,7 +47,7 @@ BOUND_S = 20.0
 """No run of these tests takes longer, on however slow a machine; a hang ends here."""
 QUICK = {
     coordinator.post: {"STALL_S": 0.1, "RETRY_S": 0.005},
-    coordinator.service: {"BACKOFF_S_MAX": 0.01},
+    coordinator.service: {"BACKOFF_S_MAX": 0.01, "FINAL_S_MAX": 5.0},
     workers.service: {"RETRY_S": 0.005},
 }
 
@@ -168,14 +168,11 @@ class Wire:
             await waits
 
     @asynccontextmanager
-    async def _consume(self, queue: str, lane: Lane, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:
-        async with self.link.consume(queue, lane=lane, prefetch=prefetch) as deliveries:
+    async def consume(
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
+    ) -> AsyncIterator[AsyncIterator[Delivery]]:
+        async with self.link.consume(queue, lane=lane, prefetch=prefetch, alone=alone) as deliveries:
             yield _Shown(deliveries, self)
-
-    def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64
-    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
-        return self._consume(queue, lane, prefetch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +222,8 @@ class Federation:
     places: dict[str, Place] = field(default_factory=dict)
     hook: Hook | None = None
     names: set[str] = field(default_factory=set)
-    _coordinator: asyncio.Task[None] | None = None
+    coordinator: Coordinator | None = None
+    _serving: asyncio.Task[None] | None = None
     _wire: Wire | None = None
     _spools: "itertools.count[int]" = field(default_factory=itertools.count)
 
@@ -253,19 +251,20 @@ class Federation:
     def begin(self) -> asyncio.Task[None]:
         """Start the coordinator, or start it anew on the same folder."""
         self._wire = Wire(self.broker, self.hook)
-        self._coordinator = asyncio.create_task(Coordinator(self.store, self._wire).serve())
-        return self._coordinator
+        self.coordinator = Coordinator(self.store, self._wire)
+        self._serving = asyncio.create_task(self.coordinator.serve())
+        return self._serving
 
     def kill(self) -> None:
         """Let the coordinator die where it stands; `revive` waits until it has, and starts it again."""
-        if self._coordinator:
-            self._coordinator.cancel()
+        if self._serving:
+            self._serving.cancel()
 
     async def end(self) -> None:
         """Wait until the run is over, through every kill."""
         async with asyncio.timeout(BOUND_S):
             while True:
-                serving = self._coordinator or self.begin()
+                serving = self._serving or self.begin()
                 await asyncio.wait([serving])
                 await self._bury()
                 if not serving.cancelled():
@@ -276,7 +275,7 @@ class Federation:
         """A dead process writes nothing: wait for what its thread had begun."""
         if self._wire:
             await self._wire.close()
-        self._wire = self._coordinator = None
+        self._wire = self._serving = None
         executor = ThreadPoolExecutor(4)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, lambda: None)
@@ -294,6 +293,12 @@ class Federation:
     def counted(self) -> list[list[str]]:
         """Who was counted, round by round."""
         return [sorted(line["counted"]) for line in self.lines("round")]
+
+    def here(self) -> list[str]:
+        """Whom the coordinator knows to be here."""
+        return (
+            [*self.coordinator.roster.trainers(), *self.coordinator.roster.evaluators()] if self.coordinator else []
+        )
 
     def weights(self) -> bytearray:
         """The latest version."""
@@ -332,9 +337,9 @@ class Federation:
 
     async def close(self) -> None:
         """Everyone leaves."""
-        if self._coordinator:
-            self._coordinator.cancel()
-            await asyncio.wait([self._coordinator])
+        if self._serving:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
             await self._bury()
         for place in self.places.values():
             if not place.task.done():

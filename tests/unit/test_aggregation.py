@@ -33,9 +33,10 @@ def mean(layout: Layout, weights: bytes, updates: Updates) -> bytes:
     return bytes(MEAN.finish(summed(layout, updates), memoryview(weights)))
 
 
-def mean_float32(weights: list[float], updates: list[tuple[int, list[float]]]) -> NDArray[np.generic]:
+def mean_float32(weights: list[float], updates: list[tuple[int, list[float]]]) -> NDArray[np.float32]:
     layout, start = one("float32", *weights)
-    return view(mean(layout, start, [(n, one("float32", *deltas)[1]) for n, deltas in updates]), "float32")
+    found = mean(layout, start, [(n, one("float32", *deltas)[1]) for n, deltas in updates])
+    return np.frombuffer(found, np.float32)
 
 
 def state(sums: Sums) -> tuple[object, ...]:
@@ -70,7 +71,7 @@ EXAMPLES = st.integers(1, 2**29 - 1) | st.sampled_from([1, 2, 3, 2**29 - 1])
 
 
 @given(st.lists(st.tuples(EXAMPLES, payloads()), min_size=1, max_size=5), payloads(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_same_updates_in_any_order_make_the_same_bits(
     updates: Updates, weights: bytes, data: st.DataObject
 ) -> None:
@@ -95,13 +96,13 @@ FLOAT32 = st.floats(-(2.0**21), 2.0**21, width=32)
 
 
 @given(FLOAT32, st.lists(st.tuples(EXAMPLES, FLOAT32), min_size=1, max_size=8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_mean_is_the_exact_one_within_the_grid_and_half_a_step_of_the_dtype(
     weight: float, updates: list[tuple[int, float]]
 ) -> None:
     found = mean_float32([weight], [(n, [delta]) for n, delta in updates])[0]
     total = sum(n for n, _ in updates)
-    exact = Fraction(weight) + sum(n * Fraction(delta) for n, delta in updates) / total
+    exact = Fraction(weight) + sum((n * Fraction(delta) for n, delta in updates), Fraction(0)) / total
     grid = Fraction(len(updates), total * 2**53)  # each update is rounded once to the grid's step of 2^-52
     float64 = abs(exact) * Fraction(4, 2**53) + abs(Fraction(weight)) * Fraction(2, 2**53)
     assert abs(Fraction(float(found)) - exact) <= Fraction(float(np.spacing(np.abs(found)))) / 2 + grid + float64
@@ -154,7 +155,7 @@ def test_thousands_of_updates_below_the_grids_whole_numbers_are_carried_over() -
     assert abs(sums.low).max() < 2**62
     for item, sign in ((0, 1), (1, -1)):
         exact = Fraction(int(sums.high[item])) + Fraction(int(sums.low[item]), 2**52)
-        assert exact == sign * n * Fraction(almost_half)
+        assert exact == Fraction(almost_half) * sign * n
 
 
 def test_examples_add_up_to_the_limit_and_no_further() -> None:
@@ -235,7 +236,7 @@ def test_an_update_that_is_not_finite_is_refused_and_leaves_no_trace(dtype: str,
 
 
 def test_a_nan_that_signals_is_refused_like_any_other() -> None:
-    sums = summed(*[one("float32", 1.0)[0], []])
+    sums = summed(one("float32", 1.0)[0], [])
     with pytest.raises(WireError, match="NaN"):
         MEAN.add(sums, 1, memoryview(np.array([0x7F800001], np.uint32).tobytes()))
 
@@ -275,19 +276,10 @@ def test_a_boolean_that_is_neither_0_nor_1_is_refused() -> None:
         summed(layout, [(1, b"\2")])
 
 
-@pytest.mark.parametrize(("dtype", "weight", "delta"), [("float16", 65504, 30000), ("float32", 3.4e38, 1e15)])
-def test_a_mean_that_its_dtype_cannot_hold_is_refused(dtype: str, weight: float, delta: float) -> None:
-    layout, weights = one(dtype, weight)
-    _, update = one(dtype, delta)
-    if dtype == "float32":  # only the largest of all plus the largest possible delta gets there
-        weights = np.array([np.finfo(np.float32).max]).tobytes()
-        sums = summed(layout, [(1, update)])
-        sums.high[0] = 2**61
-        sums.high[0] *= 2
-        assert np.isfinite(view(bytes(MEAN.finish(sums, memoryview(weights))), dtype)).all()
-        return
+def test_a_mean_that_its_dtype_cannot_hold_is_refused() -> None:
+    layout, weights = one("float16", 65504)
     with pytest.raises(WireError, match="does not fit into float16: the model has diverged"):
-        mean(layout, weights, [(1, update)])
+        mean(layout, weights, [(1, one("float16", 30000)[1])])
 
 
 # -- what it costs --------------------------------------------------------------------------------------------------

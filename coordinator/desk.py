@@ -1,0 +1,213 @@
+"""The coordinator's desk: what workers say is judged here, and what was accepted is added up.
+
+Knows the roster, the open round and the sum. Does not know when a round begins or ends, nor what a round is sent:
+that is `service.py`, which looks whenever `changed` is set.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from broker.errors import WireError
+from broker.link import Delivery
+from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Refusal, Score, Update
+from broker.tensors import Layout
+from coordinator import history
+from coordinator.aggregation import RULES, Sums
+from coordinator.history import Facts
+from coordinator.post import Post
+from coordinator.roster import News, Roster
+from coordinator.round import Phase, Round, Verdict, judge
+from coordinator.store import Store
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_ROUNDS = 64
+
+
+@dataclass(slots=True)
+class Open:
+    """A round in the making, and what belongs to it alone."""
+
+    round: Round
+    sums: Sums
+    weights: bytearray
+    facts: Facts = field(default_factory=Facts)
+    sent_to: dict[str, str] = field(default_factory=dict)  # worker → the incarnation that was sent the task
+    returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent
+    held: list[Delivery] = field(default_factory=list)  # accepted updates, acknowledged when the version is safe
+    untidy: set[str] = field(default_factory=set)  # sent parts that nobody will drain
+    outcome: tuple[Phase, str] | None = None  # what the turn came to: from then on the sum is fixed
+
+
+class Desk:
+    """Where everything that workers say arrives.
+
+    Attributes:
+        roster: who is here.
+        open: the round in the making, if one is; the service sets it.
+        final: worker → its score of the last version, once that has been asked for.
+        changed: set whenever something was heard.
+    """
+
+    def __init__(self, store: Store, post: Post, layout: Layout, version: int) -> None:
+        self.roster = Roster()
+        self.open: Open | None = None
+        self.final: dict[str, dict[str, float]] = {}
+        self.changed = asyncio.Event()
+        self.store = store
+        self.plan = store.plan
+        self.post = post
+        self.layout = layout
+        self.version = version
+        self._rule = RULES[self.plan.rule]
+        self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
+        self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
+        self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
+        self._hearing = False
+
+    def made(self, done: Round) -> None:
+        """The round has made its version, and is open no longer."""
+        self.open, self.version = None, done.of.round
+        self._made.append((done.of, frozenset(done.counted)))
+
+    async def hear(self, message: Message, delivery: Delivery) -> None:
+        """Take a sign of life, or a goodbye."""
+        now = time.monotonic()
+        if isinstance(message, Hello):
+            self._greet(message, now)
+        elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
+            log.info("%s left: %s", message.worker, message.reason)
+            self._withdraw(message.worker, f"it left: {message.reason}")
+        await delivery.ack()
+        self.changed.set()
+
+    def _greet(self, hello: Hello, now: float) -> None:
+        news = self.roster.hear(hello, now)
+        if news is News.CROWDED:
+            log.warning("no room for %s: the roster is full", hello.worker)
+            return
+        if news is News.JOINED:
+            log.info("%s is here%s", hello.worker, "" if hello.trains else ", to evaluate")
+        here = self.open
+        if here is None:
+            return
+        if hello.doing == here.round.of:
+            here.sent_to[hello.worker] = hello.incarnation
+        if here.round.find(hello.worker) and here.sent_to.get(hello.worker) != hello.incarnation:
+            log.info("%s is back and has lost its task: sending it again", hello.worker)
+            here.returned.add(hello.worker)
+
+    async def read(self, message: Message, delivery: Delivery) -> None:
+        """Take what a worker says to this run; updates are acknowledged when their version is safe, or at once."""
+        match message:
+            case Update():
+                await self._judge(message, delivery)
+                return
+            case Score():
+                self._score(message)
+            case Refusal():
+                self._refused(message)
+            case Claim():
+                log.debug("%s: %s has claimed its task", message.of, message.worker)
+            case _:
+                await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
+                return
+        await delivery.ack()
+        self.changed.set()
+
+    async def _judge(self, update: Update, delivery: Delivery) -> None:
+        """Give an update its verdict; accepted ones stay unacknowledged until their version is safe."""
+        here = self.open
+        if any(update.of == of and update.worker in counted for of, counted in self._made):
+            await self.post.tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
+            await self._leave_parts(update.worker)
+        else:
+            verdict, reason = judge(update, here.round if here else None, self.layout)
+            if here and verdict is Verdict.ACCEPTED:
+                if update.version != self.version:
+                    verdict, reason = Verdict.INVALID, f"it is made from version {update.version}, not {self.version}"
+                elif here.outcome:
+                    verdict, reason = Verdict.LATE, f"{here.round.of} is being summed up"
+            if here and verdict is Verdict.ACCEPTED:
+                here.round.accept(update.worker)
+                here.held.append(delivery)
+                self._uploads.put_nowait((here, update))
+                return
+            await self._turn_down(update, verdict, reason)
+        await delivery.ack()
+        self.changed.set()
+
+    async def _turn_down(self, update: Update, verdict: Verdict, reason: str) -> None:
+        log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
+        await self._leave_parts(update.worker)
+        if self.open:
+            if verdict is Verdict.INVALID:
+                self.open.round.refuse(update.worker, reason)
+            line = {"worker": update.worker, "verdict": verdict.value, "reason": reason}
+            if len(self.open.facts.others) < 2 * len(self.open.round.cohort) + 16:  # a flood must not fill the disk
+                self.open.facts.others.append(line)
+        if verdict is not Verdict.DUPLICATE:  # the first copy will be answered
+            await self.post.tell([update.worker], Answer(update.of, verdict.value, reason[:1000]))
+
+    async def _leave_parts(self, worker: str) -> None:
+        """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
+        if self.open:
+            self.open.untidy.add(worker)
+        else:
+            await self.post.drop_upload(worker)
+
+    def _score(self, score: Score) -> None:
+        worker, here = score.worker, self.open
+        if here and score.of == here.round.of and worker in here.round.cohort:
+            here.facts.scored[worker] = score.metrics
+        elif score.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(worker):
+            self.final[worker] = score.metrics
+        elif worker in self.roster.evaluators() and self._judged.get(worker, -1) < score.version <= self.version:
+            self._judged[worker] = score.version  # once each: a flood must not fill the disk
+            self.store.note(history.score_line(score.version, worker, score.metrics, at=time.time()))
+
+    def _refused(self, refusal: Refusal) -> None:
+        log.warning("%s: %s refused: %s", refusal.of, refusal.worker, refusal.reason)
+        if self.open and refusal.of == self.open.round.of:
+            self._withdraw(refusal.worker, refusal.reason)
+        elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
+            self.final.setdefault(refusal.worker, {})
+
+    def _withdraw(self, worker: str, reason: str) -> None:
+        if self.open and worker not in self.open.round.refused:  # the first reason is the one to read
+            self.open.round.withdraw(worker, reason)
+
+    async def drain_uploads(self) -> None:
+        """Take accepted updates one after another and fold them in."""
+        while True:
+            here, update = await self._uploads.get()
+            if here is not self.open or update.worker in here.round.counted:
+                continue
+            try:
+                data = await self.post.drain(update, within_s=self.plan.round_s)
+                await asyncio.to_thread(self._rule.add, here.sums, update.examples, data)
+            except WireError as problem:
+                if here is self.open:
+                    await self._turn_down(update, Verdict.INVALID, str(problem))
+            else:
+                here.round.count(update.worker, update.examples)
+                here.facts.trained[update.worker] = update.metrics
+                here.facts.bytes_up += len(data)
+            self.changed.set()
+
+    def listen(self, hearing: bool) -> None:
+        """We begin or cease to hear hellos. While the broker is away nobody can be heard, so no lease ends."""
+        self._hearing = hearing
+        self.roster.renew(time.monotonic())
+
+    def lapse(self, now: float) -> None:
+        """Strike off those whose leases have ended."""
+        if not self._hearing:
+            self.roster.renew(now)
+        for worker in self.roster.lapse(now):
+            log.warning("%s has not been heard of: its lease has ended", worker)
+            if self.open:
+                self.open.round.lose(worker)

@@ -1,0 +1,171 @@
+"""Plans: checked once, in sentences that name the setting; frozen; the same after a trip through TOML."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.errors import UsageError
+from broker.messages import KEY_MAX, MAP_MAX, TEXT_MAX
+from coordinator import plan as plans
+from coordinator.plan import Plan
+
+LEAST = {"run": "run-1", "learner": "digits"}
+SETTING = (
+    "must be a finite number of at most 64 bits, true, false, or text of at most 4096 characters, "
+    "under a name of at most 200"
+)
+NAME = "must be 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
+
+
+def refused(changes: Mapping[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        plans.make({**LEAST, **changes}, "plan.toml")
+    said = str(caught.value)
+    assert said.startswith("plan.toml: ")
+    assert said.endswith(".")
+    return said.removeprefix("plan.toml: ").removesuffix(".")
+
+
+def test_a_run_and_a_learner_are_enough_for_a_plan() -> None:
+    plan = plans.make(LEAST)
+    assert (plan.rounds, plan.cohort, plan.least, plan.schedule, plan.workers) == (10, 2, 2, "parallel", ())
+
+
+@pytest.mark.parametrize(("cohort", "least"), [(1, 1), (2, 2), (3, 2), (4, 3), (10, 7)])
+def test_the_quorum_is_two_thirds_of_the_cohort_rounded_up_unless_given(cohort: int, least: int) -> None:
+    assert plans.make({**LEAST, "cohort": cohort}).least == least
+    assert plans.make({**LEAST, "cohort": cohort, "quorum": 1}).least == 1
+
+
+def test_a_plan_is_frozen() -> None:
+    plan = plans.make(LEAST)
+    with pytest.raises(FrozenInstanceError):
+        plan.rounds = 3  # type: ignore[misc]  # that is the point
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cohort": 3, "quorum": 4}, "the quorum (4) is above the cohort (3): lower it"),
+        ({"cohort": 3, "workers": ["a"]}, "the cohort (3) is larger than the list of workers (1): lower it"),
+        ({"workers": ["a", "b", "a"]}, "a worker is listed twice: name each once"),
+        ({"rule": "median"}, "there is no rule 'median': choose one of mean"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: Mapping[str, Any], said: str) -> None:
+    assert refused(changes) == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run": None}, "run must be text"),
+        ({"run": "Run_1"}, f"run {NAME}"),
+        ({"run": "a\n"}, f"run {NAME}"),
+        ({"learner": ""}, "learner must not be empty"),
+        ({"learner": "x" * 4097}, "learner must have at most 4096 characters"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"rounds": 10**9 + 1}, "rounds must be at most 1000000000"),
+        ({"rounds": 1.5}, "rounds must be a whole number"),
+        ({"rounds": True}, "rounds must be a whole number"),
+        ({"cohort": "two"}, "cohort must be a whole number"),
+        ({"quorum": 0}, "quorum must be at least 1"),
+        ({"quorum": "x"}, "quorum must be a whole number"),
+        ({"round_s": 0}, "round_s must be above 0"),
+        ({"round_s": float("nan")}, "round_s must be at most 2592000"),
+        ({"round_s": True}, "round_s must be a number"),
+        ({"gather_s": -1}, "gather_s must be at least 0"),
+        ({"schedule": "random"}, "schedule must be 'parallel' or 'cyclic'"),
+        ({"workers": "ada"}, "workers must be a list of names"),
+        ({"workers": ["Ada"]}, f"workers {NAME}"),
+        ({"rule": 5}, "rule must be text"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"part_bytes": 1}, "part_bytes must be at least 262144"),
+        ({"part_bytes": 10**7}, "part_bytes must be at most 3670016"),
+        ({"lr": 0.1}, "lr is not a setting"),
+        ({"settings": 5}, "settings must be a table of names and values"),
+        ({"settings": {"a": [1]}}, f"settings.a {SETTING}"),
+        ({"settings": {"a": None}}, f"settings.a {SETTING}"),
+        ({"settings": {"a": float("nan")}}, f"settings.a {SETTING}"),
+        ({"settings": {"a": float("inf")}}, f"settings.a {SETTING}"),
+        ({"settings": {"a": 10**400}}, f"settings.a {SETTING}"),
+        ({"settings": {"a": "x" * (TEXT_MAX + 1)}}, f"settings.a {SETTING}"),
+        ({"settings": {"x" * (KEY_MAX + 1): 1}}, f"settings.{'x' * 40} {SETTING}"),
+        ({"settings": {str(n): n for n in range(MAP_MAX + 1)}}, "settings may have at most 512 entries"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_by_the_name_of_its_setting(changes: Mapping[str, Any], said: str) -> None:
+    assert refused(changes) == said
+
+
+@pytest.mark.parametrize("missing", ["run", "learner"])
+def test_what_every_plan_needs_is_asked_for(missing: str) -> None:
+    with pytest.raises(UsageError, match=f"^the plan: {missing} is missing\\.$"):
+        plans.make({key: value for key, value in LEAST.items() if key != missing})
+
+
+def test_settings_keep_their_types() -> None:
+    given_settings = {"a": True, "b": 1, "c": 1.0, "d": "1", "e": 2**63 - 1}
+    kept = plans.make({**LEAST, "settings": given_settings}).settings
+    assert kept == given_settings
+    assert [type(value) for value in kept.values()] == [bool, int, float, str, int]
+
+
+@given(
+    rounds=st.integers(1, 10**9),
+    quorum=st.none() | st.integers(1, 4),
+    round_s=st.floats(1e-3, 30 * 24 * 3600),
+    workers=st.just(()) | st.just(("w-1", "a", "b", "z9")),
+    values=st.dictionaries(
+        st.text(max_size=9),
+        st.booleans()
+        | st.integers(-(2**63), 2**63 - 1)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        max_size=4,
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_comes_back_from_toml_as_it_was(**values: Any) -> None:
+    chosen = {**LEAST, "cohort": 4, **values, "settings": values["values"]}
+    del chosen["values"]
+    plan = plans.make(chosen)
+    text = plans.to_toml(plan).decode()
+    assert text.startswith("# The plan of this run.")
+    assert plans.make(tomllib.loads(text)) == plan
+
+
+def test_a_file_that_is_absent_or_not_toml_or_not_a_plan_is_refused_by_its_path(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    with pytest.raises(UsageError, match=r"plan\.toml cannot be read: No such file or directory\."):
+        plans.read(file)
+    for content in (b"run = ", b"\xff"):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=r"plan\.toml is not TOML \(.*\): mend it or restore it\."):
+            plans.read(file)
+    file.write_bytes(b'run = "a"\n')
+    with pytest.raises(UsageError, match=r"plan\.toml: learner is missing\."):
+        plans.read(file)
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    plan = plans.make({**LEAST, "workers": ["b", "a"], "settings": {"lr": 0.1}})
+    (tmp_path / "plan.toml").write_bytes(plans.to_toml(plan))
+    assert plans.read(tmp_path / "plan.toml") == plan
+
+
+def test_a_change_is_checked_like_everything_else_and_leaves_the_plan_as_it_was() -> None:
+    plan = plans.make({**LEAST, "cohort": 4, "quorum": 3})
+    assert plans.change(plan, {}) == plan
+    changed = plans.change(plan, {"cohort": 5, "settings": {"lr": 1}})
+    assert isinstance(changed, Plan)
+    assert (changed.cohort, changed.quorum, changed.settings) == (5, 3, {"lr": 1})
+    assert (plan.cohort, plan.settings) == (4, {})
+    with pytest.raises(UsageError, match=r"^these options: the quorum \(3\) is above the cohort \(2\): lower it\.$"):
+        plans.change(plan, {"cohort": 2})

@@ -1,0 +1,143 @@
+"""Who is here, who may be chosen, and when there are enough."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from broker.messages import Hello
+from coordinator.roster import LEASE_S_MAX, WORKERS_MAX, News, Roster, choose_cohort, may_begin
+
+
+def hello(worker: str, *, incarnation: str = "1", trains: bool = True, lease_s: float = 15.0) -> Hello:
+    return Hello(worker, incarnation, "digits", trains, lease_s)
+
+
+def roster_of(*workers: str) -> Roster:
+    roster = Roster()
+    for worker in workers:
+        roster.hear(hello(worker), now=0)
+    return roster
+
+
+def test_a_worker_is_here_until_its_lease_ends() -> None:
+    roster = roster_of("ada", "bob")
+    assert roster.hear(hello("ada"), now=10) is News.RENEWED
+    assert roster.next_lapse_at() == 15
+    assert roster.lapse(now=14.9) == []
+    assert roster.lapse(now=15) == ["bob"]
+    assert (roster.has("ada"), roster.has("bob")) == (True, False)
+    assert roster.lapse(now=25) == ["ada"]
+    assert roster.next_lapse_at() is None
+
+
+def test_those_whose_leases_end_together_are_named_in_order() -> None:
+    assert roster_of("eve", "ada", "bob").lapse(now=15) == ["ada", "bob", "eve"]
+
+
+def test_a_new_incarnation_says_that_the_worker_has_been_away() -> None:
+    roster = Roster()
+    news = [roster.hear(hello("ada", incarnation=incarnation), now=0) for incarnation in "1121"]
+    assert news == [News.JOINED, News.RENEWED, News.RETURNED, News.RETURNED]
+    assert roster.incarnation("ada") == "1"
+    assert roster.incarnation("bob") == ""
+
+
+def test_a_worker_that_comes_back_after_its_lease_has_joined_anew() -> None:
+    roster = roster_of("ada")
+    roster.lapse(now=15)
+    assert roster.hear(hello("ada"), now=16) is News.JOINED
+
+
+def test_after_deafness_every_lease_begins_anew_each_with_its_own_length() -> None:
+    roster = roster_of("ada")
+    roster.hear(hello("bob", lease_s=60), now=0)
+    roster.renew(now=100)
+    assert roster.lapse(now=114) == []
+    assert roster.lapse(now=115) == ["ada"]
+    assert roster.next_lapse_at() == 160
+
+
+def test_no_lease_is_longer_than_an_hour() -> None:
+    roster = Roster()
+    roster.hear(hello("ada", lease_s=1e7), now=0)
+    assert roster.next_lapse_at() == LEASE_S_MAX == 3600
+
+
+def test_who_leaves_is_gone_at_once_and_only_once() -> None:
+    roster = roster_of("ada")
+    assert roster.leave("ada")
+    assert not roster.leave("ada")
+    assert roster.trainers() == []
+
+
+def test_a_full_roster_takes_nobody_new_and_keeps_those_it_has() -> None:
+    roster = roster_of(*(f"w{n}" for n in range(WORKERS_MAX)))
+    assert roster.hear(hello("ada"), now=1) is News.CROWDED
+    assert not roster.has("ada")
+    assert roster.hear(hello("w0"), now=1) is News.RENEWED
+
+
+def test_those_who_train_and_those_who_only_evaluate_are_kept_apart() -> None:
+    roster = roster_of("eve", "ada")
+    roster.hear(hello("zoe", trains=False), now=0)
+    roster.hear(hello("kim", trains=False), now=0)
+    assert roster.trainers() == ["ada", "eve"]
+    assert roster.evaluators() == ["kim", "zoe"]
+
+
+def test_only_the_invited_train_and_in_the_order_of_the_invitation() -> None:
+    roster = roster_of("ada", "bob", "eve")
+    assert roster.trainers(["eve", "away", "ada"]) == ["eve", "ada"]
+
+
+# -- the cohort -----------------------------------------------------------------------------------------------------
+
+WORKERS = [f"w{n}" for n in range(10)]
+
+
+def test_the_same_dice_choose_the_same_cohort() -> None:
+    first, second = (choose_cohort(WORKERS, 4, random.Random("7/3")) for _ in range(2))
+    assert first == second
+    assert first != choose_cohort(WORKERS, 4, random.Random("7/4"))
+
+
+def test_a_cohort_has_its_size_no_doubles_and_keeps_the_order() -> None:
+    chosen = choose_cohort(WORKERS[::-1], 4, random.Random(1))
+    assert len(chosen) == 4
+    assert chosen == sorted(set(chosen), reverse=True)
+
+
+def test_when_too_few_are_here_all_of_them_are_the_cohort() -> None:
+    assert choose_cohort(["b", "a"], 4, random.Random(0)) == ["b", "a"]
+    assert choose_cohort([], 4, random.Random(0)) == []
+
+
+def test_every_worker_is_as_likely_to_be_chosen_as_any_other() -> None:
+    dice = random.Random(2026)
+    rounds = 4000
+    times = Counter(worker for _ in range(rounds) for worker in choose_cohort(WORKERS, 3, dice))
+    expected = rounds * 3 / 10
+    chi_squared = sum((times[worker] - expected) ** 2 / (expected * 0.7) for worker in WORKERS) * 0.9
+    assert chi_squared < 27.9, times  # one in a thousand with 9 degrees of freedom
+
+
+# -- whether to begin -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("present", "waited_s", "begins", "why"),
+    [
+        (5, 0, True, "5 of 4 workers are here"),
+        (4, 0, True, "4 of 4 workers are here"),
+        (3, 20, False, "3 of 4 workers are here; the others have 10 s to join"),
+        (3, 30, True, "3 of 4 workers are here, quorum 3"),
+        (2, 0, False, "waiting for workers: 2 here, quorum 3"),
+        (2, 1e9, False, "waiting for workers: 2 here, quorum 3"),
+        (0, 1e9, False, "waiting for workers: 0 here, quorum 3"),
+    ],
+)
+def test_a_round_begins_with_a_full_cohort_or_after_a_while_with_a_quorum(
+    present: int, waited_s: float, begins: bool, why: str
+) -> None:
+    assert may_begin(present, 4, 3, waited_s=waited_s, gather_s=30) == (begins, why)

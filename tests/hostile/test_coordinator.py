@@ -236,7 +236,7 @@ async def test_parts_in_any_order_and_number_count_once(tmp_path: Path, pieces: 
 
 
 async def test_an_upload_that_never_ends_is_ended(tmp_path: Path) -> None:
-    """A liar announces an update and then sends foreign parts for ever, so that there is always one more to look at."""
+    """A liar announces an update and sends foreign parts for ever: there is always one more to look at."""
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
         foreign = encode(changed(parts()[2], payload="another"))
 

@@ -1,0 +1,355 @@
+"""Messages that lie, told to a running worker: it goes on, and the next honest task is done as if nothing had been.
+
+Here the coordinator is the liar: written by hand, with the queues of a run. After each lie it sends an honest task,
+and must be given the update that an honest coordinator would be given.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from broker import topology
+from broker.link import Outgoing
+from broker.memory import MemoryLink
+from broker.messages import (
+    MESSAGE_BYTES_MAX,
+    PART_BYTES_MIN,
+    Answer,
+    Attempt,
+    Claim,
+    Closed,
+    Message,
+    Part,
+    Payload,
+    Refusal,
+    Task,
+    Update,
+    decode,
+    encode,
+)
+from broker.parts import Assembly, split
+from broker.tensors import Layout, TensorSpec
+from tests.hostile.liar import RUN, changed, nested, packed
+from tests.system.rig import BOUND_S, MODEL, Federation, Place, federation, learned, start_weights
+from workers.work import task_seed
+
+WORKER = "a"
+LIE, HONEST = Attempt(RUN, 1, 1), Attempt(RUN, 2, 1)
+Kind = TypeVar("Kind", Update, Refusal)
+
+
+def task(of: Attempt, **changes: object) -> Task:
+    """An honest task, with changes."""
+    payload = Payload(f"{of.round}/{of.attempt}", PART_BYTES_MIN, MODEL.specs)
+    return dataclasses.replace(Task(of, "train", of.round - 1, 30.0, 7, {}, payload), **changes)  # type: ignore[arg-type]  # a lie need not have the right type
+
+
+def parts(of: Task) -> list[Part]:
+    """Version 0, as the parts of a task."""
+    return list(split(dataclasses.replace(of.payload, tensors=MODEL.specs), memoryview(start_weights())))
+
+
+@dataclass(slots=True)
+class FalseCoordinator:
+    """Sends what it is told to, and hears what the worker says."""
+
+    link: MemoryLink
+    place: Place
+
+    async def send(self, *messages: bytes | Message) -> None:
+        """Into the queue of tasks."""
+        await self._publish(topology.DOWN, messages)
+
+    async def tell(self, *messages: bytes | Message) -> None:
+        """Into the queue of answers."""
+        await self._publish(topology.CONTROL, messages)
+
+    async def _publish(self, exchange: str, messages: tuple[bytes | Message, ...]) -> None:
+        for message in messages:
+            body = message if isinstance(message, bytes) else encode(message)
+            await self.link.publish(Outgoing(exchange, (WORKER,), body))
+
+    async def hear(self, kind: type[Kind]) -> Kind:
+        """The next thing of a kind that the worker says; claims and scores before it are passed over."""
+        async with asyncio.timeout(BOUND_S), self.link.consume(topology.inbox_queue(RUN)) as deliveries:
+            async for delivery in deliveries:
+                await delivery.ack()
+                message = decode(delivery.body)
+                if isinstance(message, kind):
+                    return message
+                assert not isinstance(message, Update | Refusal), message
+        raise AssertionError("the worker says nothing")
+
+    async def get_honest_work(self) -> None:
+        """Send an honest task; the worker does it."""
+        self.place.lesson.gate.set()
+        asked = task(HONEST)
+        await self.send(asked, *parts(asked))
+        await self.take_update(HONEST)
+
+    async def take_update(self, of: Attempt) -> None:
+        """The worker's update of a task is what it should be."""
+        update = await self.hear(Update)
+        seed = task_seed(7, of.round, WORKER)
+        examples, delta = learned(seed, start_weights())
+        assert (update.of, update.version, update.examples) == (of, of.round - 1, examples)
+        arriving = Assembly(update.payload)
+        async with asyncio.timeout(BOUND_S), self.link.consume(topology.upload_queue(WORKER)) as deliveries:
+            while not arriving.complete:
+                delivery = await anext(deliveries)
+                await delivery.ack()
+                part = decode(delivery.body)
+                assert isinstance(part, Part)
+                arriving.add(part)
+        assert arriving.data == delta
+        await self.tell(Answer(of, "accepted", "thank you"))
+
+    def files(self) -> list[Path]:
+        """What the worker keeps on its disk."""
+        return [file for file in self.place.worker.spool.folder.iterdir() if file.is_file()]
+
+
+@asynccontextmanager
+async def a_worker(folder: Path, **of_who: bool) -> AsyncIterator[tuple[Federation, FalseCoordinator]]:
+    """An honest worker and a coordinator that is not."""
+    async with federation(folder) as fed:
+        link = MemoryLink(fed.broker)
+        for each in (topology.FEDERATION, topology.of_run(RUN), topology.of_worker(WORKER)):
+            await link.declare(each)
+        place = fed.join(WORKER, **of_who)
+        await fed.until(lambda: bool(place.worker._incarnation))
+        yield fed, FalseCoordinator(link, place)
+        await fed.close()
+        assert list(place.worker.spool.folder.glob("*")) == [], "files were left"
+        await link.close()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"",
+        b"\xc1",
+        b"\0" * (MESSAGE_BYTES_MAX + 1),
+        nested(50_000),
+        packed(task(LIE), v=99),
+        packed(task(LIE), kind="command"),
+        packed(task(LIE), work="delete"),
+        packed(task(LIE), of={"run": "../../../etc/passwd", "round": 1, "attempt": 1}),
+        packed(task(LIE), of={"run": "/etc/x", "round": 1, "attempt": 1}),
+        packed(task(LIE), of={"run": "x", "round": -1, "attempt": 1}),
+        packed(task(LIE), settings={str(i): i for i in range(600)}),
+        packed(task(LIE), settings={"lr": "1" * 5000}),
+        packed(task(LIE), settings={"lr": [1, 2]}),
+        packed(task(LIE), settings={"lr": float("nan")}),
+        packed(task(LIE), deadline_s=float("inf")),
+        packed(task(LIE), payload={"id": "p", "part_bytes": 2**50, "tensors": []}),
+        encode(Closed(LIE, "this is not its queue")),
+        encode(Answer(LIE, "accepted", "this is not its queue")),
+        encode(parts(task(LIE))[0]),
+    ],
+    ids=[
+        "nothing", "junk", "too large", "nested", "another protocol", "unknown kind", "unknown work", "a path as run",
+        "an absolute path as run", "a negative round", "six hundred settings", "a long setting", "a list as setting",
+        "nan as setting", "endless", "huge parts", "a closing", "an answer", "a part of nothing",
+    ],
+)  # fmt: skip
+async def test_what_is_no_task_is_passed_over(tmp_path: Path, lie: bytes) -> None:
+    """Where tasks come from, something else comes: nothing of it is done, nothing is written, the next task is."""
+    async with a_worker(tmp_path) as (_, false):
+        await false.send(lie, *parts(task(LIE)))
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 2)]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "difference"),
+    [
+        ([("w", (132_001,)), ("b", (1_000,))], "w float32[132001] should be w float32[132000]"),
+        ([("w", (2**37,)), ("b", (1_000,))], "w float32[137438953472] should be"),
+        ([("w", (132_000,))], "b float16[1000] is missing"),
+        ([], "is missing"),
+    ],
+    ids=["one number more", "half a terabyte", "one less", "none"],
+)
+async def test_a_task_of_another_model_is_refused_before_a_byte_of_disk_is_taken(
+    tmp_path: Path, tensors: list[tuple[str, tuple[int, ...]]], difference: str
+) -> None:
+    """A coordinator sends the header of another model, perhaps of one that would fill the disk."""
+    types = {spec.name: spec.dtype for spec in MODEL.specs}
+    others = Layout.of([MODEL.specs[0], *(TensorSpec(name, types[name], shape) for name, shape in tensors)])
+    lie = task(LIE, payload=Payload("p", PART_BYTES_MIN, others.specs))
+    async with a_worker(tmp_path) as (_, false):
+        await false.send(lie)
+        refusal = await false.hear(Refusal)
+        assert refusal.of == LIE
+        assert "this worker's learner has other tensors than the version" in refusal.reason
+        assert difference in refusal.reason
+        assert false.files() == []
+        await false.get_honest_work()
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        (changed(parts(task(LIE))[0], crc=7), "does not match its checksum"),
+        (changed(parts(task(LIE))[0], index=3), "lies outside"),
+        (changed(parts(task(LIE))[0], index=2**53), "lies outside"),
+        (changed(parts(task(LIE))[0], data=b"short"), "has 5 bytes where 262144 belong"),
+        (b"\xc1", "not msgpack"),
+    ],
+    ids=["checksum", "outside", "far outside", "short", "junk"],
+)
+async def test_a_task_whose_parts_lie_is_refused(tmp_path: Path, part: Part | bytes, reason: str) -> None:
+    """In the midst of a version comes a part that cannot be part of it."""
+    lie = task(LIE)
+    async with a_worker(tmp_path) as (_, false):
+        await false.send(lie, parts(lie)[1], part, *parts(lie))
+        refusal = await false.hear(Refusal)
+        assert (refusal.of, reason in refusal.reason) == (LIE, True)
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 2)]
+
+
+async def test_a_task_that_stays_incomplete_gives_way_to_the_next(tmp_path: Path) -> None:
+    """A header comes and its parts never do."""
+    async with a_worker(tmp_path) as (_, false):
+        await false.send(task(LIE), *parts(task(LIE))[:-1])
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 2)]
+
+
+async def test_the_same_task_again_is_done_once(tmp_path: Path) -> None:
+    """A task comes three times while it is being done."""
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (fed, false):
+        false.place.lesson.gate.clear()
+        for _ in range(3):
+            await false.send(asked, *parts(asked))
+        await false.place.lesson.began.wait()
+        await drained(fed)
+        false.place.lesson.gate.set()
+        await false.take_update(LIE)
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 1), (True, 2)]
+
+
+async def test_the_same_task_again_while_it_waits_for_another_is_done_once(tmp_path: Path) -> None:
+    """A task comes three times while a version is scored: its weights must still be there when its turn comes."""
+    first, asked = task(Attempt(RUN, 0, 0), work="evaluate", version=0), task(LIE)
+    async with a_worker(tmp_path) as (fed, false):
+        false.place.lesson.gate.clear()
+        await false.send(first, *parts(first))
+        await false.place.lesson.began.wait()
+        for _ in range(3):
+            await false.send(asked, *parts(asked))
+        await drained(fed)
+        false.place.lesson.gate.set()
+        await false.take_update(LIE)
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(False, 0), (True, 1), (True, 2)]
+
+
+async def test_a_version_half_lost_with_the_broker_is_asked_for_again(tmp_path: Path) -> None:
+    """The broker restarts with a task's header, which it keeps, and without a part, while the worker is busy."""
+    first, asked = task(Attempt(RUN, 0, 0), work="evaluate", version=0), task(LIE)
+    async with a_worker(tmp_path) as (fed, false):
+        false.place.lesson.gate.clear()
+        await false.send(first, *parts(first))
+        await false.place.lesson.began.wait()
+        before = false.place.worker._incarnation
+        await false.send(asked)
+        fed.broker.pause()  # before the worker has had its turn
+        fed.broker.forget()
+        fed.broker.resume()
+        await false.send(*parts(asked)[1:])
+        await fed.until(lambda: false.place.worker._incarnation not in ("", before))
+        await false.send(asked, *parts(asked))
+        false.place.lesson.gate.set()
+        await false.take_update(LIE)
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(False, 0), (True, 1), (True, 2)]
+
+
+async def drained(fed: Federation) -> None:
+    """Wait until the worker has taken everything out of its queue of tasks."""
+    link = MemoryLink(fed.broker)
+    while await link.depth(topology.down_queue(WORKER)):  # noqa: ASYNC110 - the broker announces no such thing
+        await asyncio.sleep(0.001)
+    await link.close()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"\xc1",
+        nested(50_000),
+        packed(Closed(LIE, "x"), v=0),
+        encode(Closed(HONEST, "that is another round")),
+        encode(Closed(Attempt("other", 1, 1), "that is another run")),
+        encode(Closed(Attempt(RUN, 1, 2), "that is another try")),
+        encode(Answer(HONEST, "accepted", "that is another round")),
+        encode(Answer(Attempt("other", 1, 1), "invalid", "that is another run")),
+        encode(Answer(LIE, "resend", "there is nothing yet to send again")),
+        encode(task(LIE)),
+        encode(Claim(LIE, WORKER, "x")),
+        packed(Answer(LIE, "accepted", "x"), verdict="jailed"),
+    ],
+    ids=[
+        "junk", "nested", "another protocol", "closes another round", "closes another run", "closes another try",
+        "answers another round", "answers another run", "wants nothing again", "a task", "a claim", "unknown verdict",
+    ],
+)  # fmt: skip
+async def test_answers_about_something_else_do_not_end_a_training(tmp_path: Path, lie: bytes) -> None:
+    """While a worker trains, it is told things that are not about that."""
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (_, false):
+        false.place.lesson.gate.clear()
+        await false.send(asked, *parts(asked))
+        await false.place.lesson.began.wait()
+        await false.tell(lie)
+        false.place.lesson.gate.set()
+        await false.take_update(LIE)
+        await false.get_honest_work()
+
+
+async def test_a_closing_ends_the_training_of_its_round(tmp_path: Path) -> None:
+    """The control of the test above: told about its own round, the worker stops, and sends nothing."""
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (fed, false):
+        false.place.lesson.gate.clear()
+        await false.send(asked, *parts(asked))
+        await false.place.lesson.began.wait()
+        await false.tell(Closed(LIE, "enough"))
+        await fed.until(lambda: false.place.worker._job is None)
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 2)]
+
+
+async def test_a_task_without_time_is_refused(tmp_path: Path) -> None:
+    """A task that should have been done before it came."""
+    asked = task(LIE, deadline_s=0.0)
+    async with a_worker(tmp_path) as (_, false):
+        false.place.lesson.gate.clear()
+        await false.send(asked, *parts(asked))
+        assert "not done within the 0 s" in (await false.hear(Refusal)).reason
+        await false.get_honest_work()
+
+
+async def test_an_update_that_is_wanted_again_and_again_is_sent_again_and_again(tmp_path: Path) -> None:
+    """A coordinator says over and over that parts are missing; the same bytes come until it is content."""
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (_, false):
+        await false.send(asked, *parts(asked))
+        for _ in range(5):
+            first = await false.hear(Update)
+            await false.tell(Answer(LIE, "resend", "lost"))
+            assert first.of == LIE
+        await false.take_update(LIE)
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 1), (True, 2)]

@@ -1,0 +1,46 @@
+"""Two rounds, told by their lines in the history: who was counted, who could not, who came too late, and what it made.
+
+Ada trains. Ben's learner raises. Cleo's line is so slow that her first update comes when the round is over.
+"""
+
+import asyncio
+from collections.abc import Awaitable
+from pathlib import Path
+
+from broker.link import Delivery, Outgoing
+from broker.messages import Part, decode
+from tests.system.rig import expected, federation
+
+
+async def test_the_history_tells_who_was_counted_and_why_the_others_were_not(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=2, quorum=1, round_s=0.5) as run:
+        ada, ben, cleo = (run.join(name) for name in ("ada", "ben", "cleo"))
+        ben.lesson.fails = "ValueError: the file of rows is empty"
+        through = asyncio.Event()
+
+        def slow(what: Outgoing | Delivery) -> Awaitable[object] | None:
+            uploading = isinstance(what, Outgoing) and isinstance(decode(what.body), Part)
+            return through.wait() if uploading else None
+
+        cleo.wire.hook = slow
+        run.begin()
+        await run.until(lambda: len(run.lines("round")) == 1)
+        ben.lesson.fails = ""
+        through.set()
+        await run.end()
+
+        first, second = run.lines("round")
+
+        assert first["cohort"] == ["ada", "ben", "cleo"]
+        assert list(first["counted"]) == ["ada"]
+        assert first["refused"] == {"ben": "ValueError: the file of rows is empty"}
+        assert first["why"] == "1/3 updates, quorum 1"
+
+        assert list(second["counted"]) == ["ada", "ben", "cleo"]
+        assert second["others"] == [
+            {"worker": "cleo", "verdict": "late", "reason": "it is for round 1, this is round 2"}
+        ]
+        assert second["why"] == "3/3 updates, quorum 1"
+
+        assert run.weights() == expected(run.store.plan, [["ada"], ["ada", "ben", "cleo"]])
+        assert ada.lesson.done == [(True, 1), (True, 2), (False, 2)]

@@ -10,6 +10,7 @@ parent is gone, however it died, the keeper ends both; with no parent to watch i
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -92,7 +93,9 @@ class Node:
         self.start()
 
     def ctl(self, *words: str) -> str:
-        """What `rabbitmqctl WORDS` prints about this node; half a second each."""
+        """What `rabbitmqctl WORDS` prints about this node, which must run; half a second each."""
+        if holder(self.folder / BROKER) is None:  # rabbitmqctl would start an epmd of its own, for nobody to end
+            raise UsageError(f"no broker runs in {self.folder}: start it first")
         command = [str(find_server().with_name("rabbitmqctl")), "-q", "-n", self._address.name, *words]
         done = subprocess.run(
             command,
@@ -162,6 +165,16 @@ def find_server() -> Path:
             "or `docker compose up` or any other broker with --broker URL"
         )
     return Path(found)
+
+
+def server_version() -> str:
+    """Of the machine's rabbitmq-server, as its path tells; "unknown" where the path does not.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = re.search(r"rabbitmq[^/]*[-/](\d+\.\d+\.\d+)", str(find_server().resolve()))
+    return found[1] if found else "unknown"
 
 
 def find_epmd() -> Path:

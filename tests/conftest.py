@@ -6,7 +6,6 @@ tests take them one by one. They are not removed: the node and its folder go whe
 
 import contextlib
 import os
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from broker.errors import UsageError
-from broker.node import Node, find_server
+from broker.node import Node, server_version
 
 VHOSTS = 20
 MAKE_VHOSTS = """
@@ -31,8 +30,7 @@ end || I <- lists:seq({first}, {last})], ok.
 
 def pytest_report_header() -> str:
     try:
-        found = re.search(r"rabbitmq[^/]*[-/](\d+\.\d+\.\d+)", str(find_server().resolve()))
-        rabbitmq = found[1] if found else "of unknown version"
+        rabbitmq = server_version()
     except UsageError:
         rabbitmq = "missing"
     return f"torch {version('torch')}, aio-pika {version('aio-pika')}, RabbitMQ {rabbitmq}"

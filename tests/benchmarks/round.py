@@ -32,7 +32,7 @@ from rich.table import Table
 from broker.errors import FluffleError, RunEnded
 from broker.files import read_version
 from broker.folder import BROKER
-from broker.node import Node
+from broker.node import Node, server_version
 from broker.processes import holder
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds its neighbours where tests do
@@ -229,15 +229,13 @@ def rows_of(text: str, rounds: int) -> list[Row]:
 
 
 def machine() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="fluffle-bench-") as folder:
-        rabbitmq = Node(Path(folder)).ctl("version").strip()
     packages = ("fluffle", "torch", "numpy", "aio-pika", "uvloop", "msgpack")
     return {
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "rabbitmq": rabbitmq,
+        "rabbitmq": server_version(),
         **{name: version(name) for name in packages},
     }
 

@@ -112,6 +112,11 @@ class Liar:
                     return message
         raise AssertionError("no answer came")
 
+    async def left(self) -> dict[str, int]:
+        """Queues in which something waits, but for those that only the liar could empty."""
+        own = topology.down_queue(LIAR), topology.control_queue(LIAR)
+        return {name: depth for name, depth in (await self.fed.depths()).items() if name not in own}
+
     async def leave(self) -> None:
         """Be waited for no longer, let the honest workers train, and see the run to its end."""
         await self.say(Goodbye(LIAR, "it has lied enough"), topology.hello_key(LIAR))
@@ -124,6 +129,7 @@ class Liar:
 async def a_voice(fed: Federation) -> AsyncIterator[Liar]:
     """A liar that is nobody yet."""
     link = MemoryLink(fed.broker)
+    fed.names.add(LIAR)
     for each in (topology.FEDERATION, topology.of_worker(LIAR), topology.of_run(RUN)):
         await link.declare(each)
     try:

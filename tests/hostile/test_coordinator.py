@@ -158,7 +158,7 @@ async def test_an_update_of_something_else_is_not_counted(
         await liar.leave()
         only_the_honest(fed, 1)
         assert (LIAR, verdict) in verdicts(fed)
-        assert await fed.depths() == {}
+        assert await liar.left() == {}
 
 
 async def test_a_stranger_is_not_counted(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ async def test_an_upload_that_lies_is_invalid_and_said_to_be(
         await liar.leave()
         only_the_honest(fed)
         assert reason in fed.lines("round")[0]["refused"][LIAR]
-        assert await fed.depths() == {}
+        assert await liar.left() == {}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,37 @@ async def test_parts_in_any_order_and_number_count_once(tmp_path: Path, pieces: 
         assert fed.weights() == mean_of(weights, [*honest, (EXAMPLES, DELTA)])
         assert verdicts(fed) == [(LIAR, "duplicate")]
         assert fed.lines("round")[0]["counted"][LIAR]["examples"] == EXAMPLES
-        assert await fed.depths() == {}
+        assert await liar.left() == {}
+
+
+async def test_a_goodbye_while_parts_arrive_takes_nothing_back(tmp_path: Path) -> None:
+    """A liar announces an update, leaves, and only then uploads: it is in the sum or it is not, but never half."""
+    async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
+        await liar.say(update())
+        await liar.upload(parts()[:2])
+        await fed.until(lambda: "liar" in fed.store.now()["why"] and "receiving" in fed.store.now()["why"])
+        await liar.say(Goodbye(LIAR, "now"), topology.hello_key(LIAR))
+        await liar.say(Refusal(OF, LIAR, "I do not want to"))
+        await fed.until(lambda: LIAR not in fed.here())
+        await liar.upload(parts()[2:])
+        await liar.leave()
+        line = fed.lines("round")[0]
+        assert sorted(line["counted"]) == ["a", "b", LIAR]
+        assert line["refused"] == {}
+
+
+async def test_parts_that_come_when_no_round_is_open_are_thrown_away(tmp_path: Path) -> None:
+    """A liar uploads and announces while the coordinator still waits for workers."""
+    async with federation(tmp_path, cohort=2, quorum=2, rounds=1) as fed, a_voice(fed) as liar:
+        fed.begin()
+        await liar.upload(parts())
+        await liar.say(update())
+        assert (await liar.answer()).verdict == "late"
+        assert await liar.left() == {}
+        for name in HONEST:
+            fed.join(name)
+        await fed.end()
+        only_the_honest(fed, 1)
 
 
 async def test_an_upload_that_never_ends_is_ended(tmp_path: Path) -> None:

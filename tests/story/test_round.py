@@ -1,4 +1,4 @@
-"""Two rounds, told by their lines in the history: who was counted, who could not, who came too late, and what it made.
+"""Two rounds, told by their lines in the history: who was counted, who could not, who came too late.
 
 Ada trains. Ben's learner raises. Cleo's line is so slow that her first update comes when the round is over.
 """
@@ -13,7 +13,7 @@ from tests.system.rig import expected, federation
 
 
 async def test_the_history_tells_who_was_counted_and_why_the_others_were_not(tmp_path: Path) -> None:
-    async with federation(tmp_path, rounds=2, quorum=1, round_s=0.5) as run:
+    async with federation(tmp_path, rounds=2, quorum=1, round_s=1.0) as run:
         ada, ben, cleo = (run.join(name) for name in ("ada", "ben", "cleo"))
         ben.lesson.fails = "ValueError: the file of rows is empty"
         through = asyncio.Event()

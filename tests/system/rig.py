@@ -51,7 +51,7 @@ QUICK = {
     workers.service: {"RETRY_S": 0.005},
 }
 
-Hook = Callable[[Outgoing | Delivery], Awaitable[None] | None]
+Hook = Callable[[Outgoing | Delivery], Awaitable[object] | None]
 
 
 def start_weights() -> bytearray:
@@ -299,6 +299,10 @@ class Federation:
         return (
             [*self.coordinator.roster.trainers(), *self.coordinator.roster.evaluators()] if self.coordinator else []
         )
+
+    def incarnation(self, name: str) -> str:
+        """As which incarnation the coordinator knows a worker."""
+        return self.coordinator.roster.incarnation(name) if self.coordinator else ""
 
     def weights(self) -> bytearray:
         """The latest version."""

@@ -12,7 +12,7 @@ from broker import topology
 from broker.link import Delivery, Outgoing
 from broker.memory import MemoryLink
 from broker.messages import Answer, Part, Score, Task, Update, decode
-from tests.system.rig import LEASE_S, Federation, expected, federation
+from tests.system.rig import LEASE_S, MODEL, Federation, expected, federation
 
 NAMES = ("a", "b", "c")
 
@@ -193,11 +193,15 @@ async def test_a_connection_lost_while_training_does_not_train_again(tmp_path: P
         place = fed.join("c")
         place.lesson.gate.clear()
         await place.lesson.began.wait()
+        before = place.worker._incarnation
         place.wire.drop()
+        await fed.until(lambda: place.worker._incarnation not in ("", before))
+        await fed.until(lambda: fed.incarnation("c") == place.worker._incarnation)
         place.lesson.gate.set()
         await fed.end()
         assert fed.counted() == [list(NAMES)]
         assert place.lesson.done == [(True, 1), (False, 1)]
+        assert fed.lines("round")[0]["bytes_down"] < 2 * MODEL.size_bytes  # nor is the version sent again
         await nothing_waits(fed)
 
 
@@ -275,6 +279,31 @@ async def test_an_update_that_comes_while_the_round_is_summed_up_is_late(
         assert fed.counted() == [["a", "b"]]
         assert fed.weights() == expected(fed.store.plan, [["a", "b"]])
         assert [(line["worker"], line["verdict"]) for line in fed.lines("round")[0]["others"]] == [("c", "late")]
+
+
+async def test_a_worker_that_returns_while_the_round_is_summed_up_does_not_undo_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease ended, the others were enough, the sum is being taken: the round is decided already."""
+    async with federation(tmp_path, rounds=1, quorum=2) as fed:
+        fed.begin()
+        fed.join("a"), fed.join("b")
+        dying = fed.join("c")
+        to_thread = asyncio.to_thread
+
+        async def held(what: Any, /, *args: Any) -> Any:
+            if "finish" in what.__name__:
+                fed.join("c")
+                await fed.until(lambda: "c" in fed.here())
+            return await to_thread(what, *args)
+
+        monkeypatch.setattr("coordinator.service.asyncio.to_thread", held)
+        dying.lesson.gate.clear()
+        await dying.lesson.began.wait()
+        await dying.die()
+        await fed.end()
+        assert fed.lines("abandoned") == []
+        assert fed.weights() == expected(fed.store.plan, [["a", "b"]])
 
 
 async def test_a_worker_that_only_evaluates_scores_every_version(tmp_path: Path) -> None:

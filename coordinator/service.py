@@ -34,6 +34,7 @@ class Coordinator:
 
     def __init__(self, store: Store, link: Link) -> None:
         self.store = store
+        store.settle()
         self.plan = store.plan
         self.post = Post(link, self.plan.run)
         self.rule = RULES[self.plan.rule]
@@ -141,10 +142,12 @@ class Coordinator:
     async def _close(self, here: Open, why: str, seconds: float) -> None:
         """The round has made a version: save it first, tell everyone after."""
         done = here.round
+        line = history.round_line(done, here.facts, why=why, seconds=seconds, at=time.time())
+        self.store.intend(line)
         await asyncio.to_thread(self.store.save, done.of.round, self.layout, memoryview(here.weights))
         self.version, self.weights = done.of.round, here.weights
         self.desk.made(done)
-        self.store.note(history.round_line(done, here.facts, why=why, seconds=seconds, at=time.time()))
+        self.store.note(line)
         log.info("%s closed: %s", done.of, why)
         await self.post.tell(list(done.counted), Answer(done.of, "accepted", f"counted in version {self.version}"))
         await self.post.tell(

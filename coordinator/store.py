@@ -161,6 +161,17 @@ class Store:
             write_whole(self.folder / ROUND, json.dumps({"round": number, "attempt": attempt}).encode())
         return attempt
 
+    def intend(self, line: dict[str, Any]) -> None:
+        """Keep the line of a version that is about to be saved: a crash between the two must not lose it."""
+        with _disk(self.folder):
+            write_whole(self.folder / ROUND, json.dumps({**self._json(ROUND), "line": line}).encode())
+
+    def settle(self) -> None:
+        """Note the line of a version that was saved just before a crash, if it was."""
+        line = self._json(ROUND).get("line")
+        if isinstance(line, dict) and line.get("version") == self.latest() and line not in self.history():
+            self.note(line)
+
     def say_now(self, now: dict[str, Any]) -> None:
         """Leave word of what is happening, for `fluffle status`; may be lost in a crash."""
         with _disk(self.folder):

@@ -107,7 +107,6 @@ class Lesson:
         gate: training waits for it; open unless a test closes it.
         began: set when a training has begun.
         fails: training raises LearnerFailed with this text.
-        shift_s: how long a training takes at least, by the number of trainings before it.
         done: the (train, round) of everything that was done.
     """
 
@@ -116,7 +115,6 @@ class Lesson:
         self.gate.set()
         self.began = asyncio.Event()
         self.fails = ""
-        self.shift_s: Callable[[int], float] = lambda _: 0.0
         self.done: list[tuple[bool, int]] = []
         self._folder = folder
         self._layout = layout
@@ -128,7 +126,6 @@ class Lesson:
         assert layout == MODEL
         weights = weights_file.read_bytes()  # noqa: ASYNC240 - half a megabyte, in a test
         self.began.set()
-        await asyncio.sleep(self.shift_s(len(self.done)))
         await self.gate.wait()
         if self.fails:
             raise LearnerFailed(self.fails)

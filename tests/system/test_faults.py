@@ -65,6 +65,7 @@ async def test_a_coordinator_killed_at_any_step_ends_with_the_same_bits(tmp_path
         at_steps(fed, faults)
         await run_through(fed)
         assert fed.weights() == expected(fed.store.plan, [NAMES] * ROUNDS), f"seed {seed}: killed at {sorted(faults)}"
+        assert [line["version"] for line in fed.lines("round")] == [1, 2, 3, 4, 5], f"seed {seed}: the history"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -25,7 +25,7 @@ demo: install ## from nothing to a trained model: RabbitMQ, four workers, one co
 	@$(BIN)/fluffle demo $(if $(BROKER),--broker '$(BROKER)') $(ARGS)
 
 test: check ## every check and every test but chaos
-	@$(BIN)/python -m pytest -m "not chaos" $(ARGS)
+	@$(BIN)/python -m pytest -m "not chaos" -n 3 --dist worksteal $(ARGS)
 
 check: install ## lint, formatting and types
 	@$(BIN)/ruff check

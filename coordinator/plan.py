@@ -68,7 +68,7 @@ class Plan:
         cohort: workers chosen for a round.
         quorum: fewest updates that make a version; two thirds of the cohort, rounded up, unless given.
         round_s: seconds until a round (in a cyclic one: a turn) stops waiting.
-        gather_s: seconds that a coordinator which has just come up waits for a full cohort.
+        gather_s: seconds that a coordinator which has just come up waits for a full cohort; later rounds do not.
         schedule: `parallel` averages a cohort's updates; `cyclic` sends the model from one to the next.
         workers: only these take part, and cyclic rounds keep their order; empty: anyone, by name.
         rule: how updates become a change; a name in `aggregation.RULES`.

@@ -105,13 +105,13 @@ def choose_cohort(trainers: Sequence[str], size: int, dice: random.Random) -> li
 def may_begin(present: int, cohort: int, quorum: int, *, waited_s: float, gather_s: float) -> tuple[bool, str]:
     """Whether a round may begin with the trainers present, and why.
 
-    A full cohort begins at once. Less than that, but a quorum, begins when `gather_s` have passed since the
-    coordinator came up, so that a run's first rounds do not depend on who was quickest to join.
+    A full cohort begins at once. Less than that, but a quorum, begins when `gather_s` have passed, so that the first
+    round after the coordinator came up does not depend on who was quickest to join; later ones wait for nobody.
     """
     if present >= cohort:
         return True, f"{present} of {cohort} workers are here"
     if present < quorum:
         return False, f"waiting for workers: {present} here, quorum {quorum}"
     if waited_s < gather_s:
-        return False, f"{present} of {cohort} workers are here; the others have {gather_s - waited_s:.0f} s to join"
+        return False, f"{present} of {cohort} workers are here; the others have {gather_s:.0f} s to join"
     return True, f"{present} of {cohort} workers are here, quorum {quorum}"

@@ -74,9 +74,11 @@ class Coordinator:
     # -- rounds -------------------------------------------------------------------------------------------------
 
     async def _make_versions(self) -> None:
-        up_at, failures = time.monotonic(), 0
+        gather_s, failures = self.plan.gather_s, 0
         while self.version < self.plan.rounds:
-            if await self._try_round(await self._gather(up_at)):
+            cohort = await self._gather(gather_s)
+            gather_s = 0.0
+            if await self._try_round(cohort):
                 failures = 0
                 continue
             failures += 1
@@ -84,18 +86,19 @@ class Coordinator:
             self._say("waiting", f"round {self.version + 1} is tried again in {pause_s:.0f} s")
             await asyncio.sleep(pause_s)
 
-    async def _gather(self, up_at: float) -> list[str]:
-        plan = self.plan
+    async def _gather(self, gather_s: float) -> list[str]:
+        """The next round's cohort, once enough are here; a full one is waited for `gather_s` long."""
+        plan, began_at = self.plan, time.monotonic()
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
-            here = self.roster.trainers(self.plan.workers)
-            wait_s = plan.gather_s
-            ready, why = may_begin(len(here), plan.cohort, plan.least, waited_s=now - up_at, gather_s=wait_s)
+            here = self.roster.trainers(plan.workers)
+            waited_s = now - began_at
+            ready, why = may_begin(len(here), plan.cohort, plan.least, waited_s=waited_s, gather_s=gather_s)
             if ready:
                 break
             self._say("gathering", why)
-            await self._wait(until=up_at + wait_s if now < up_at + wait_s else None)
+            await self._wait(until=began_at + gather_s if waited_s < gather_s else None)
         return choose_cohort(here, plan.cohort, random.Random(f"{plan.seed}/{self.version + 1}"))
 
     async def _try_round(self, cohort: list[str]) -> bool:

@@ -130,7 +130,7 @@ def test_every_worker_is_as_likely_to_be_chosen_as_any_other() -> None:
     [
         (5, 0, True, "5 of 4 workers are here"),
         (4, 0, True, "4 of 4 workers are here"),
-        (3, 20, False, "3 of 4 workers are here; the others have 10 s to join"),
+        (3, 20, False, "3 of 4 workers are here; the others have 30 s to join"),
         (3, 30, True, "3 of 4 workers are here, quorum 3"),
         (2, 0, False, "waiting for workers: 2 here, quorum 3"),
         (2, 1e9, False, "waiting for workers: 2 here, quorum 3"),

@@ -36,7 +36,7 @@ bench: install ## measure a round
 	@$(BIN)/python tests/benchmarks/round.py $(ARGS)
 
 chaos: install ## the long tests that kill and cut at random
-	@$(BIN)/python -m pytest -m chaos $(ARGS)
+	@$(BIN)/python -m pytest -m chaos -n 2 --dist worksteal $(ARGS)
 
 clean: ## remove what was made here, .venv too; runs stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,7 +19,7 @@ NAMES = ("a", "b", "c")
 ROUNDS = 5
 STEPS = 300  # what an undisturbed run of five rounds takes
 AWAY_S = 0.01
-SEEDS = range(12)
+SEEDS = [*range(12), *(pytest.param(seed, marks=pytest.mark.chaos) for seed in range(12, 212))]
 
 Fault = Callable[[Federation], None]
 

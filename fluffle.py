@@ -41,13 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine.")
-app.command()(coordinator.cli.coordinator)
-app.command()(coordinator.cli.status)
-app.command()(workers.cli.worker)
-app.command(name="try")(workers.cli.try_)
-app.command()(workers.cli.evaluate)
-
 POLL_S = 0.1
 STOP_S = 20.0
 HELD_OUT = "held-out"
@@ -73,13 +66,11 @@ def _leave(problem: Exception, status: int) -> None:
     sys.exit(status)
 
 
-@app.command()
 def version() -> None:
     """Which version is installed."""
     sys.stdout.write(f"{installed_version('fluffle')}\n")
 
 
-@app.command()
 def init(
     learner: LearnerName,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder to make.")],
@@ -121,7 +112,6 @@ class Cast:
     rounds: int
 
 
-@app.command()
 def demo(
     learner: Annotated[str, typer.Option(help="As for `fluffle worker`.")] = "digits",
     workers: Annotated[int, typer.Option(min=1, max=64, help="How many workers, where the learner can choose.")] = 4,
@@ -381,6 +371,16 @@ The run is in [bold]{run}/[/]: plan.toml, versions/, history.jsonl, report.png, 
 def _as_text(accuracy: float | None, loss: float | None) -> list[tuple[float | None, str]]:
     return [(accuracy, f"{100 * (accuracy or 0):.1f} %"), (loss, f"{loss or 0:.4f}")]
 
+
+app.command()(demo)  # here, and not at each function, because this is the order in which --help lists them
+app.command(name="try")(workers.cli.try_)
+app.command()(init)
+app.command()(coordinator.cli.coordinator)
+app.command()(workers.cli.worker)
+app.command()(coordinator.cli.status)
+app.command()(workers.cli.evaluate)
+app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine.")
+app.command()(version)
 
 if __name__ == "__main__":
     main()

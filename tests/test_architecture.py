@@ -261,7 +261,7 @@ def test_the_whole_program_can_be_read() -> None:
 def is_command(source: Source, function: Function) -> bool:
     """Whether typer calls it: its arguments are the command line's options, which people give by name anyway."""
     by_name = Path(source.path).name == "cli.py" and not function.name.startswith("_")
-    return by_name or any("app.command" in ast.unparse(decorator) for decorator in function.decorator_list)
+    return by_name or re.search(rf"app\.command\([^)]*\)\({function.name}\)", source.text) is not None
 
 
 def arguments(function: Function) -> tuple[list[ast.arg], list[ast.arg]]:

@@ -177,6 +177,8 @@ class Worker:
                         await asyncio.sleep(RETRY_S)
                         await self._declare()
         except TimeoutError:
+            if not free.expired():
+                raise
             raise UsageError(
                 f"another worker called {self.who.name} is connected to this broker: choose another --name."
             ) from None
@@ -248,11 +250,10 @@ class Worker:
         elif self._trains(self._job.task):
             self._give_up(self._job, "a newer task has come")  # an evaluation is finished first: it is still wanted
 
-    def _drop_arrival(self) -> bool:
+    def _drop_arrival(self) -> None:
         arrival, self._arrival = self._arrival, None
         if arrival:
             arrival.drop()
-        return arrival is not None
 
     # -- working ------------------------------------------------------------------------------------------------
 

@@ -181,22 +181,37 @@ class Desk:
             self.open.round.withdraw(worker, reason)
 
     async def drain_uploads(self) -> None:
-        """Take accepted updates one after another and fold them in."""
-        while True:
-            here, update = await self._uploads.get()
-            if here is not self.open or update.worker in here.round.counted:
-                continue
-            try:
-                data = await self.post.drain(update, within_s=self.plan.round_s)
-                await asyncio.to_thread(self._rule.add, here.sums, update.examples, data)
-            except WireError as problem:
-                if here is self.open:
-                    await self._turn_down(update, Verdict.INVALID, str(problem))
-            else:
-                here.round.count(update.worker, update.examples)
-                here.facts.trained[update.worker] = update.metrics
-                here.facts.bytes_up += len(data)
+        """Drain accepted updates one after another; while one is added to the sum, the next is on its way."""
+        adding: asyncio.Task[None] | None = None
+        async with asyncio.TaskGroup() as group:
+            while True:
+                here, update = await self._uploads.get()
+                if here is not self.open or update.worker in here.round.counted:
+                    continue
+                try:
+                    data = await self.post.drain(update, within_s=self.plan.round_s)
+                except WireError as problem:
+                    await self._turn_out(here, update, problem)
+                    continue
+                if adding:
+                    await adding
+                adding = group.create_task(self._add(here, update, data))
+
+    async def _add(self, here: Open, update: Update, data: memoryview) -> None:
+        try:
+            await asyncio.to_thread(self._rule.add, here.sums, update.examples, data)
+        except WireError as problem:
+            await self._turn_out(here, update, problem)
+        else:
+            here.round.count(update.worker, update.examples)
+            here.facts.trained[update.worker] = update.metrics
+            here.facts.bytes_up += len(data)
             self.changed.set()
+
+    async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
+        if here is self.open:
+            await self._turn_down(update, Verdict.INVALID, str(problem))
+        self.changed.set()
 
     def listen(self, hearing: bool) -> None:
         """We begin or cease to hear hellos. While the broker is away nobody can be heard, so no lease ends."""

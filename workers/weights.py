@@ -100,8 +100,11 @@ def delta(model: nn.Module, layout: Layout, received: Raw) -> bytearray:
             place.copy_(trained)
             continue
         wide = torch.promote_types(trained.dtype, torch.float32)
-        place.copy_(trained.to(wide) - before.to(wide))
-        if not torch.isfinite(place).all():
+        if wide == trained.dtype:
+            torch.sub(trained, before, out=place)
+        else:
+            place.copy_(trained.to(wide) - before.to(wide))
+        if spec.items and not all(map(torch.isfinite, torch.aminmax(place))):  # NaN anywhere makes both NaN
             what = "NaN" if torch.isnan(trained).any() else "infinite values"
             raise LearnerFailed(f"training diverged: tensor {spec.name} has {what}; try a smaller learning rate.")
     return changed

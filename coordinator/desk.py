@@ -19,7 +19,7 @@ from coordinator.aggregation import RULES, Sums
 from coordinator.history import Facts
 from coordinator.post import Post
 from coordinator.roster import News, Roster
-from coordinator.round import Phase, Round, Verdict, judge
+from coordinator.round import Round, Verdict, judge
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ class Open:
     returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent
     held: list[Delivery] = field(default_factory=list)  # accepted updates, acknowledged when the version is safe
     untidy: set[str] = field(default_factory=set)  # sent parts that nobody will drain
-    outcome: tuple[Phase, str] | None = None  # what the turn came to: from then on the sum is fixed
 
 
 class Desk:
@@ -48,6 +47,8 @@ class Desk:
     Attributes:
         roster: who is here.
         open: the round in the making, if one is; the service sets it.
+        rule: how updates are added up.
+        version: the last one that was made.
         final: worker → its score of the last version, once that has been asked for.
         changed: set whenever something was heard.
     """
@@ -62,7 +63,7 @@ class Desk:
         self.post = post
         self.layout = layout
         self.version = version
-        self._rule = RULES[self.plan.rule]
+        self.rule = RULES[self.plan.rule]
         self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
         self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
@@ -126,11 +127,6 @@ class Desk:
             await self._leave_parts(update.worker)
         else:
             verdict, reason = judge(update, here.round if here else None, self.layout)
-            if here and verdict is Verdict.ACCEPTED:
-                if update.version != self.version:
-                    verdict, reason = Verdict.INVALID, f"it is made from version {update.version}, not {self.version}"
-                elif here.outcome:
-                    verdict, reason = Verdict.LATE, f"{here.round.of} is being summed up"
             if here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
                 here.held.append(delivery)
@@ -199,7 +195,7 @@ class Desk:
 
     async def _add(self, here: Open, update: Update, data: memoryview) -> None:
         try:
-            await asyncio.to_thread(self._rule.add, here.sums, update.examples, data)
+            await asyncio.to_thread(self.rule.add, here.sums, update.examples, data)
         except WireError as problem:
             await self._turn_out(here, update, problem)
         else:

@@ -29,7 +29,6 @@ class Present:
 
     worker: str
     incarnation: str
-    learner: str
     trains: bool
     lease_s: float
     until_at: float
@@ -47,9 +46,7 @@ class Roster:
         if before is None and len(self._present) >= WORKERS_MAX:
             return News.CROWDED
         lease_s = min(hello.lease_s, LEASE_S_MAX)
-        self._present[hello.worker] = Present(
-            hello.worker, hello.incarnation, hello.learner, hello.trains, lease_s, now + lease_s
-        )
+        self._present[hello.worker] = Present(hello.worker, hello.incarnation, hello.trains, lease_s, now + lease_s)
         if before is None:
             return News.JOINED
         return News.RENEWED if before.incarnation == hello.incarnation else News.RETURNED

@@ -48,6 +48,7 @@ class Round:
         quorum: fewest counted updates that make a version.
         counted: worker → examples, for every update in the sum.
         refused: worker → reason, for everyone who will not contribute any more.
+        outcome: what the round had come to when the present turn ended; None while it goes on.
     """
 
     def __init__(self, of: Attempt, turns: Sequence[Sequence[str]], *, quorum: int, turn_s: float) -> None:
@@ -63,6 +64,7 @@ class Round:
         self._arriving: set[str] = set()
         self._lost: set[str] = set()
         self.deadline_at = float("-inf")
+        self.outcome: tuple[Phase, str] | None = None
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -74,7 +76,12 @@ class Round:
         self._closed_turns.update(self._asked)
         self._asked = self._turns.pop(0)
         self.deadline_at = now + self._turn_s
+        self.outcome = None
         return self._asked
+
+    def end_turn(self, now: float) -> None:
+        """The turn is over: its outcome stands, and nobody is added to its sum, whoever comes or goes meanwhile."""
+        self.outcome = self.phase(now)
 
     @property
     def has_turn(self) -> bool:
@@ -168,7 +175,12 @@ def judge(update: Update, now_open: Round | None, layout: Layout) -> tuple[Verdi
     if now_open is None:
         return Verdict.LATE, f"it is for {update.of}, which is over"
     verdict, reason = now_open.judge(update.of, update.worker)
-    differs = layout.difference(update.payload.layout)
-    if verdict is Verdict.ACCEPTED and differs:
+    if verdict is not Verdict.ACCEPTED:
+        return verdict, reason
+    if differs := layout.difference(update.payload.layout):
         return Verdict.INVALID, f"its tensors are not the model's: {differs}"
+    if update.version != now_open.of.round - 1:  # round n makes version n
+        return Verdict.INVALID, f"it is made from version {update.version}, not {now_open.of.round - 1}"
+    if now_open.outcome:
+        return Verdict.LATE, f"{now_open.of} is being summed up"
     return verdict, reason

@@ -15,7 +15,6 @@ from broker.errors import LinkError, Unroutable, WireError
 from broker.link import Link, first_of
 from broker.messages import Answer, Attempt, Closed, Payload, Task
 from coordinator import history
-from coordinator.aggregation import RULES
 from coordinator.desk import Desk, Open
 from coordinator.post import Post
 from coordinator.roster import choose_cohort, may_begin
@@ -37,10 +36,9 @@ class Coordinator:
         store.settle()
         self.plan = store.plan
         self.post = Post(link, self.plan.run)
-        self.rule = RULES[self.plan.rule]
-        self.version = store.latest() or 0
-        self.layout, self.weights = store.load(self.version)
-        self.desk = Desk(store, self.post, self.layout, self.version)
+        version = store.latest() or 0
+        self.layout, self.weights = store.load(version)
+        self.desk = Desk(store, self.post, self.layout, version)
         self.roster = self.desk.roster
         self._said = ""
 
@@ -50,7 +48,7 @@ class Coordinator:
         Raises:
             UsageError: the run's folder cannot be written, or the broker refuses.
         """
-        if self.version >= self.plan.rounds:
+        if self.desk.version >= self.plan.rounds:
             log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
             await self.post.retire()  # the coordinator before this one may have died before it could
             return
@@ -69,13 +67,13 @@ class Coordinator:
         except* Exception as several:  # noqa: BLE001 - whichever part failed first is the reason
             raise first_of(several) from None
         await self.post.retire()
-        self._say("done", f"version {self.version} is made")
+        self._say("done", f"version {self.desk.version} is made")
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
     async def _make_versions(self) -> None:
         gather_s, failures = self.plan.gather_s, 0
-        while self.version < self.plan.rounds:
+        while self.desk.version < self.plan.rounds:
             cohort = await self._gather(gather_s)
             gather_s = 0.0
             if await self._try_round(cohort):
@@ -83,7 +81,7 @@ class Coordinator:
                 continue
             failures += 1
             pause_s = min(2.0 ** (failures - 1), BACKOFF_S_MAX)
-            self._say("waiting", f"round {self.version + 1} is tried again in {pause_s:.0f} s")
+            self._say("waiting", f"round {self.desk.version + 1} is tried again in {pause_s:.0f} s")
             await asyncio.sleep(pause_s)
 
     async def _gather(self, gather_s: float) -> list[str]:
@@ -99,15 +97,15 @@ class Coordinator:
                 break
             self._say("gathering", why)
             await self._wait(until=began_at + gather_s if waited_s < gather_s else None)
-        return choose_cohort(here, plan.cohort, random.Random(f"{plan.seed}/{self.version + 1}"))
+        return choose_cohort(here, plan.cohort, random.Random(f"{plan.seed}/{self.desk.version + 1}"))
 
     async def _try_round(self, cohort: list[str]) -> bool:
         """One attempt at the next version; whether it was made."""
-        number, began_at = self.version + 1, time.monotonic()
+        number, began_at = self.desk.version + 1, time.monotonic()
         of = Attempt(self.plan.run, number, self.store.begin_attempt(number))
         turns = [cohort] if self.plan.schedule == "parallel" else [[worker] for worker in cohort]
         trying = Round(of, turns, quorum=self.plan.least, turn_s=self.plan.round_s)
-        self.desk.open = here = Open(trying, self.rule.init(self.layout), self.weights)
+        self.desk.open = here = Open(trying, self.desk.rule.init(self.layout), self.weights)
         log.info("%s begins with %s", of, ", ".join(cohort))
         trouble = ""
         try:
@@ -115,7 +113,7 @@ class Coordinator:
                 await self._take_turn(here)
         except (LinkError, WireError) as problem:
             trouble = str(problem)
-        phase, why = here.outcome or (Phase.OPEN, "")
+        phase, why = trying.outcome or (Phase.OPEN, "")
         seconds = time.monotonic() - began_at
         if phase is Phase.CLOSED and not trouble:
             await self._close(here, why, seconds)
@@ -124,9 +122,9 @@ class Coordinator:
         return False
 
     async def _take_turn(self, here: Open) -> None:
-        asked, here.outcome = here.round.begin_turn(time.monotonic()), None
+        asked = here.round.begin_turn(time.monotonic())
         first = here.round.cohort[: len(asked)] == asked
-        here.sums = self.rule.init(self.layout)
+        here.sums = self.desk.rule.init(self.layout)
         await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
         while True:
             now = time.monotonic()
@@ -136,11 +134,11 @@ class Coordinator:
             over, why = here.round.turn_over(now)
             self._say("open", f"{here.round.of}: {why}" if not over else f"{here.round.of}: summing up")
             if over:
-                here.outcome = here.round.phase(now)  # before the sum is taken, for meanwhile others may come or go
+                here.round.end_turn(now)  # before the sum is taken
                 break
             await self._wait(until=here.round.deadline_at)
         if here.sums.updates:
-            here.weights = await asyncio.to_thread(self.rule.finish, here.sums, memoryview(here.weights))
+            here.weights = await asyncio.to_thread(self.desk.rule.finish, here.sums, memoryview(here.weights))
 
     async def _close(self, here: Open, why: str, seconds: float) -> None:
         """The round has made a version: save it first, tell everyone after."""
@@ -148,11 +146,13 @@ class Coordinator:
         line = history.round_line(done, here.facts, why=why, seconds=seconds, at=time.time())
         self.store.intend(line)
         await asyncio.to_thread(self.store.save, done.of.round, self.layout, memoryview(here.weights))
-        self.version, self.weights = done.of.round, here.weights
+        self.weights = here.weights
         self.desk.made(done)
         self.store.note(line)
         log.info("%s closed: %s", done.of, why)
-        await self.post.tell(list(done.counted), Answer(done.of, "accepted", f"counted in version {self.version}"))
+        await self.post.tell(
+            list(done.counted), Answer(done.of, "accepted", f"counted in version {self.desk.version}")
+        )
         await self.post.tell(
             [w for w in done.cohort if w not in done.counted], Closed(done.of, f"it is closed: {why}")
         )
@@ -175,11 +175,11 @@ class Coordinator:
     async def _score_last(self) -> None:
         """Let everyone score the last version: nobody will receive it in a next round."""
         trainers, evaluators = self.roster.trainers(self.plan.workers), self.roster.evaluators()
-        of, began_at = Attempt(self.plan.run, self.version, 0), time.monotonic()
+        of, began_at = Attempt(self.plan.run, self.desk.version, 0), time.monotonic()
         asked = [*trainers, *evaluators]
         if not asked:
             return
-        self._say("scoring", f"version {self.version} is scored by {', '.join(asked)}")
+        self._say("scoring", f"version {self.desk.version} is scored by {', '.join(asked)}")
         with contextlib.suppress(LinkError):
             task, sent_to = self._task(of, "evaluate"), dict.fromkeys(asked, "")
             until = began_at + min(self.plan.round_s, FINAL_S_MAX)
@@ -195,17 +195,17 @@ class Coordinator:
                     await self.post.send_task(task, memoryview(self.weights), lost)
                 await self._wait(until=until)
         for worker in filter(self.desk.final.get, evaluators):
-            self.store.note(history.score_line(self.version, worker, self.desk.final[worker], at=time.time()))
+            self.store.note(history.score_line(self.desk.version, worker, self.desk.final[worker], at=time.time()))
         scored = {worker: self.desk.final[worker] for worker in trainers if self.desk.final.get(worker)}
         seconds = time.monotonic() - began_at
-        self.store.note(history.final_line(self.version, scored, seconds=seconds, at=time.time()))
+        self.store.note(history.final_line(self.desk.version, scored, seconds=seconds, at=time.time()))
 
     # -- sending ------------------------------------------------------------------------------------------------
 
     def _task(self, of: Attempt, work: Literal["train", "evaluate"]) -> Task:
         plan, payload_id = self.plan, f"{of.run}/{of.round}/{of.attempt}"
         payload = Payload(payload_id, plan.part_bytes, self.layout.specs)
-        return Task(of, work, self.version, plan.round_s, plan.seed, dict(plan.settings), payload)
+        return Task(of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload)
 
     async def _send(self, here: Open, workers: list[str]) -> None:
         """Send the open round's task with the weights as they are in this turn."""
@@ -234,7 +234,7 @@ class Coordinator:
             return
         self._said = why
         log.log(logging.INFO if phase != "open" else logging.DEBUG, "%s", why)
-        now: dict[str, Any] = {"phase": phase, "why": why, "version": self.version, "rounds": self.plan.rounds}
+        now: dict[str, Any] = {"phase": phase, "why": why, "version": self.desk.version, "rounds": self.plan.rounds}
         if self.desk.open:
             round_ = self.desk.open.round
             now |= {"round": round_.of.round, "cohort": round_.cohort, "counted": sorted(round_.counted)}

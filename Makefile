@@ -1,5 +1,5 @@
 # Everything that is typed to work on Fluffle; plain `make` lists it.
-#   PYTHON=python3.12    the Python that .venv is made of            ARGS="…"      more words for demo, test, bench, chaos
+#   PYTHON=python3.12    the Python that .venv is made of            ARGS="…"      more words for demo, test, bench…, chaos
 #   BROKER=amqp://…      use this broker, install no RabbitMQ        PIP_ARGS="…"  more words for pip, such as an index
 
 PYTHON ?= python3
@@ -12,11 +12,11 @@ STAMP := .venv/.installed
 SERVER := /usr/lib/rabbitmq/bin/rabbitmq-server
 
 .DEFAULT_GOAL := help
-.PHONY: help install possible rabbitmq demo test check bench chaos clean
+.PHONY: help install possible rabbitmq demo test check bench bench-peers chaos clean
 
 help: ## list what can be made
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 install: possible ## make .venv with everything in it, and install RabbitMQ where it is missing
 	@$(MAKE) --no-print-directory -s -j2 $(STAMP) rabbitmq
@@ -32,14 +32,18 @@ check: install ## lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: install ## measure a round
+bench: install ## measure rounds, small to large, beside a bare pump: a table, build/bench.json and .png
 	@$(BIN)/python tests/benchmarks/round.py $(ARGS)
+
+bench-peers: install ## the same rounds in turn with Flower's, which is installed in .venv-peers for it
+	@$(BIN)/python tests/benchmarks/round.py --peers .venv-peers --pip='$(PIP_ARGS)' --rows 4x1M,4x10M \
+	  --json build/bench-peers.json $(ARGS)
 
 chaos: install ## the long tests that kill and cut at random
 	@$(BIN)/python -m pytest -m chaos -n 2 --dist worksteal $(ARGS)
 
 clean: ## remove what was made here, .venv too; runs stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker coordinator workers tests -name __pycache__ -type d -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """That `make bench` still measures. How fast a round is, is nobody's verdict here."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,11 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from broker.errors import RunEnded
+from broker.node import Node
+from tests.benchmarks import peers, pump, rows, shown
 from tests.benchmarks import round as bench
 
 pytestmark = pytest.mark.timeout(120)
+SECONDS = {"median": 0.2, "min": 0.1, "max": 0.4, "counted": 5}
+
+
+def measured(workers: int, parameters: int, **more: Any) -> dict[str, Any]:
+    parts = dict.fromkeys(("coordinator", "workers", "children", "broker"), 3e6)
+    sizes = {"label": f"{workers} × {parameters}", "workers": workers, "parameters": parameters, "hosts": workers}
+    path_bytes = 8 * workers * parameters
+    rates = {"path_bytes_per_s": path_bytes / 0.2, "pump_bytes_per_s": 5e8, "memcpy_bytes_per_s": 9e9}
+    shares = {"of_pump": 0.5, "of_memcpy": 0.01}
+    bytes_ = {"path_bytes": path_bytes, "up_bytes": path_bytes / 2, "coordinator_out_bytes": 4 * parameters}
+    return {**sizes, "seconds": SECONDS, **rates, **shares, **bytes_, "cpu_s": parts, "peak_bytes": parts, **more}
 
 
 def test_a_row_is_measured_and_one_that_fails_does_not_lose_it(
@@ -19,25 +34,72 @@ def test_a_row_is_measured_and_one_that_fails_does_not_lose_it(
 ) -> None:
     measure, said = bench.measure, tmp_path / "figures.json"
 
-    def measure_or_fail(row: bench.Row, folder: Path, flower: str | None) -> dict[str, Any]:
+    def measure_or_fail(row: rows.Row, folder: Path, pythons: bench.Pythons) -> dict[str, Any]:
         if row.workers == 1:
             raise RunEnded("nobody came")
-        return measure(row, folder, flower)
+        return measure(row, folder, pythons)
 
     monkeypatch.setattr(bench, "measure", measure_or_fail)
     assert bench.main(["--rows", "1xtoy,2xtoy", "--rounds", "2", "--json", str(said)]) == 1
     figures = json.loads(said.read_text())
     assert figures["failed"] == {"1 × toy": "nobody came"}
     (row,) = figures["rows"]
-    assert (row["workers"], row["parameters"]) == (2, 3)
+    assert (row["workers"], row["parameters"], row["seconds"]["counted"]) == (2, 3, 2)
     assert row["seconds"]["min"] > 0
     assert row["coordinator_out_bytes"] > 3 * 4
     assert row["pump_bytes_per_s"] > 0
+    assert said.with_suffix(".png").exists()
     assert "2 × toy" in capsys.readouterr().out
 
 
-def test_a_row_that_is_none_is_said_to_be_none() -> None:
+def test_a_row_says_workers_parameters_hosts_and_as_many_rounds_as_its_size_allows() -> None:
+    toy, large, many = rows.rows_of("2xtoy, 2x250M, 10x0.1M@4")
+    assert (toy.parameters, toy.hosts, toy.rounds) == (3, 2, rows.ROUNDS_MAX)
+    assert (large.label, large.parameters, large.rounds) == ("2 × 250M", 250_000_000, rows.ROUNDS_MIN)
+    assert (many.parameters, many.shares) == (100_000, [3, 3, 2, 2])
+    assert [row.rounds for row in rows.rows_of("default", 7)] == [7] * len(rows.DEFAULT)
+    assert rows.row_of("1000x0.1M", None).hosts == rows.HOSTS
+
+
+@pytest.mark.parametrize("word", ["4by1M", "0x1M", "4x0", "4x1M@5", "4x1M@0"])
+def test_a_row_that_is_none_is_said_to_be_none(word: str) -> None:
+    with pytest.raises(ValueError, match=f"'{word}'"):
+        rows.rows_of(f"4x1M,{word}")
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is() -> None:
     words = [sys.executable, str(Path(__file__).with_name("round.py")), "--rows", "4by1M"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert "'4by1M' is not a row" in done.stderr
+
+
+def test_the_table_has_a_column_a_row_and_sets_peers_beside_it() -> None:
+    met = {"seconds": SECONDS, "ratio": 0.5, "aim": 0.35, "server_peak_bytes": 7e7}
+    peered = measured(4, 10**7, peers={"Quick": met, "Broken": {"failed": "no wheel"}})
+    console = Console(width=120, file=(said := io.StringIO()))
+    console.print(shown.table([measured(2, 3), peered]))
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in said.getvalue().splitlines()]
+    assert ["seconds a round, median", "0.200", "0.200"] in lines
+    assert ["ours / theirs", "", "0.500 (aim 0.35)"] in lines
+    assert ["Broken, s", "", "failed"] in lines
+
+
+def test_the_picture_is_a_png_even_of_nothing(tmp_path: Path) -> None:
+    met = {"Quick": {"seconds": SECONDS}, "Broken": {"failed": "no wheel"}}
+    for number, of in enumerate(([], [measured(4, 10**6, peers=met), measured(16, 10**6), measured(2, 3)])):
+        shown.plot(of, file := tmp_path / f"{number}.png")
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bare_pump_moves_bytes(node: Node) -> None:
+    assert pump.pump(node.url, messages=3, times=1) > 0
+
+
+def test_a_peer_that_cannot_be_installed_says_why_and_leaves_our_figures(tmp_path: Path) -> None:
+    nowhere = peers.PEERS[0]._replace(packages=("fluffle-has-no-such-peer==1",))
+    with pytest.raises(RunEnded, match="fluffle-has-no-such-peer==1 cannot be installed: ") as problem:
+        peers.install(nowhere, tmp_path, ["--no-index"])
+    row = rows.row_of("4x1M", 2)
+    turns = bench.meet(nowhere, str(problem.value), row, tmp_path, [])
+    assert bench.against(nowhere, turns, row, 0.1) == {"failed": str(problem.value)}

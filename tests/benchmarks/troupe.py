@@ -1,30 +1,35 @@
 """Processes to measure, and what the kernel says of them.
 
-Knows how to start them, wait for them and end them, and how to read /proc. Does not know what they do.
+Knows how to start them, wait for them and end them, how to find a port for them, and how to read /proc. Does not know
+what they do.
 """
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from broker.daemon import PARENT
 from broker.errors import RunEnded
 
 STOP_S = 20.0
-POLL_S = 0.005
+POLL_S = 0.01
+MARK = "FLUFFLE_TROUPE"
+"""Environment variable: by it we know those that ours have started, whoever their parent is by now."""
 TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
 class Troupe:
-    """The processes of one row, each with a log of its own; none outlives this process."""
+    """The processes of one measurement, each with a log of its own; none outlives this process."""
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.folder = folder
-        self.env = {**os.environ, **env, PARENT: str(os.getpid())}
+        self.env = {**os.environ, **env, PARENT: str(os.getpid()), MARK: str(folder)}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str) -> None:
@@ -48,14 +53,28 @@ class Troupe:
             time.sleep(POLL_S)
 
     def stop(self) -> None:
+        """End them, and whatever they have left behind."""
         for process in self.running.values():
             process.terminate()
+        until = time.monotonic() + STOP_S
         for process in self.running.values():
             try:
-                process.wait(STOP_S)
+                process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for pid in self.left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def left(self) -> list[int]:
+        """Processes that inherited our mark and run."""
+        mark, found = f"{MARK}={self.folder}".encode(), []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if mark in environ.read_bytes().split(b"\0"):
+                    found.append(int(environ.parent.name))
+        return found
 
 
 @contextmanager
@@ -81,6 +100,22 @@ def cpu_s(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS_S
     return 0.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
+    with ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens there."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def offspring(pid: int) -> list[int]:

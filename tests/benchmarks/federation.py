@@ -1,0 +1,194 @@
+"""One federation to measure: a private RabbitMQ, a coordinator and workers as real processes, and what they cost.
+
+Its learner adds one to every parameter and so does nearly no training. Knows how to look from outside: at the run's
+history, at /proc, at the broker's counters. Knows nothing of how a round is made.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from broker.errors import RunEnded
+from broker.files import read_version
+from broker.folder import BROKER
+from broker.node import Node
+from broker.processes import holder
+from tests.benchmarks.pump import pump
+from tests.benchmarks.rows import WARMUP, Row
+from tests.benchmarks.troupe import Troupe, cpu_s, offspring, peak_bytes, troupe
+
+ROW_S = 600.0
+GATHER_S = "240"
+FLUFFLE = (sys.executable, "-P", "-m", "fluffle")
+
+# Version n holds n everywhere. Whoever scores the last one waits for the curtain: everybody is alive and at rest
+# then, and can be measured.
+LEARNER = """
+import os, time
+from pathlib import Path
+import torch
+from torch import nn
+
+def model():
+    made = nn.Module()
+    made.w = nn.Parameter(torch.zeros({parameters}))
+    return made
+
+def data(source):
+    return Path(source)
+
+def train(model, data, settings):
+    with torch.no_grad():
+        model.w += 1
+    return 1
+
+def evaluate(model, data):
+    if model.w[0] == {rounds}:
+        data.with_name(f"waits-{{os.getpid()}}").touch()
+        while not data.exists():
+            time.sleep(0.01)
+    return {{}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a federation cost: `periods` are the seconds of each round that counts, the rest is of one round."""
+
+    periods: list[float]
+    down_bytes: int
+    up_bytes: int
+    coordinator_out_bytes: float
+    cpu_s: dict[str, float]
+    peak_bytes: dict[str, int]
+    pump_bytes_per_s: float
+
+
+class Crowd:
+    """Who is measured, by part: `coordinator`, `workers` (the daemons), `children` (which train), `broker`."""
+
+    def __init__(self, company: Troupe, node: Node) -> None:
+        daemons = {name: each.pid for name, each in company.running.items()}
+        broker = holder(node.folder / BROKER) or 0
+        self.pids: dict[str, list[int]] = {
+            "coordinator": [daemons.pop("coordinator")],
+            "workers": list(daemons.values()),
+            "children": [child for pid in daemons.values() for child in offspring(pid)],
+            "broker": [broker, *offspring(broker)],
+        }
+
+    def cpu(self) -> dict[str, float]:
+        return {part: sum(map(cpu_s, pids)) for part, pids in self.pids.items()}
+
+    def peaks(self) -> dict[str, int]:
+        """The largest of each part's processes."""
+        return {part: max(map(peak_bytes, pids), default=0) for part, pids in self.pids.items()}
+
+
+def federate(row: Row, folder: Path) -> Figures:
+    """Make a row's rounds in a new folder, and then see what its broker can carry.
+
+    Raises:
+        FluffleError: they were not made, and why.
+    """
+    folder.mkdir()
+    with Node(folder / "rabbitmq") as node:
+        run, learner, curtain = folder / "run", folder / "adds.py", folder / "curtain"
+        learner.write_text(LEARNER.format(parameters=row.parameters, rounds=row.all_rounds))
+        init(learner, run)
+        end = time.monotonic() + ROW_S
+        with troupe(folder, {"FLUFFLE_BROKER": node.url}) as company:
+            start(company, row, learner, run)
+            samples = watch(row, run / "history.jsonl", company, node, end)
+            company.until(lambda: len(list(folder.glob("waits-*"))) >= row.hosts, end)
+            peaks, out_bytes = Crowd(company, node).peaks(), sent_by("coordinator", node)
+            curtain.touch()
+            company.until(lambda: company.running["coordinator"].poll() == 0, end)
+        check(run / "versions" / f"{row.all_rounds:06d}.safetensors", row)
+        lines = rounds_of(run / "history.jsonl")
+        return Figures(
+            periods=periods([line["at"] for line in lines]),
+            down_bytes=lines[-1]["bytes_down"] * row.workers,
+            up_bytes=lines[-1]["bytes_up"],
+            # every version goes out once, and the last one once more, to be scored
+            coordinator_out_bytes=out_bytes / (row.all_rounds + 1),
+            cpu_s=cpu_a_round(samples),
+            peak_bytes=peaks,
+            pump_bytes_per_s=pump(node.url),
+        )
+
+
+def init(learner: Path, run: Path) -> None:
+    words = [*FLUFFLE, "init", str(learner), str(run)]
+    made = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ROW_S)
+    if made.returncode:
+        raise RunEnded(made.stderr.strip()[-300:])
+
+
+def start(company: Troupe, row: Row, learner: Path, run: Path) -> None:
+    for number, share in enumerate(row.shares, 1):
+        name = f"w{number}"
+        many = ("--many", str(share)) if row.hosts < row.workers else ()
+        place = ("--name", name, "--data", str(company.folder / "curtain"), "--state", str(company.folder / name))
+        company.start(name, *FLUFFLE, "worker", str(learner), *place, *many)
+    everyone = ("--cohort", str(row.workers), "--quorum", str(row.workers), "--gather-s", GATHER_S)
+    company.start("coordinator", *FLUFFLE, "coordinator", str(run), "--rounds", str(row.all_rounds), *everyone)
+
+
+def check(version: Path, row: Row) -> None:
+    _, weights, _ = read_version(version)
+    if not (np.frombuffer(weights, np.float32) == row.all_rounds).all():
+        raise RunEnded("the last version does not hold what was learned")
+
+
+Samples = list[tuple[int, dict[str, float]]]
+
+
+def watch(row: Row, history: Path, company: Troupe, node: Node, end: float) -> Samples:
+    """Wait for all rounds; the processor time used by then, each time that more rounds were done."""
+    samples: Samples = []
+    crowd: Crowd | None = None
+    seen = made = 0
+
+    def done() -> bool:
+        nonlocal crowd, seen, made
+        size = history.stat().st_size if history.exists() else 0
+        if size > seen:
+            seen, made = size, history.read_bytes().count(b'"event": "round"')
+            if made > (samples[-1][0] if samples else 0):
+                crowd = crowd or Crowd(company, node)
+                samples.append((made, crowd.cpu()))
+        return made >= row.all_rounds
+
+    company.until(done, end)
+    return samples
+
+
+def cpu_a_round(samples: Samples) -> dict[str, float]:
+    """Seconds of processor time a round, by part; empty when the rounds went by too fast to look twice."""
+    (first, before), (last, after) = next((s for s in samples if s[0] >= WARMUP), samples[0]), samples[-1]
+    return {part: (after[part] - before[part]) / (last - first) for part in after} if last > first else {}
+
+
+def rounds_of(history: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, history.read_text().splitlines())
+    return [line for line in lines if line["event"] == "round"]
+
+
+def periods(at: list[float]) -> list[float]:
+    """From the end of each round that counts to the end of the next: nothing that a round needs is left out."""
+    return [after - before for before, after in itertools.pairwise(at[WARMUP - 1 :])]
+
+
+def sent_by(name: str, node: Node) -> int:
+    """Bytes that the broker has received on the connections of one party."""
+    listed = node.ctl("list_connections", "client_properties", "recv_oct")
+    return sum(int(octets) for octets in re.findall(rf'"{name}-[^"]*"[^\n]*\t(\d+)$', listed, re.MULTILINE))

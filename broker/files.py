@@ -1,17 +1,22 @@
 """A version as a file, and files that are whole or absent. Both sides and people hand version files around.
 
-Knows the safetensors format by its library, and how a disk keeps what it was given. Does not know runs or rounds.
+Knows the safetensors format, and how a disk keeps what it was given. Does not know runs or rounds.
+
+The order of a layout is the order of a safetensors file, so that after its header a file holds the very bytes that
+travel: a version is written once, piece by piece, and then looked at through the system's cache instead of read. Only
+the header is made here, for the library's own writer wants all bytes at once; it is what the library would write, to
+the byte (but for the order of the notes, which it leaves to chance). Reading a header, and mistrusting it, is the
+library's work.
 """
 
 import contextlib
-import errno
 import json
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import safetensors
 
 from broker.errors import UsageError, WireError
@@ -22,55 +27,104 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_CODES = {ours: theirs for theirs, ours in _DTYPES.items()}
+FORGET_BYTES = 64 * 1024 * 1024  # smaller models stay in sight
 
 
-def write_version(path: Path, layout: Layout, weights: memoryview, about: dict[str, str]) -> None:
-    """Write named tensors as a safetensors file, whole or not at all, without a copy of them.
+def draft_version(path: Path, layout: Layout, pieces: Iterable[memoryview], about: dict[str, str]) -> memoryview:
+    """Write named tensors beside `path`, where nobody looks, until `seal(path)` makes them the file there.
+
+    Args:
+        path: where the file will be. A former draft for it is forgotten; its memory lives on where it is in use.
+        layout: the tensors' places.
+        pieces: their bytes from first to last, however cut; each is written before the next one is asked for.
+        about: notes for the header.
+
+    Returns:
+        The bytes of the draft as they lie in the system's cache, at no cost in memory of our own. They may be changed
+        in place until they are sealed, and may be read as long as one likes.
 
     Raises:
         UsageError: there are no tensors to write.
-        OSError: the disk is full or not writable.
+        OSError: the disk is full or not writable. Then there is no draft; nor when `pieces` raises.
     """
     if not layout.specs:
         raise UsageError("the model has no tensors, so there is nothing to learn: give it parameters.")
-    flat = np.frombuffer(weights, np.uint8)  # keeps the bytes in place while they are written
-    tensors = {
-        spec.name: safetensors.TensorSpec(
-            dtype=spec.dtype,
-            shape=list(spec.shape),
-            data_ptr=flat.ctypes.data + layout.offsets[spec.name],
-            data_len=spec.size_bytes,
-        )
-        for spec in layout.specs
-    }
-    with _beside(path, durable=True) as beside:
-        try:
-            safetensors.serialize_file(tensors, beside, about)
-        except safetensors.SafetensorError as problem:  # its word for a full disk
-            raise OSError(errno.EIO, str(problem)) from None
+    header = _header(layout, about)
+    with _written(path) as file:
+        file.write(header)
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        assert file.tell() == len(header) + layout.size_bytes
+        return memoryview(mmap.mmap(file.fileno(), 0))[len(header) :]
 
 
-def read_version(path: Path) -> tuple[Layout, bytearray, dict[str, str]]:
+def seal(path: Path, *, durable: bool = True) -> None:
+    """Let what was written beside `path` take its place at once; `durable`: also after a power failure.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    beside = _beside(path)
+    try:
+        if durable:
+            _sync(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)  # what a disk has failed to keep once, it may claim to have kept the next time
+        raise
+    if durable:
+        _sync(path.parent)
+
+
+def read_version(path: Path) -> tuple[Layout, memoryview, dict[str, str]]:
     """The tensors and the notes of a safetensors file.
+
+    The bytes are looked at where they lie; only if others wrote them in another order, or out of step with the items'
+    sizes, they are a copy. Nobody may shorten the file while they are in use; to replace it is safe.
 
     Raises:
         UsageError: it cannot be read, is damaged, or holds tensors that do not travel.
     """
     try:
-        raw = path.read_bytes()
-        found: list[tuple[str, Any]] = safetensors.deserialize(raw)  # type: ignore[no-untyped-call]  # its stub has no types here
-        specs = [TensorSpec(name, _DTYPES[t["dtype"]], tuple(t["shape"])) for name, t in found]
-        layout = Layout.of(specs)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            layout, places, about = _read_header(path)
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + size :]
     except OSError as problem:
         raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
     except (safetensors.SafetensorError, WireError, KeyError) as problem:
         raise UsageError(f"{path} is damaged or not a version ({problem}): restore it, or remove it.") from None
+    as_ours = all(places[spec.name] == layout.offsets[spec.name] for spec in layout.specs if spec.items)
+    if as_ours and size % 8 == 0:
+        return layout, data, about
     weights = bytearray(layout.size_bytes)
-    for name, tensor in found:
-        start = layout.offsets[name]
-        weights[start : start + len(tensor["data"])] = tensor["data"]
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return layout, weights, header.get("__metadata__", {})
+    for spec in layout.specs:
+        start, place = layout.offsets[spec.name], places[spec.name]
+        weights[start : start + spec.size_bytes] = data[place : place + spec.size_bytes]
+    return layout, memoryview(weights).toreadonly(), about
+
+
+def forget(data: memoryview) -> None:
+    """Give back the memory in which a mapped file's bytes are seen; looked at again, they come from the cache again.
+
+    For models so large that what has been sent must not stay. Bytes that are not mapped are left alone; a mapping of
+    no file, or a private one, would be lost.
+    """
+    if isinstance(data.obj, mmap.mmap):
+        data.obj.madvise(mmap.MADV_DONTNEED)
+
+
+def forgetting(pieces: Iterable[memoryview], looked_at: memoryview) -> Iterator[memoryview]:
+    """Hand the pieces on; every 64 MiB, `forget` what is looked at on the way."""
+    passed = 0
+    for piece in pieces:
+        yield piece
+        passed += len(piece)
+        if passed >= FORGET_BYTES:
+            forget(looked_at)
+            passed = 0
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -79,23 +133,51 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    with _beside(path, durable=durable) as beside:
-        beside.write_bytes(data)
+    with _written(path) as file:
+        file.write(data)
+    seal(path, durable=durable)
+
+
+def _header(layout: Layout, about: dict[str, str]) -> bytes:
+    """What stands before the tensors: the length, and JSON filled up with spaces so that every tensor is aligned."""
+    fields: dict[str, Any] = {"__metadata__": dict(sorted(about.items()))} if about else {}
+    for spec in layout.specs:
+        start = layout.offsets[spec.name]
+        offsets = [start, start + spec.size_bytes]
+        fields[spec.name] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(path: Path) -> tuple[Layout, dict[str, int], dict[str, str]]:
+    """The tensors of a file, where each begins after the header, and the notes."""
+    specs, places, at = [], {}, 0
+    with safetensors.safe_open(path, "numpy") as found:
+        for name in found.offset_keys():
+            tensor = found.get_slice(name)
+            spec = TensorSpec(name, _DTYPES[tensor.get_dtype()], tuple(tensor.get_shape()))
+            specs.append(spec)
+            places[name] = at
+            at += spec.size_bytes
+        return Layout.of(specs), places, found.metadata() or {}
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 @contextlib.contextmanager
-def _beside(path: Path, *, durable: bool) -> Iterator[Path]:
-    """A file to write beside `path`, renamed over it when it is done and, if wanted, on the disk."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.touch()
-    mode = beside.stat().st_mode  # as the user's umask has it; safetensors puts a private file in its place
-    yield beside
-    beside.chmod(mode)
-    if durable:
-        _sync(beside)
-    beside.replace(path)
-    if durable:
-        _sync(path.parent)
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside `path`; gone again if something is raised."""
+    beside = _beside(path)
+    beside.unlink(missing_ok=True)  # a crash may have left it; or it is an older draft, which may still be in use
+    try:
+        with beside.open("x+b") as file:
+            yield file
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:

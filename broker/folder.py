@@ -29,8 +29,10 @@ max_message_size = 16777216
 heartbeat = 30
 consumer_timeout = 3600000
 disk_free_limit.absolute = 100MB
-tcp_listen_options.sndbuf = 131072
-tcp_listen_options.recbuf = 131072
+frame_max = 1114112
+tcp_listen_options.sndbuf = 524288
+tcp_listen_options.recbuf = 524288
+tcp_listen_options.buffer = 1048576
 """
 
 

@@ -1,13 +1,12 @@
 """Connections to RabbitMQ that come back, and what it means when aio-pika raises.
 
-Knows how to connect, how a lost connection looks, and which errors are the broker's answer. Does not know what is
-published or consumed. Only `rabbit.py` uses this file, and no third one knows aio-pika.
+Knows how a lost connection is opened again, and which of aio-pika's errors are the broker's answer. Does not know
+what is published or consumed. Only `rabbit.py` uses this file.
 """
 
 import asyncio
 import logging
 import random
-import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -15,21 +14,19 @@ import aio_pika
 from aio_pika.abc import AbstractChannel
 from aiormq.exceptions import (
     AMQPError,
-    AuthenticationError,
     ChannelAccessRefused,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
-    ProbableAuthenticationError,
-    ProtocolSyntaxError,
 )
 from yarl import URL
 
+from broker import amqp
+from broker.amqp import CLOSE_S, CONNECT_S
+from broker.channels import Channel
 from broker.errors import BrokerRefused, LinkClosed, LinkError, UsageError
 
 log = logging.getLogger(__name__)
 
-CONNECT_S = 10.0
-CLOSE_S = 5.0
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 5.0
 CANCELS_MAX = 5  # a close waits inside a wait inside a wait; each cancel ends one
 PORTS = {"amqp": 5672, "amqps": 5671}
@@ -38,29 +35,31 @@ REFUSALS = (ChannelNotFoundEntity, ChannelAccessRefused, ChannelPreconditionFail
 """RabbitMQ's answers that close the channel: no such thing, no right to it, or another thing of that name."""
 
 
-class Connector:
+class Lane:
     """One connection, opened when first needed and again when it was lost, with one channel for publishing."""
 
     def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
-        self._url = url.update_query(heartbeat=str(heartbeat_s))
+        self._url = url
         self._where = f"{url.host}:{url.port}"
         self._name = name
+        self._heartbeat_s = heartbeat_s
         self._turn = asyncio.Lock()
-        self._connection: aio_pika.Connection | None = None
-        self._publisher: AbstractChannel | None = None
+        self._connection: amqp.Connection | None = None
+        self._publisher: Channel | None = None
         self._trouble = ""  # why the last attempt failed: said once, however often we try
         self._leaving = False
 
-    async def connection(self) -> aio_pika.Connection:
+    async def connection(self) -> amqp.Connection:
         """The open connection, however long RabbitMQ takes to come back; the caller bounds the wait.
 
         Raises:
             BrokerRefused: it has never let us in. A refusal later is taken for an upheaval that passes.
+            LinkClosed: the link was closed meanwhile.
         """
         pauses = backoff_s()
         while True:
             async with self._turn:
-                if self._connection is not None and self._connection.connected.is_set():
+                if self._connection is not None and self._connection.alive:
                     return self._connection
                 try:
                     return await self.dial()
@@ -77,7 +76,7 @@ class Connector:
                 self._trouble = trouble
                 await asyncio.sleep(next(pauses))
 
-    async def dial(self) -> aio_pika.Connection:
+    async def dial(self) -> amqp.Connection:
         """Connect, in one attempt.
 
         Raises:
@@ -85,62 +84,85 @@ class Connector:
             LinkClosed: the link was closed meanwhile.
             BrokerRefused: it answers and refuses, or is no RabbitMQ.
         """
-        connection = aio_pika.Connection(self._url, client_properties={"connection_name": self._name})
-        try:
-            with _dialling(self._url):
-                await connection.connect(timeout=CONNECT_S)
-        except BaseException:
-            await shut(connection)
-            raise
+        connection = await amqp.connect(self._url, self._name, self._heartbeat_s)
         if self._leaving:  # closed while we were at it
-            await shut(connection)
+            await connection.close()
             raise LinkClosed("this link was closed.")
-        connection.close_callbacks.add(self._say_lost)
-        former, self._connection, self._trouble = self._connection, connection, ""
-        log.info("%s: connected %sto %s", self._name, "again " if former else "", self._where)
-        if former is not None:
-            await shut(former)
+        connection.lost.add_done_callback(self._say_lost)
+        again = "again " if self._connection else ""
+        self._connection, self._trouble = connection, ""
+        log.info("%s: connected %sto %s", self._name, again, self._where)
         return connection
 
-    async def publisher(self) -> AbstractChannel:
-        """The open channel for publishing, confirmed, that raises for what it cannot route."""
+    async def publisher(self) -> Channel:
+        """The open channel for publishing, with confirms."""
+        if self._publisher is not None and self._publisher.ended is None:
+            return self._publisher
         connection = await self.connection()
         async with self._turn:
-            if self._publisher is None or self._publisher.is_closed:
-                self._publisher = await open_channel(connection, confirms=True)
+            if self._publisher is None or self._publisher.ended:
+                self._publisher = connection.open(confirms=True)
+                await self._publisher.opened()
             return self._publisher
-
-    @asynccontextmanager
-    async def channel(self, *, confirms: bool) -> AsyncIterator[AbstractChannel]:
-        """A channel for one purpose, closed afterwards."""
-        channel = await open_channel(await self.connection(), confirms=confirms)
-        try:
-            yield channel
-        finally:
-            await shut(channel)
 
     async def close(self) -> None:
         """Close the connection; what is unacked goes back to its queues."""
         self._leaving = True
         if self._connection is not None:
-            await shut(self._connection)
+            await self._connection.close()
 
-    def _say_lost(self, _sender: object, why: BaseException | None) -> None:
+    def _say_lost(self, why: asyncio.Future[str]) -> None:
         if not self._leaving:
-            log.warning("%s: lost the connection to %s: %s", self._name, self._where, words(why))
+            log.warning("%s: lost the connection to %s: %s", self._name, self._where, why.result())
 
 
-async def open_channel(connection: aio_pika.Connection, *, confirms: bool) -> AbstractChannel:
-    """A channel on an open connection; one with `confirms` also raises for what cannot be routed.
+class Asking:
+    """A connection of aio-pika's for whatever is asked of the broker: what exists, and what should."""
 
-    Raises:
-        LinkError: the connection was lost, or the broker blocks it for want of memory or disk.
-    """
-    with interruptions():
-        async with asyncio.timeout(CONNECT_S):
-            channel = connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
-            await channel.initialize()
-            return channel
+    def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
+        self._url = url.update_query(heartbeat=str(heartbeat_s))
+        self._name = name
+        self._turn = asyncio.Lock()
+        self._connection: aio_pika.Connection | None = None
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[AbstractChannel]:
+        """A channel for one purpose, closed afterwards: a no closes it anyway.
+
+        Raises:
+            LinkError: there is no connection, or it was lost.
+        """
+        async with self._turn:
+            connection = self._connection
+            if connection is None or not connection.connected.is_set():
+                connection = await self._dial()
+        with interruptions():
+            async with asyncio.timeout(CONNECT_S):
+                channel = connection.channel(publisher_confirms=False)
+                await channel.initialize()
+        try:
+            yield channel
+        finally:
+            await shut(channel)
+
+    async def _dial(self) -> aio_pika.Connection:
+        former, self._connection = self._connection, None
+        if former is not None:
+            await shut(former)
+        connection = aio_pika.Connection(self._url, client_properties={"connection_name": self._name})
+        try:
+            with interruptions():
+                await connection.connect(timeout=CONNECT_S)
+        except BaseException:
+            await shut(connection)
+            raise
+        self._connection = connection
+        return connection
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            await shut(self._connection)
 
 
 async def shut(what: AbstractChannel | aio_pika.Connection) -> None:
@@ -178,36 +200,6 @@ def interruptions() -> Iterator[None]:
         raise
     except (AMQPError, OSError, RuntimeError) as problem:  # TimeoutError and ConnectionError are OSErrors
         raise LinkError(f"the connection was lost: {words(problem)}.") from problem
-
-
-@contextmanager
-def _dialling(url: URL) -> Iterator[None]:
-    """Make a sentence, without the password, of whatever ends the attempt to connect."""
-    where = f"{url.host}:{url.port}"
-    try:
-        with interruptions():
-            yield
-    except LinkError as failed:
-        problem = failed.__cause__
-        seen = problem.__cause__ if problem is not None else None
-        if isinstance(problem, ProbableAuthenticationError | AuthenticationError):
-            raise BrokerRefused(
-                f"RabbitMQ at {where} refuses the password of user {url.user or 'guest'}: check the one in --broker."
-            ) from None
-        if isinstance(problem, ProtocolSyntaxError) and "Connection.OpenOk" in str(problem):
-            vhost = url.path[1:] or "/"
-            raise BrokerRefused(
-                f"RabbitMQ at {where} does not let user {url.user or 'guest'} into vhost {vhost}: "
-                "check its name in --broker, or give the user permission there."
-            ) from None
-        if isinstance(seen, ssl.SSLError):
-            raise BrokerRefused(f"no trusted TLS connection with {where} ({seen.reason}): check --broker.") from None
-        babble = isinstance(seen, asyncio.IncompleteReadError) and bool(seen.partial)
-        if babble or isinstance(problem, ProtocolSyntaxError):
-            raise BrokerRefused(f"what listens at {where} is not RabbitMQ: check --broker.") from None
-        raise LinkError(
-            f"no RabbitMQ answers at {where}: start one with `fluffle broker start`, or check --broker."
-        ) from None
 
 
 def words(problem: BaseException | None) -> str:

@@ -21,7 +21,7 @@ from enum import Enum
 from typing import Protocol
 
 from broker.errors import LinkError
-from broker.messages import Part, encode
+from broker.messages import Buffer, Part, encode_part
 from broker.topology import Topology
 
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -42,22 +42,30 @@ class Lane(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One message to publish: to every queue that `keys` reach, as one copy to the broker."""
+    """One message to publish: to every queue that `keys` reach, as one copy to the broker.
+
+    A body in several pieces is sent as one; nothing may change in them before it is confirmed.
+    """
 
     exchange: str
     keys: tuple[str, ...]
-    body: bytes
+    body: bytes | tuple[Buffer, ...]
     lane: Lane = Lane.CONTROL
     persistent: bool = True
     headers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Buffer, ...]:
+        """The body, however it was given."""
+        return self.body if isinstance(self.body, tuple) else (self.body,)
 
 
 class Delivery(Protocol):
     """One message, ours until acked."""
 
     @property
-    def body(self) -> bytes:
-        """The message's bytes."""
+    def body(self) -> Buffer:
+        """The message's bytes; they may be other bytes once it has been acked or given back."""
 
     @property
     def key(self) -> str:
@@ -166,23 +174,24 @@ async def publish_parts(
     def has_room() -> bool:
         return waiting < WINDOW_BYTES
 
-    async def one(body: bytes) -> None:
+    async def one(body: tuple[Buffer, ...], size: int) -> None:
         nonlocal waiting
         for batch in batches(keys):
             await link.publish(Outgoing(exchange, batch, body, lane, persistent=False))
         async with room:
-            waiting -= len(body)
+            waiting -= size
             room.notify()
 
     try:
         async with asyncio.TaskGroup() as group:
             for part in parts:
-                body = encode(part)
+                body = encode_part(part)
+                size = sum(map(len, body))
                 async with room:
                     await room.wait_for(has_room)
-                    waiting += len(body)
-                sent += len(body)
-                group.create_task(one(body))
+                    waiting += size
+                sent += size
+                group.create_task(one(body, size))
     except* Exception as several:  # noqa: BLE001 - the first failure speaks for all: they share one connection
         raise first_of(several) from None
     return sent

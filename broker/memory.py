@@ -9,10 +9,11 @@ import heapq
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
+from broker.messages import Buffer
 from broker.topology import Binding, Queue, Topology
 
 
@@ -104,6 +105,7 @@ class MemoryBroker:
         }
         if not reached:
             raise Unroutable(f"no queue takes {message.exchange} for {message.keys[0]}: its receiver is not there.")
+        message = replace(message, body=b"".join(message.pieces))  # the sender's memory may change from now on
         if any(queue.refuses(len(message.body)) for queue in reached.values()):
             return False
         for queue in reached.values():
@@ -332,8 +334,8 @@ class _Delivery:
     redelivered: bool
 
     @property
-    def body(self) -> bytes:
-        return self.stored.message.body
+    def body(self) -> Buffer:
+        return self.stored.message.pieces[0]
 
     @property
     def key(self) -> str:

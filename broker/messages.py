@@ -8,6 +8,7 @@ The decoder trusts nothing: msgpack under limits, then every field against the d
 
 import math
 import re
+import struct
 import types
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,7 +24,18 @@ PART_BYTES_MIN, PART_BYTES_MAX = 256 * 1024, 3584 * 1024  # RabbitMQ treats mess
 MAP_MAX = 512
 TEXT_MAX = 4096
 KEY_MAX = 200
+PART_HEAD_MAX = 4 * TEXT_MAX + 1024
 COLLECTIONS_MAX = 2 * TENSORS_MAX + 64  # a tensor is a map with a list in it; empty maps cost 100 times their bytes
+
+
+BIN_32 = 0xC6  # msgpack's mark of bytes whose length has 32 bits
+PART_BEGINS = b"\x86\xa1v\x01\xa4kind\xa4part"
+"""How a part begins that `encode_part` has packed: its data comes last, and need not be copied to be read."""
+_BIN = struct.Struct(">BI")
+_LIMITS = {
+    "max_str_len": TEXT_MAX * 4, "max_bin_len": PART_BYTES_MAX, "max_array_len": TENSORS_MAX, "max_map_len": MAP_MAX,
+    "max_ext_len": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,7 @@ Number = float  # finite: `_check_plain` sees to it
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
 Key = Annotated[str, Within(0, KEY_MAX)]
 Scalar = bool | int | float | str
+Buffer = bytes | bytearray | memoryview
 Value = bool | int | float | Text
 Settings = Annotated[dict[Key, Value], Within(0, MAP_MAX)]
 Metrics = Annotated[dict[Key, Number], Within(0, MAP_MAX)]
@@ -103,7 +116,9 @@ class Task:
     """Coordinator → cohort: the header of a train or evaluate task; its parts follow in the same queue.
 
     A worker that only evaluates answers a train task with a `Score`. `seed` and the worker's name make the learner's
-    dice, so that the same task trained twice gives the same update.
+    dice, so that the same task trained twice gives the same update. `format` and, for top-k, `keep` say how that is
+    to be written. The payload holds the version's weights if `down` is `full`, else its change, in that format, from
+    the version before, which everyone has claimed to whom this is sent.
     """
 
     of: Attempt
@@ -113,6 +128,9 @@ class Task:
     seed: Count
     settings: Settings
     payload: Payload
+    format: Literal["float32", "bfloat16", "int8", "top-k"] = "float32"
+    keep: Annotated[float, Within(0, 1)] = 1.0
+    down: Literal["full", "bfloat16", "int8"] = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +196,19 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A numbered piece of a payload: all `part_bytes` long but the last; `crc` is the CRC-32 of `data`."""
+    """A numbered piece of a payload: all `part_bytes` long but the last; `checksum` is the XXH3 (64 bits) of `data`.
+
+    `data` looks at the sender's or the receiver's memory, where it lies.
+    """
 
     payload: Text
     index: Count
-    crc: Annotated[int, Within(0, 2**32 - 1)]
-    data: bytes = field(repr=False)
+    checksum: Annotated[int, Within(0, 2**64 - 1)]
+    data: Buffer = field(repr=False)
 
 
-Message = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed | Part
+Small = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed
+Message = Small | Part
 KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
 _HINTS: dict[type[Any], dict[str, Any]] = {
     kind: get_type_hints(kind, include_extras=True) for kind in (*KINDS.values(), Attempt, Payload, TensorSpec)
@@ -199,28 +221,37 @@ def encode(message: Message) -> bytes:
     Raises:
         WireError: it is larger than a receiver would take.
     """
-    if isinstance(message, Part):  # asdict would copy the data deeply
-        body: dict[str, Any] = {
-            "payload": message.payload, "index": message.index, "crc": message.crc, "data": message.data,
-        }  # fmt: skip
-    else:
-        body = asdict(message)
+    if isinstance(message, Part):
+        return b"".join(encode_part(message))
     kind = type(message).__name__.lower()
     # a learner's traceback may name a file whose name is not Unicode
-    packed: bytes = msgpack.packb({"v": PROTOCOL, "kind": kind, **body}, unicode_errors="replace")
+    packed: bytes = msgpack.packb({"v": PROTOCOL, "kind": kind, **asdict(message)}, unicode_errors="replace")
     if len(packed) > MESSAGE_BYTES_MAX:
         raise WireError(f"a {kind} of {len(packed)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
     return packed
 
 
-def decode(body: bytes) -> Message:
-    """The message in `body`, every field checked.
+def encode_part(part: Part) -> tuple[bytes, Buffer]:
+    """The message in two pieces, to be sent one after the other: all before the data, and the data, not copied."""
+    packer = msgpack.Packer(autoreset=False)
+    packer.pack_map_header(6)
+    fields_before = ("v", PROTOCOL), ("kind", "part"), ("payload", part.payload), ("index", part.index)
+    for name, value in (*fields_before, ("checksum", part.checksum)):
+        packer.pack(name)
+        packer.pack(value)
+    packer.pack("data")
+    return packer.bytes() + _BIN.pack(BIN_32, len(part.data)), part.data
+
+
+def decode(body: Buffer) -> Message:
+    """The message in `body`, every field checked; a part's data is not copied.
 
     Raises:
         WireError: too large, not msgpack, another protocol version, an unknown kind, a field that is missing,
             unknown, of the wrong type or out of bounds.
     """
-    raw = _unpack(body)
+    raw = _look_at_part(memoryview(body)) if body[: len(PART_BEGINS)] == PART_BEGINS else None
+    raw = raw or _unpack(body)
     if not isinstance(raw, dict):
         raise WireError("a message must be a msgpack map.")
     version = raw.pop("v", None)
@@ -238,7 +269,23 @@ def decode(body: bytes) -> Message:
     return message
 
 
-def _unpack(body: bytes) -> Any:
+def _look_at_part(body: memoryview) -> dict[str, Any] | None:
+    """A part's fields, its data where it lies; None if it is packed in another way than `encode_part`'s."""
+    reader = msgpack.Unpacker(raw=False, max_buffer_size=PART_HEAD_MAX, **_LIMITS)
+    try:
+        reader.feed(body[:PART_HEAD_MAX])
+        raw = {reader.unpack(): reader.unpack() for _ in range(reader.read_map_header() - 1)}
+        if reader.unpack() != "data":
+            return None
+        at: int = reader.tell()
+        marker, length = _BIN.unpack_from(body, at)
+    except (ValueError, TypeError, msgpack.UnpackException, struct.error):
+        return None
+    data = body[at + _BIN.size :]
+    return {**raw, "data": data} if marker == BIN_32 and length == len(data) <= PART_BYTES_MAX else None
+
+
+def _unpack(body: Buffer) -> Any:
     if len(body) > MESSAGE_BYTES_MAX:
         raise WireError(f"a message of {len(body)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
     collections = 0
@@ -252,10 +299,8 @@ def _unpack(body: bytes) -> Any:
 
     try:
         return msgpack.unpackb(
-            body, raw=False, strict_map_key=True, use_list=True, max_str_len=TEXT_MAX * 4,
-            max_bin_len=PART_BYTES_MAX, max_array_len=TENSORS_MAX, max_map_len=MAP_MAX, max_ext_len=0,
-            object_hook=one_more, list_hook=one_more,
-        )  # fmt: skip
+            body, raw=False, strict_map_key=True, use_list=True, object_hook=one_more, list_hook=one_more, **_LIMITS
+        )
     except (ValueError, msgpack.UnpackException, RecursionError, OverflowError) as problem:
         # one class covers most, but which one depends on where the bytes go wrong
         why = type(problem).__name__
@@ -290,6 +335,8 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and value in get_args(hint):
             return value
         raise WireError(f"{where} must be one of {', '.join(get_args(hint))}.")
+    if hint == Buffer and isinstance(value, bytes | memoryview):
+        return value
     if origin in (Union, types.UnionType):
         return _check_union(get_args(hint), value, where)
     if origin is tuple and isinstance(value, list):
@@ -323,7 +370,7 @@ def _check_plain(hint: Any, value: Any, where: str) -> Any:
         if not math.isfinite(number):
             raise WireError(f"{where} must be a finite number.")
         return number
-    if hint in (bool, int, str, bytes) and type(value) is hint:
+    if hint in (bool, int, str) and type(value) is hint:
         return value
     raise WireError(f"{where} has the wrong type.")
 

@@ -1,36 +1,31 @@
 """The link to a real RabbitMQ: confirmed publishing, and deliveries that end with the connection they came by.
 
-Knows how each promise of `link.py` is kept with AMQP. Does not know what messages mean, nor how connections come
-back (`lanes.py`). Nothing is restored behind the caller's back: a lost connection ends the consumers on it with
-LinkError, publishers try again, and whoever needs the connection next opens it.
+Knows how each promise of `link.py` is kept: messages by our own `amqp.py`, questions by aio-pika. Does not know what
+messages mean, nor how connections come back (`lanes.py`). Nothing is restored behind the caller's back: a lost
+connection ends the consumers on it with LinkError, publishers try again, and whoever needs it next opens it.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import TypeVar
-from uuid import uuid4
 
-import aio_pika
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, FieldValue
-from aiormq.exceptions import (
-    ChannelAccessRefused,
-    ChannelNotFoundEntity,
-    ChannelPreconditionFailed,
-    DeliveryError,
-    PublishError,
-)
+from aio_pika.abc import AbstractChannel
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
 from yarl import URL
 
+from broker import lanes
+from broker.amqp import Connection
+from broker.channels import Channel, Refused
 from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable, UsageError
-from broker.lanes import REFUSALS, Connector, backoff_s, checked, interruptions, open_channel, shut, words
+from broker.lanes import Asking, backoff_s, checked, interruptions, words
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.topology import Topology
 
 log = logging.getLogger(__name__)
 
+NOT_FOUND = 404
 _Answer = TypeVar("_Answer")
 
 
@@ -62,7 +57,8 @@ class RabbitLink:
     """Keeps the promises of `broker.link.Link`; made by `connect`."""
 
     def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
-        self._lanes = {lane: Connector(url, f"{name} {lane.value}", heartbeat_s) for lane in Lane}
+        self._lanes = {lane: lanes.Lane(url, f"{name} {lane.value}", heartbeat_s) for lane in Lane}
+        self._asking = Asking(url, f"{name} asking", heartbeat_s)
         self._intakes: set[Intake] = set()
         self._running: set[asyncio.Timeout] = set()
         self._closed = False
@@ -103,14 +99,9 @@ class RabbitLink:
         async with self._bounded(within_s, f"RabbitMQ did not confirm a message to {message.exchange}"):
             while True:
                 try:
-                    if alone:
-                        async with lane.channel(confirms=True) as channel:
-                            taken = await _send(channel, message)
-                    else:
-                        taken = await _send(await lane.publisher(), message)
-                    if taken:
+                    if await (_publish_alone(lane, message) if alone else (await lane.publisher()).publish(message)):
                         return
-                except REFUSALS as problem:
+                except Refused as problem:
                     # It ended every publish on the channel, whosever fault it was: on a channel of our own we learn.
                     if alone:
                         raise _refusal(problem, f"publishing to {message.exchange}") from None
@@ -129,13 +120,16 @@ class RabbitLink:
         """See `Link.consume`. Entering waits for the broker, but not for a queue that is missing: LinkError."""
         intake = Intake()
         async with self._bounded(None, "never said"):
-            channel = await self._start(self._lanes[lane], _Wish(queue, prefetch, alone), intake)
+            connection, channel = await self._start(self._lanes[lane], queue, intake, prefetch=prefetch, alone=alone)
         self._intakes.add(intake)
         try:
             yield intake
         finally:
             self._intakes.discard(intake)
-            await shut(channel)
+            if await channel.leave():
+                connection.keep(channel, prefetch=prefetch)
+            else:
+                await channel.close()
 
     async def purge(self, queue: str) -> int:
         """See `Link.purge`."""
@@ -180,7 +174,7 @@ class RabbitLink:
         for scope in self._running:
             if not scope.expired():
                 scope.reschedule(0)
-        await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
+        await asyncio.gather(self._asking.close(), *(lane.close() for lane in self._lanes.values()))
 
     @asynccontextmanager
     async def _bounded(self, within_s: float | None, complaint: str) -> AsyncIterator[None]:
@@ -200,27 +194,31 @@ class RabbitLink:
         finally:
             self._running.discard(scope)
 
-    async def _start(self, lane: Connector, wish: "_Wish", intake: Intake) -> AbstractChannel:
+    async def _start(
+        self, lane: lanes.Lane, queue: str, intake: Intake, *, prefetch: int, alone: bool
+    ) -> tuple[Connection, Channel]:
         """A channel of its own on which `intake` consumes; waits for the broker as long as it takes."""
         pauses = backoff_s()
         while True:
             try:
-                channel = await open_channel(await lane.connection(), confirms=False)
+                connection = await lane.connection()
+                channel = connection.open(prefetch=prefetch)
                 try:
-                    with interruptions():
-                        await _consume(channel, wish, intake)
-                    return channel
+                    await channel.consume(queue, intake, alone=alone)
                 except BaseException:
-                    await shut(channel)
+                    await channel.close()
                     raise
-            except ChannelNotFoundEntity:
-                raise LinkError(f"there is no queue {wish.queue}: declare it, then consume again.") from None
-            except REFUSALS as problem:
-                if "exclusive" in str(problem):
-                    raise QueueInUse(f"the queue {wish.queue} is consumed by someone else already.") from None
-                raise _refusal(problem, f"consuming {wish.queue}") from None
+                return connection, channel
+            except Refused as problem:
+                if problem.code == NOT_FOUND:
+                    raise LinkError(f"there is no queue {queue}: declare it, then consume again.") from None
+                if "exclusive" in problem.text:
+                    raise QueueInUse(f"the queue {queue} is consumed by someone else already.") from None
+                raise _refusal(problem, f"consuming {queue}") from None
+            except LinkClosed:
+                raise
             except LinkError as lost:
-                log.debug("consuming %s again: %s", wish.queue, lost)
+                log.debug("consuming %s again: %s", queue, lost)
             await asyncio.sleep(next(pauses))
 
     async def _ask(self, question: Callable[[AbstractChannel], Awaitable[_Answer]]) -> _Answer:
@@ -229,96 +227,30 @@ class RabbitLink:
         async with self._bounded(PUBLISH_S, "RabbitMQ did not answer"):
             while True:
                 try:
-                    async with self._lanes[Lane.CONTROL].channel(confirms=False) as channel:
+                    async with self._asking.channel() as channel:
                         with interruptions():
                             return await question(channel)
                 except ChannelAccessRefused as problem:
-                    raise _refusal(problem, "this") from None
+                    raise BrokerRefused(_not_allowed("this", words(problem))) from None
                 except LinkError as lost:
                     log.debug("asking again: %s", lost)
                 await asyncio.sleep(next(pauses))
 
 
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    message: AbstractIncomingMessage
-
-    @property
-    def body(self) -> bytes:
-        return self.message.body
-
-    @property
-    def key(self) -> str:
-        return self.message.routing_key or ""
-
-    @property
-    def redelivered(self) -> bool:
-        return bool(self.message.redelivered)
-
-    async def ack(self) -> None:
-        await self._settle(self.message.ack())
-
-    async def requeue(self) -> None:
-        await self._settle(self.message.reject(requeue=True))
-
-    async def _settle(self, word: Awaitable[None]) -> None:
-        try:
-            with interruptions():
-                await word
-        except (LinkError, *REFUSALS) as lost:
-            log.debug("a delivery is void, it will come again: %s", lost)
+async def _publish_alone(lane: lanes.Lane, message: Outgoing) -> bool:
+    channel = (await lane.connection()).open(confirms=True)
+    try:
+        await channel.opened()
+        return await channel.publish(message)
+    finally:
+        await channel.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    queue: str
-    prefetch: int
-    alone: bool
+def _refusal(problem: Refused, what: str) -> UsageError | Unroutable:
+    if problem.code == NOT_FOUND:
+        return Unroutable(f"RabbitMQ knows no such exchange ({problem.text}): declare it first.")
+    return BrokerRefused(_not_allowed(what, problem.text))
 
 
-async def _consume(channel: AbstractChannel, wish: _Wish, intake: Intake) -> None:
-    queue = wish.queue
-
-    def lost(_channel: object, why: BaseException | None) -> None:
-        intake.lose(LinkError(f"the connection was lost while {queue} was consumed: {words(why)}."))
-
-    def cancelled(_frame: object) -> None:
-        intake.lose(LinkError(f"the queue {queue} was deleted while it was consumed: declare it again."))
-
-    async def take(message: AbstractIncomingMessage) -> None:
-        # aio-pika cancels whatever runs here when the channel closes: so nothing does
-        intake.take(_Delivery(message))
-
-    channel.close_callbacks.add(lost)
-    (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(cancelled)
-    await channel.set_qos(wish.prefetch)
-    await (await channel.get_queue(queue, ensure=False)).consume(take, exclusive=wish.alone)
-
-
-async def _send(channel: AbstractChannel, message: Outgoing) -> bool:
-    """Whether the broker took it; False when a queue that it reaches is full."""
-    headers: dict[str, FieldValue] = dict(message.headers)
-    if len(message.keys) > 1:
-        headers["BCC"] = list(message.keys[1:])  # RabbitMQ routes by these too, and takes them off
-    envelope = aio_pika.Message(
-        message.body,
-        headers=headers,
-        delivery_mode=aio_pika.DeliveryMode(2 if message.persistent else 1),
-        message_id=uuid4().hex,  # returned messages are told apart by it
-    )
-    with interruptions():
-        exchange = await channel.get_exchange(message.exchange, ensure=False)
-        try:
-            await exchange.publish(envelope, message.keys[0], mandatory=True)
-        except PublishError:
-            whom = message.keys[0] + (", …" if len(message.keys) > 1 else "")
-            raise Unroutable(f"no queue takes {message.exchange} for {whom}: its receiver is not there.") from None
-        except DeliveryError:
-            return False
-    return True
-
-
-def _refusal(problem: BaseException, what: str) -> UsageError | Unroutable:
-    if isinstance(problem, ChannelNotFoundEntity):
-        return Unroutable(f"RabbitMQ knows no such exchange ({words(problem)}): declare it first.")
-    return BrokerRefused(f"RabbitMQ does not allow {what} ({words(problem)}): ask who runs it for the permission.")
+def _not_allowed(what: str, text: str) -> str:
+    return f"RabbitMQ does not allow {what} ({text}): ask who runs it for the permission."

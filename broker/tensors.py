@@ -3,8 +3,9 @@
 Knows names, dtypes, shapes and where each tensor lies. Does not know torch: bytes are looked at through numpy, so
 the coordinator needs none; `workers/weights.py` turns a module into these bytes and back.
 
-The order is canonical: larger items first, then dtype, then name. So every tensor is aligned without padding, equal
-dtypes lie side by side, and two parties with the same tensors agree on every offset without telling each other.
+The order is canonical: by dtype, larger items first, then by name. So every tensor is aligned without padding, equal
+dtypes lie side by side, and two parties with the same tensors agree on every offset without telling each other. It is
+the order in which safetensors writes a file, so that a version's file holds these bytes as they are.
 """
 
 import math
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 
 from broker.errors import WireError
 
-# name on the wire → bytes an item. numpy has no bfloat16: it is seen as uint16 and widened by `as_float64`.
+# name on the wire → bytes an item, in canonical order: sizes must not grow, or tensors would not be aligned.
+# numpy has no bfloat16: it is seen as uint16 and widened by `as_float64`.
 ITEM_BYTES = {
-    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
+    "int64": 8, "float64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2,
     "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
+_RANK = {dtype: rank for rank, dtype in enumerate(ITEM_BYTES)}
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 TENSORS_MAX = 20_000
 NAME_LENGTH_MAX = 512
@@ -139,8 +142,8 @@ class Layout:
         return f"{next(s for n, s in theirs.items() if n not in mine)} is not part of the model"
 
 
-def _canonical(spec: TensorSpec) -> tuple[int, str, str]:
-    return -ITEM_BYTES[spec.dtype], spec.dtype, spec.name
+def _canonical(spec: TensorSpec) -> tuple[int, str]:
+    return _RANK[spec.dtype], spec.name
 
 
 def _check_spec(spec: TensorSpec) -> None:
@@ -160,26 +163,39 @@ def view(data: memoryview | bytes | bytearray, dtype: str) -> NDArray[np.generic
     return np.frombuffer(data, np.uint16 if dtype == "bfloat16" else np.dtype(dtype))
 
 
-def as_float64(raw: NDArray[np.generic], dtype: str) -> NDArray[np.float64]:
-    """A new float64 array with the values of `view(…, dtype)`; exact for all four float dtypes."""
+def as_float64(
+    raw: NDArray[np.generic], dtype: str, *, out: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """The values of `view(…, dtype)`, exact for all four float dtypes, in `out` or else in a new array."""
+    wide = np.empty(raw.shape) if out is None else out
     with np.errstate(invalid="ignore"):  # some NaNs complain of being widened; they stay NaN
-        if dtype == "bfloat16":  # a bfloat16 is the upper half of a float32
-            return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        return raw.astype(np.float64)
+        # a bfloat16 is the upper half of a float32
+        np.copyto(wide, (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else raw)
+    return wide
 
 
-def from_float64(values: NDArray[np.float64], dtype: str) -> NDArray[np.generic]:
-    """Values rounded to `dtype`, to nearest, ties to even; bfloat16 comes out as uint16.
+def are_finite(raw: NDArray[np.generic], dtype: str) -> bool:
+    """Whether the values of `view(…, dtype)` are all finite."""
+    if dtype == "bfloat16":
+        return bool(((raw.view(np.uint16) & 0x7F80) != 0x7F80).all())  # an exponent of ones: infinite or NaN
+    return bool(np.isfinite(raw).all())
+
+
+def from_float64(
+    values: NDArray[np.float64], dtype: str, *, out: NDArray[np.generic] | None = None
+) -> NDArray[np.generic]:
+    """Values rounded to `dtype`, to nearest, ties to even, in `out` or else in a new array; bfloat16 as uint16.
 
     A value too large for the dtype becomes infinite, which the caller must look for.
     """
+    rounded = np.empty(values.shape, np.uint16 if dtype == "bfloat16" else np.dtype(dtype)) if out is None else out
     with np.errstate(over="ignore"):
         if dtype != "bfloat16":
-            return values.astype(np.dtype(dtype))
+            np.copyto(rounded, values, casting="same_kind")
+            return rounded
         narrow = values.astype(np.float32)
-        # rounding twice (float64 → float32 → bfloat16) differs from rounding once only on a tie that the first
-        # rounding made; it is the same on every machine, which is what a version needs
-        bits = narrow.view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = np.where(np.isnan(narrow), 0x7FC0, rounded)
-        return rounded.astype(np.uint16)
+    # rounding twice (float64 → float32 → bfloat16) differs from rounding once only on a tie that the first
+    # rounding made; it is the same on every machine, which is what a version needs
+    bits = narrow.view(np.uint32)
+    rounded[...] = np.where(np.isnan(narrow), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return rounded

@@ -34,6 +34,16 @@ def coordinator(
     gather_s: Annotated[float | None, typer.Option(help="Seconds to wait at first for a full cohort.")] = None,
     schedule: Annotated[str | None, typer.Option(help="parallel or cyclic.")] = None,
     workers: Annotated[str | None, typer.Option(help="Only these: names with commas, in cyclic order.")] = None,
+    how: Annotated[
+        str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="The part of its numbers that a top-k update sends.")] = None,
+    down: Annotated[
+        str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")
+    ] = None,
+    drains: Annotated[
+        int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")
+    ] = service.DRAINS,
     settings: SettingPairs = None,
 ) -> None:
     """Make versions until the plan's rounds are done. Options change the plan until version 1 is made."""
@@ -46,6 +56,9 @@ def coordinator(
         "gather_s": gather_s,
         "schedule": schedule,
         "workers": tuple(workers.split(",")) if workers else None,
+        "format": how,
+        "keep": keep,
+        "down": down,
     }
     changes: PlanOptions = {name: value for name, value in given.items() if value is not None}
     if settings:
@@ -53,12 +66,12 @@ def coordinator(
     daemon.start_log()
     with store.locked():
         store.adopt(plans.change(store.plan, changes))
-        daemon.run(lambda stop: _serve(store, broker, stop))
+        daemon.run(lambda stop: _serve(store, broker, drains, stop))
 
 
-async def _serve(store: Store, broker: str, stop: asyncio.Event) -> None:
+async def _serve(store: Store, broker: str, drains: int, stop: asyncio.Event) -> None:
     link = await rabbit.connect(broker, name=f"coordinator-{store.plan.run}")
-    work = asyncio.create_task(service.serve(store, link))
+    work = asyncio.create_task(service.serve(store, link, drains=drains))
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)

@@ -11,13 +11,15 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from broker.errors import WireError
+from broker.formats import format_of
 from broker.link import Delivery
 from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Refusal, Score, Update
 from broker.tensors import Layout
 from coordinator import history
-from coordinator.aggregation import RULES, Sums
+from coordinator.aggregation import RULES
 from coordinator.history import Facts
 from coordinator.post import Post
+from coordinator.rooms import Room, forgetting
 from coordinator.roster import News, Roster
 from coordinator.round import Round, Verdict, judge
 from coordinator.store import Store
@@ -32,8 +34,7 @@ class Open:
     """A round in the making, and what belongs to it alone."""
 
     round: Round
-    sums: Sums
-    weights: bytearray
+    weights: memoryview
     facts: Facts = field(default_factory=Facts)
     sent_to: dict[str, str] = field(default_factory=dict)  # worker → the incarnation that was sent the task
     returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent
@@ -48,12 +49,14 @@ class Desk:
         roster: who is here.
         open: the round in the making, if one is; the service sets it.
         rule: how updates are added up.
+        sums: what the present turn has added up, in memory that all turns of all rounds use.
         version: the last one that was made.
+        unsafe: the round that made it, while that is not on the disk.
         final: worker → its score of the last version, once that has been asked for.
         changed: set whenever something was heard.
     """
 
-    def __init__(self, store: Store, post: Post, layout: Layout, version: int) -> None:
+    def __init__(self, store: Store, post: Post, layout: Layout, version: int, *, drains: int) -> None:
         self.roster = Roster()
         self.open: Open | None = None
         self.final: dict[str, dict[str, float]] = {}
@@ -61,18 +64,37 @@ class Desk:
         self.store = store
         self.plan = store.plan
         self.post = post
-        self.layout = layout
         self.version = version
+        self.unsafe: Round | None = None
+        self.format = format_of(self.plan.format, keep=self.plan.kept)
+        self.payload_layout = self.format.layout(layout)
         self.rule = RULES[self.plan.rule]
+        self.sums = self.rule.init(layout, forgetting(self.format))
+        self._rooms = [Room(store.folder) for _ in range(drains)]
+        self._adding = asyncio.Lock()  # one update is added at a time
         self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
         self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
+        self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
         self._hearing = False
 
+    def holds(self, worker: str, version: int) -> bool:
+        """Whether the worker has this version and has not lost it since."""
+        return self._holds.get(worker) == (self.roster.incarnation(worker), version)
+
     def made(self, done: Round) -> None:
-        """The round has made its version, and is open no longer."""
-        self.open, self.version = None, done.of.round
+        """The round has made its version, which is not safe yet, and is open no longer."""
+        self.open, self.version, self.unsafe = None, done.of.round, done
+
+    def safe(self, done: Round) -> None:
+        """The version that the round made is on the disk."""
+        self.unsafe = None
         self._made.append((done.of, frozenset(done.counted)))
+
+    async def begin_turn(self) -> None:
+        """Add up anew; what was being added for a turn that is over comes to its end first, and is void."""
+        async with self._adding:
+            self.sums.clear()
 
     async def hear(self, message: Message, delivery: Delivery) -> None:
         """Take a sign of life, or a goodbye."""
@@ -112,7 +134,8 @@ class Desk:
             case Refusal():
                 self._refused(message)
             case Claim():
-                log.debug("%s: %s has claimed its task", message.of, message.worker)
+                if self.open and message.of == self.open.round.of:
+                    self._holds[message.worker] = message.incarnation, self.version
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
                 return
@@ -122,11 +145,13 @@ class Desk:
     async def _judge(self, update: Update, delivery: Delivery) -> None:
         """Give an update its verdict; accepted ones stay unacknowledged until their version is safe."""
         here = self.open
-        if any(update.of == of and update.worker in counted for of, counted in self._made):
+        if self.unsafe and update.of == self.unsafe.of and update.worker in self.unsafe.counted:
+            await self._leave_parts(update.worker)  # it will be told when the version is safe
+        elif any(update.of == of and update.worker in counted for of, counted in self._made):
             await self.post.tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
             await self._leave_parts(update.worker)
         else:
-            verdict, reason = judge(update, here.round if here else None, self.layout)
+            verdict, reason = judge(update, here.round if here else None, self.payload_layout)
             if here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
                 here.held.append(delivery)
@@ -177,32 +202,29 @@ class Desk:
             self.open.round.withdraw(worker, reason)
 
     async def drain_uploads(self) -> None:
-        """Drain accepted updates one after another; while one is added to the sum, the next is on its way."""
-        adding: asyncio.Task[None] | None = None
+        """Drain accepted updates, as many at once as there are rooms; while one is added, others are on their way."""
         async with asyncio.TaskGroup() as group:
-            while True:
-                here, update = await self._uploads.get()
-                if here is not self.open or update.worker in here.round.counted:
-                    continue
-                try:
-                    data = await self.post.drain(update, within_s=self.plan.round_s)
-                except WireError as problem:
-                    await self._turn_out(here, update, problem)
-                    continue
-                if adding:
-                    await adding
-                adding = group.create_task(self._add(here, update, data))
+            for room in self._rooms:
+                group.create_task(self._drain_uploads(room))
 
-    async def _add(self, here: Open, update: Update, data: memoryview) -> None:
-        try:
-            await asyncio.to_thread(self.rule.add, here.sums, update.examples, data)
-        except WireError as problem:
-            await self._turn_out(here, update, problem)
-        else:
-            here.round.count(update.worker, update.examples)
-            here.facts.trained[update.worker] = update.metrics
-            here.facts.bytes_up += len(data)
-            self.changed.set()
+    async def _drain_uploads(self, room: Room) -> None:
+        while True:
+            here, update = await self._uploads.get()
+            if here is not self.open or update.worker in here.round.counted:
+                continue
+            data = room.clear(self.payload_layout.size_bytes)
+            try:
+                await self.post.drain(update, data, within_s=self.plan.round_s)
+                async with self._adding:
+                    if here is self.open:
+                        await asyncio.to_thread(self.rule.add, self.sums, update.examples, data)
+            except WireError as problem:
+                await self._turn_out(here, update, problem)
+            else:
+                here.round.count(update.worker, update.examples)
+                here.facts.trained[update.worker] = update.metrics
+                here.facts.bytes_up += len(data)
+                self.changed.set()
 
     async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
         if here is self.open:

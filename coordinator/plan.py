@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from broker.errors import UsageError
+from broker.formats import KEEP
 from broker.messages import KEY_MAX, MAP_MAX, NAME, NAME_RULE, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
 from broker.parts import PART_BYTES
 from coordinator.aggregation import RULES
@@ -47,6 +48,7 @@ _WORDS = {
     "less_than_equal": "must be at most {le:.0f}",
     "literal_error": "must be {expected}",
     "missing": "is missing",
+    "multiple_of": "must be a multiple of {multiple_of}",
     "string_pattern_mismatch": f"must be {NAME_RULE}",
     "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must not be empty",
@@ -73,7 +75,11 @@ class Plan:
         workers: only these take part, and cyclic rounds keep their order; empty: anyone, by name.
         rule: how updates become a change; a name in `aggregation.RULES`.
         seed: begins all dice: cohorts, and the learner's own by way of the task.
-        part_bytes: how large the pieces are in which models travel.
+        part_bytes: how large the pieces are in which models travel; no number is cut in two.
+        format: how updates travel; a name in `broker/formats.py`, which says what each costs and loses.
+        keep: the part of its floats that an update in the format top-k sends; 0.01 unless given, and then only there.
+        down: how a version travels to those who have the one before: `full` as it is; else as the change from that
+            one, in this format. The others get whole weights.
         settings: what the learner's `train` is given.
     """
 
@@ -88,7 +94,10 @@ class Plan:
     workers: tuple[_NAME, ...] = ()
     rule: str = "mean"
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
-    part_bytes: Annotated[int, Field(ge=PART_BYTES_MIN, le=PART_BYTES_MAX)] = PART_BYTES
+    part_bytes: Annotated[int, Field(ge=PART_BYTES_MIN, le=PART_BYTES_MAX, multiple_of=8)] = PART_BYTES
+    format: Literal["float32", "bfloat16", "int8", "top-k"] = "float32"
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    down: Literal["full", "bfloat16", "int8"] = "full"
     settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,11 +111,22 @@ class Plan:
             raise ValueError("a worker is listed twice: name each once")
         if self.rule not in RULES:
             raise ValueError(f"there is no rule {self.rule!r}: choose one of {', '.join(RULES)}")
+        if self.keep is not None and self.format != "top-k":
+            raise ValueError(f"keep is for the format top-k, and the format is {self.format}: leave keep out")
+        if self.down != "full" and self.schedule == "cyclic":
+            raise ValueError(
+                f"a cyclic round has no use for changes of versions (down is {self.down}): set it to full"
+            )
 
     @property
     def least(self) -> int:
         """The quorum in force: as given, or two thirds of the cohort, rounded up."""
         return -(-2 * self.cohort // 3) if self.quorum is None else self.quorum
+
+    @property
+    def kept(self) -> float:
+        """`keep` in force: as given, or 0.01."""
+        return KEEP if self.keep is None else self.keep
 
 
 _ADAPTER = TypeAdapter(Plan)

@@ -6,10 +6,11 @@ Knows queues, parts and reconnecting. Does not know rounds' rules: every decisio
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from broker import topology
 from broker.errors import LinkError, WireError
+from broker.files import forget
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts
 from broker.messages import Answer, Closed, Message, Part, Task, Update, decode, encode
 from broker.parts import Assembly, split
@@ -20,12 +21,21 @@ STALL_S = 20.0
 """How long the next missing part of an upload that was said to be complete may keep the coordinator waiting."""
 RESENDS_MAX = 3
 PREFETCH_PARTS = 16
+FORGET_PARTS = 32
+"""After so many parts of a mapped file, what they have been copied from or to leaves our memory for the system's."""
 INBOX_PREFETCH = 2048
 """Accepted updates stay unacknowledged until their version is saved; small messages must still get past them."""
 RETRY_S = 0.2
 DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
+
+
+def _forgetting(parts: Iterable[Part], data: memoryview) -> Iterator[Part]:
+    for part in parts:
+        yield part
+        if part.index % FORGET_PARTS == FORGET_PARTS - 1:
+            forget(data)
 
 
 class Post:
@@ -84,7 +94,7 @@ class Post:
         """Put a message aside, with the reason, where an operator can look at it; then forget it."""
         log.warning("refused a message from %s: %s", delivery.key, reason)
         headers = (("reason", reason[:500]), ("key", delivery.key[:200]))
-        body = delivery.body[:DEAD_BYTES_MAX]
+        body = bytes(delivery.body[:DEAD_BYTES_MAX])
         try:
             await self.link.publish(Outgoing(topology.DEAD, ("",), body, headers=headers), within_s=5.0)
         except LinkError as problem:  # it is bad mail; losing it is better than reading it for ever
@@ -100,9 +110,9 @@ class Post:
         """
         keys = tuple(workers)
         header = encode(task)
-        for batch in batches(keys):
-            await self.link.publish(Outgoing(topology.DOWN, batch, header, Lane.DOWN))
-        parts = split(task.payload, weights)
+        for batch in batches(keys):  # not persistent: without its parts it is worth nothing
+            await self.link.publish(Outgoing(topology.DOWN, batch, header, Lane.DOWN, persistent=False))
+        parts = _forgetting(split(task.payload, weights), weights)
         return len(header) + await publish_parts(self.link, parts, topology.DOWN, keys, lane=Lane.DOWN)
 
     async def tell(self, workers: Iterable[str], message: Answer | Closed) -> None:
@@ -118,8 +128,8 @@ class Post:
         with contextlib.suppress(LinkError):
             await self.link.purge(topology.upload_queue(worker))
 
-    async def drain(self, update: Update, *, within_s: float) -> memoryview:
-        """The bytes of an update, out of its worker's upload queue.
+    async def drain(self, update: Update, room: memoryview, *, within_s: float) -> None:
+        """Let the bytes of an update land in `room`, out of its worker's upload queue.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
         asked to send them again. A worker that lets parts come one by one has `within_s` for all of them.
@@ -127,7 +137,7 @@ class Post:
         Raises:
             WireError: the parts lie, or do not come.
         """
-        assembly = Assembly(update.payload)
+        assembly = Assembly(update.payload, room)
         end_at = asyncio.get_running_loop().time() + within_s
         for _ in range(RESENDS_MAX):
             try:
@@ -135,7 +145,7 @@ class Post:
             except (TimeoutError, LinkError) as problem:
                 log.info("%s: %d parts of %s are missing (%s)", update.of, assembly.missing, update.worker, problem)
             if assembly.complete:
-                return assembly.data
+                return
             why = f"{assembly.missing} parts are missing"
             await self.tell((update.worker,), Answer(update.of, "resend", why))
         raise WireError(f"{assembly.missing} of its parts did not come.")
@@ -154,4 +164,6 @@ class Post:
                     raise WireError("something that is not a part lies in the upload queue.")
                 if assembly.add(message):
                     due_at = min(now() + STALL_S, end_at)
+                    if message.index % FORGET_PARTS == FORGET_PARTS - 1:
+                        forget(assembly.data)
                 await delivery.ack()

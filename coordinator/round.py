@@ -171,14 +171,14 @@ class Round:
 
 
 def judge(update: Update, now_open: Round | None, layout: Layout) -> tuple[Verdict, str]:
-    """What an update is to the round that is open, if one is, and why; `layout` is the model's."""
+    """What an update is to the round that is open, if one is, and why; `layout` is what its payload must have."""
     if now_open is None:
         return Verdict.LATE, f"it is for {update.of}, which is over"
     verdict, reason = now_open.judge(update.of, update.worker)
     if verdict is not Verdict.ACCEPTED:
         return verdict, reason
     if differs := layout.difference(update.payload.layout):
-        return Verdict.INVALID, f"its tensors are not the model's: {differs}"
+        return Verdict.INVALID, f"its tensors are not those that the plan asks for: {differs}"
     if update.version != now_open.of.round - 1:  # round n makes version n
         return Verdict.INVALID, f"it is made from version {update.version}, not {now_open.of.round - 1}"
     if now_open.outcome:

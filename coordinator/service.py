@@ -9,11 +9,18 @@ import contextlib
 import logging
 import random
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
+
+from broker.changes import encode_change
 from broker.errors import LinkError, Unroutable, WireError
+from broker.files import forget, forgetting
+from broker.formats import FORMATS
 from broker.link import Link, first_of
 from broker.messages import Answer, Attempt, Closed, Payload, Task
+from broker.tensors import Layout
 from coordinator import history
 from coordinator.desk import Desk, Open
 from coordinator.post import Post
@@ -26,21 +33,32 @@ log = logging.getLogger(__name__)
 BACKOFF_S_MAX = 30.0
 FINAL_S_MAX = 120.0
 TICK_S_MAX = 3600.0
+NOW_S = 0.2
+"""How far `now.json` may lag behind an open round."""
+DRAINS = 2
+"""Uploads received at once, each into a room of its own of the update's size."""
+
+Work = Literal["train", "evaluate"]
 
 
 class Coordinator:
     """One run's coordinator. `serve` returns when the plan's last version is made and scored."""
 
-    def __init__(self, store: Store, link: Link) -> None:
+    def __init__(self, store: Store, link: Link, *, drains: int = DRAINS) -> None:
         self.store = store
         store.settle()
         self.plan = store.plan
         self.post = Post(link, self.plan.run)
         version = store.latest() or 0
         self.layout, self.weights = store.load(version)
-        self.desk = Desk(store, self.post, self.layout, version)
+        self.change: memoryview | None = None  # from the version before, as the plan wants it sent
+        self.desk = Desk(store, self.post, self.layout, version, drains=drains)
         self.roster = self.desk.roster
+        self._group = asyncio.TaskGroup()
+        self._sealing: asyncio.Task[None] | None = None
         self._said = ""
+        self._now: dict[str, Any] = {}
+        self._writing: asyncio.TimerHandle | None = None
 
     async def serve(self) -> None:
         """Make the versions that the plan still asks for.
@@ -54,13 +72,14 @@ class Coordinator:
             return
         await self.post.declare()
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._group as group:
                 ears = [
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
                     group.create_task(self.post.read_inbox(self.desk.read)),
                     group.create_task(self.desk.drain_uploads()),
                 ]
                 await self._make_versions()
+                await self._sealed()
                 await self._score_last()
                 for ear in ears:
                     ear.cancel()
@@ -105,7 +124,7 @@ class Coordinator:
         of = Attempt(self.plan.run, number, self.store.begin_attempt(number))
         turns = [cohort] if self.plan.schedule == "parallel" else [[worker] for worker in cohort]
         trying = Round(of, turns, quorum=self.plan.least, turn_s=self.plan.round_s)
-        self.desk.open = here = Open(trying, self.desk.rule.init(self.layout), self.weights)
+        self.desk.open = here = Open(trying, self.weights)
         log.info("%s begins with %s", of, ", ".join(cohort))
         trouble = ""
         try:
@@ -113,6 +132,7 @@ class Coordinator:
                 await self._take_turn(here)
         except (LinkError, WireError) as problem:
             trouble = str(problem)
+        await self._sealed()  # the version before this one
         phase, why = trying.outcome or (Phase.OPEN, "")
         seconds = time.monotonic() - began_at
         if phase is Phase.CLOSED and not trouble:
@@ -124,7 +144,7 @@ class Coordinator:
     async def _take_turn(self, here: Open) -> None:
         asked = here.round.begin_turn(time.monotonic())
         first = here.round.cohort[: len(asked)] == asked
-        here.sums = self.desk.rule.init(self.layout)
+        await self.desk.begin_turn()
         await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
         while True:
             now = time.monotonic()
@@ -137,38 +157,65 @@ class Coordinator:
                 here.round.end_turn(now)  # before the sum is taken
                 break
             await self._wait(until=here.round.deadline_at)
-        if here.sums.updates:
-            here.weights = await asyncio.to_thread(self.desk.rule.finish, here.sums, memoryview(here.weights))
+        if self.desk.sums.updates:
+            here.weights = await asyncio.to_thread(self._draft, here)
+
+    def _draft(self, here: Open) -> memoryview:
+        """The weights that come of this turn, and, if the plan wants it, their change as it will travel.
+
+        The change is what the version is made of then: whoever applies it to the version before has the same bits.
+        """
+        plan, number = self.plan, here.round.of.round
+        pieces = forgetting(self.desk.rule.finish(self.desk.sums, here.weights), here.weights)
+        weights = self.store.draft(number, self.layout, pieces)
+        if plan.down != "full":
+            dice = np.random.default_rng([plan.seed, number])
+            self.change = encode_change(here.weights, weights, self.layout, FORMATS[plan.down], dice)
+            forget(weights)
+        forget(here.weights)
+        return weights
 
     async def _close(self, here: Open, why: str, seconds: float) -> None:
-        """The round has made a version: save it first, tell everyone after."""
+        """The round has made a version. The next one may begin while it is written to the disk."""
         done = here.round
         line = history.round_line(done, here.facts, why=why, seconds=seconds, at=time.time())
         self.store.intend(line)
-        await asyncio.to_thread(self.store.save, done.of.round, self.layout, memoryview(here.weights))
         self.weights = here.weights
         self.desk.made(done)
+        await self._drop_uploads(here)
+        self._sealing = self._group.create_task(self._seal(here, line, why))
+
+    async def _seal(self, here: Open, line: history.Line, why: str) -> None:
+        """Make the version safe first, tell everyone after."""
+        done = here.round
+        await asyncio.to_thread(self.store.seal, done.of.round)
         self.store.note(line)
+        self.desk.safe(done)
         log.info("%s closed: %s", done.of, why)
-        await self.post.tell(
-            list(done.counted), Answer(done.of, "accepted", f"counted in version {self.desk.version}")
-        )
+        accepted = Answer(done.of, "accepted", f"counted in version {done.of.round}")
+        await self.post.tell(list(done.counted), accepted)
         await self.post.tell(
             [w for w in done.cohort if w not in done.counted], Closed(done.of, f"it is closed: {why}")
         )
-        await self._tidy(here)
+        for delivery in here.held:
+            await delivery.ack()
+
+    async def _sealed(self) -> None:
+        """Wait until the last version is safe, and all is told."""
+        if self._sealing:
+            await asyncio.wait({self._sealing})  # should it fail, the group ends us all
 
     async def _abandon(self, here: Open, why: str, seconds: float) -> None:
         given_up, self.desk.open = here.round, None
         self.store.note(history.abandoned_line(given_up, here.facts, why=why, seconds=seconds, at=time.time()))
         log.warning("%s abandoned: %s", given_up.of, why)
         await self.post.tell(list(given_up.cohort), Closed(given_up.of, f"it was abandoned: {why}"[:1000]))
-        await self._tidy(here)
-
-    async def _tidy(self, here: Open) -> None:
-        """Leave nothing of a round that is over in the queues."""
         for delivery in here.held:
             await delivery.ack()
+        await self._drop_uploads(here)
+
+    async def _drop_uploads(self, here: Open) -> None:
+        """Leave nothing of a round that is over in the queues of those who will upload for the next one."""
         for worker in here.untidy | (set(here.round.cohort) - set(here.round.counted)):
             await self.post.drop_upload(worker)
 
@@ -181,7 +228,7 @@ class Coordinator:
             return
         self._say("scoring", f"version {self.desk.version} is scored by {', '.join(asked)}")
         with contextlib.suppress(LinkError):
-            task, sent_to = self._task(of, "evaluate"), dict.fromkeys(asked, "")
+            sent_to = dict.fromkeys(asked, "")
             until = began_at + min(self.plan.round_s, FINAL_S_MAX)
             while time.monotonic() < until:
                 self.desk.lapse(time.monotonic())
@@ -192,7 +239,7 @@ class Coordinator:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
                     sent_to |= owing
-                    await self.post.send_task(task, memoryview(self.weights), lost)
+                    await self._send_version(of, "evaluate", self.weights, lost)
                 await self._wait(until=until)
         for worker in filter(self.desk.final.get, evaluators):
             self.store.note(history.score_line(self.desk.version, worker, self.desk.final[worker], at=time.time()))
@@ -202,20 +249,41 @@ class Coordinator:
 
     # -- sending ------------------------------------------------------------------------------------------------
 
-    def _task(self, of: Attempt, work: Literal["train", "evaluate"]) -> Task:
-        plan, payload_id = self.plan, f"{of.run}/{of.round}/{of.attempt}"
-        payload = Payload(payload_id, plan.part_bytes, self.layout.specs)
-        return Task(of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload)
-
     async def _send(self, here: Open, workers: list[str]) -> None:
         """Send the open round's task with the weights as they are in this turn."""
-        task = self._task(here.round.of, "train")
         here.sent_to |= {worker: self.roster.incarnation(worker) for worker in workers}
+        here.facts.bytes_down += await self._send_version(here.round.of, "train", here.weights, workers)
+
+    async def _send_version(self, of: Attempt, work: Work, weights: memoryview, workers: list[str]) -> int:
+        """Send these workers the weights, or their change if they have the version before; bytes sent."""
+        follow = [w for w in workers if self.change is not None and self.desk.holds(w, self.desk.version - 1)]
+        sent = 0
+        if follow and self.change is not None:
+            layout, down = FORMATS[self.plan.down].layout(self.layout), self.plan.down
+            task = replace(self._task(of, work), down=down, payload=self._payload(f"{_name(of)}/change", layout))
+            sent += await self._send_task(task, self.change, follow)
+        if others := [worker for worker in workers if worker not in follow]:
+            sent += await self._send_task(self._task(of, work), weights, others)
+        return sent
+
+    def _task(self, of: Attempt, work: Work) -> Task:
+        plan, payload = self.plan, self._payload(_name(of), self.layout)
+        return Task(
+            of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
+            format=plan.format, keep=plan.kept,
+        )  # fmt: skip
+
+    def _payload(self, name: str, layout: Layout) -> Payload:
+        return Payload(name, self.plan.part_bytes, layout.specs)
+
+    async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:
         try:
-            here.facts.bytes_down += await self.post.send_task(task, memoryview(here.weights), workers)
-        except Unroutable:
-            for worker in workers:  # their queues are gone; they declare them again when they return
-                here.round.lose(worker)
+            return await self.post.send_task(task, data, workers)
+        except Unroutable:  # their queues are gone; they declare them again when they return
+            if self.desk.open:
+                for worker in workers:
+                    self.desk.open.round.lose(worker)
+            return 0
 
     # -- waiting and saying -------------------------------------------------------------------------------------
 
@@ -229,7 +297,7 @@ class Coordinator:
         self.desk.changed.clear()
 
     def _say(self, phase: str, why: str) -> None:
-        """Say what is happening when it changes: one line in the log, and the run's `now.json`."""
+        """Say what is happening when it changes: one line in the log, and soon the run's `now.json`."""
         if why == self._said:
             return
         self._said = why
@@ -238,10 +306,23 @@ class Coordinator:
         if self.desk.open:
             round_ = self.desk.open.round
             now |= {"round": round_.of.round, "cohort": round_.cohort, "counted": sorted(round_.counted)}
-        now |= {"here": [*self.roster.trainers(), *self.roster.evaluators()], "at": time.time()}
-        self.store.say_now(now)
+        self._now = now | {"here": [*self.roster.trainers(), *self.roster.evaluators()], "at": time.time()}
+        if phase != "open":
+            self._write_now()
+        elif self._writing is None:  # things change faster than anyone looks
+            self._writing = asyncio.get_running_loop().call_later(NOW_S, self._write_now)
+
+    def _write_now(self) -> None:
+        if self._writing:
+            self._writing.cancel()
+            self._writing = None
+        self.store.say_now(self._now)
 
 
-async def serve(store: Store, link: Link) -> None:
+def _name(of: Attempt) -> str:
+    return f"{of.run}/{of.round}/{of.attempt}"
+
+
+async def serve(store: Store, link: Link, *, drains: int = DRAINS) -> None:
     """Be the coordinator of a run until its plan is done; see `Coordinator.serve`."""
-    await Coordinator(store, link).serve()
+    await Coordinator(store, link, drains=drains).serve()

@@ -8,12 +8,12 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from broker.errors import UsageError
-from broker.files import read_version, write_version, write_whole
+from broker.files import draft_version, read_version, seal, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator.plan import Plan
@@ -32,6 +32,8 @@ class Store:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
+        self._trying: dict[str, Any] = {}  # what ROUND holds, or would, of the round that is open
+        self._spoken_for: int | None = None  # the round of which the next try is noted already
 
     @classmethod
     def create(cls, folder: Path, plan: Plan, layout: Layout, weights: memoryview) -> "Store":
@@ -107,18 +109,45 @@ class Store:
         names = (p.stem for p in (self.folder / VERSIONS).glob("*.safetensors"))
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
+    def draft(self, version: int, layout: Layout, pieces: Iterable[memoryview]) -> memoryview:
+        """Write a version without making it one yet; until `seal(version)` a crash leaves nothing of it.
+
+        Args:
+            version: its number. Only one draft of a version is kept; the bytes of a former one stay good.
+            layout: the tensors' places.
+            pieces: the weights from first to last, however cut; each is written before the next is asked for.
+
+        Returns:
+            The weights as they lie in the system's cache: they may be sent at once, and read as long as one likes.
+            Until they are sealed they may be changed in place.
+
+        Raises:
+            UsageError: the disk is full or not writable. What `pieces` raises leaves no draft, either.
+        """
+        about = {"fluffle_run": self.plan.run, "fluffle_version": str(version), "learner": self.plan.learner}
+        with _disk(self.folder):
+            return draft_version(self.path(version), layout, pieces, about)
+
+    def seal(self, version: int) -> None:
+        """Make the draft of a version the version; when this returns it survives a power failure.
+
+        Raises:
+            UsageError: the disk is full or broken; the draft is gone then.
+        """
+        with _disk(self.folder):
+            seal(self.path(version))
+
     def save(self, version: int, layout: Layout, weights: memoryview) -> None:
-        """Write a version; when this returns it survives a power failure, and until then it is absent.
+        """Draft and seal a version.
 
         Raises:
             UsageError: the disk is full or not writable.
         """
-        about = {"fluffle_run": self.plan.run, "fluffle_version": str(version), "learner": self.plan.learner}
-        with _disk(self.folder):
-            write_version(self.path(version), layout, weights, about)
+        self.draft(version, layout, [weights])
+        self.seal(version)
 
-    def load(self, version: int) -> tuple[Layout, bytearray]:
-        """A version's tensors.
+    def load(self, version: int) -> tuple[Layout, memoryview]:
+        """A version's tensors, looked at where they lie in its file; read-only.
 
         Raises:
             UsageError: the file is damaged, or belongs to another run.
@@ -156,15 +185,29 @@ class Store:
     def begin_attempt(self, number: int) -> int:
         """Note that a try at round `number` begins; which try it is, counting those that crashed."""
         before = self._json(ROUND)
-        attempt = before.get("attempt", 0) + 1 if before.get("round") == number else 1
+        if self._spoken_for == number:  # noted with the version before
+            self._trying = {"round": number, "attempt": before["next"]}
+            self._spoken_for = None
+            return int(before["next"])
+        self._trying = {"round": number, "attempt": 1}
+        if before.get("round") == number:
+            self._trying = {**before, "attempt": before.get("attempt", 0) + 1}
+        elif before.get("round") == number - 1:
+            self._trying["attempt"] = before.get("next", 0) + 1
         with _disk(self.folder):
-            write_whole(self.folder / ROUND, json.dumps({"round": number, "attempt": attempt}).encode())
-        return attempt
+            write_whole(self.folder / ROUND, json.dumps(self._trying).encode())
+        return int(self._trying["attempt"])
 
     def intend(self, line: dict[str, Any]) -> None:
-        """Keep the line of a version that is about to be saved: a crash between the two must not lose it."""
+        """Keep the line of a version that is about to be saved: a crash between the two must not lose it.
+
+        The next round may begin before the version is safe. So one try at it is noted as begun, too: should the
+        version be lost and made again of other updates, what was trained on the lost one is of another try.
+        """
+        self._trying |= {"line": line, "next": self._trying.get("next", 0) + 1}
         with _disk(self.folder):
-            write_whole(self.folder / ROUND, json.dumps({**self._json(ROUND), "line": line}).encode())
+            write_whole(self.folder / ROUND, json.dumps(self._trying).encode())
+        self._spoken_for = line["version"] + 1
 
     def settle(self) -> None:
         """Note the line of a version that was saved just before a crash, if it was."""

@@ -76,6 +76,7 @@ def baseline(request: Request) -> dict[str, Any]:
 
 def _learned(request: Request, place: task.Place, *, name: str, judge: task.Place | None) -> dict[str, float]:
     """The scores after `rounds` tasks in a row, each beginning where the last one ended."""
+    current: weights.Raw
     layout, current, _ = read_version(Path(request.weights))
     for number in range(1, request.rounds + 1):
         seed = task_seed(request.seed, number, name)

@@ -1,8 +1,8 @@
 """The training process: `python -m workers.child SOCKET PARENT`, started by `training.py` and by nothing else.
 
 Knows the other end of the socket it inherited: requests and answers are maps of msgpack behind four bytes of length,
-one answer a request. Weights never go through the socket: they lie in files that both processes map. Does not know
-the broker, rounds or what becomes of an answer.
+one answer a request. Large models never go through the socket: they lie in files that both processes map. Does not
+know the broker, rounds or what becomes of an answer.
 
 It holds the user's data for as long as it lives and must never outlive its parent: the kernel kills it when the
 parent dies, and, where the kernel cannot, the closed socket does. What the user's code prints goes to stderr.
@@ -10,7 +10,7 @@ parent dies, and, where the kernel cannot, the closed socket does. What the user
 
 import mmap
 import os
-import queue
+import select
 import signal
 import socket
 import sys
@@ -20,15 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from broker.daemon import die_with
-from broker.errors import FluffleError, UsageError
+from broker.errors import FluffleError, LearnerFailed, UsageError, WireError
+from broker.formats import count_floats, format_of
 from broker.tensors import Layout, TensorSpec
 from workers import learner, task, weights
 from workers.work import Work
 
 LENGTH_BYTES = 4
+DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
+
+Answer = dict[str, Any]
 
 
 def main() -> None:
@@ -38,22 +44,17 @@ def main() -> None:
     print_to_stderr()
     link = socket.socket(fileno=int(sys.argv[1]))
     link.set_inheritable(False)
-    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(link, requests), daemon=True).start()
-    place: task.Place | None = None
+    threading.Thread(target=_end_with, args=(link,), daemon=True).start()
+    pupil = Pupil()
     while True:
-        request = requests.get()
+        request = _receive(link)
         try:
-            if request["do"] == "open":
-                place, answer = _open(request)
-            else:
-                assert place is not None
-                answer = {"initial": _initial, "task": _task}[request["do"]](place, request)
+            answer = getattr(pupil, f"on_{request['do']}")(request)
         except FluffleError as problem:
             answer = {"failed": "usage" if isinstance(problem, UsageError) else "learner", "text": str(problem)}
         except BaseException as problem:  # noqa: BLE001 (the user's code runs here; whatever it does is an answer)
             answer = {"failed": "learner", "text": f"the training process failed: {learner.told(problem)}"}
-        _send(link, answer)
+        _send(link, {**answer, "ready_s": pupil.ready_s})
 
 
 def print_to_stderr() -> int:
@@ -63,69 +64,180 @@ def print_to_stderr() -> int:
     return kept
 
 
-def _listen(link: socket.socket, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Queue what is asked; a thread of its own, so that a closed socket ends the process in the midst of training."""
+def _end_with(link: socket.socket) -> None:
+    """End when the socket is closed, also in the midst of training; a thread of its own waits for that."""
+    closing = select.poll()
+    closing.register(link, 0)
+    closing.poll()
+    os._exit(0)
+
+
+def _receive(link: socket.socket) -> dict[str, Any]:
     try:
-        while True:
-            length = int.from_bytes(_exactly(link, LENGTH_BYTES), "big")
-            requests.put(msgpack.unpackb(_exactly(link, length)))
+        length = int.from_bytes(_exactly(link, LENGTH_BYTES), "big")
+        request: dict[str, Any] = msgpack.unpackb(_exactly(link, length))
     except (EOFError, OSError):
         os._exit(0)
+    return request
 
 
 def _exactly(link: socket.socket, count: int) -> bytes:
-    data = bytearray()
+    data = b""
     while len(data) < count:
         piece = link.recv(count - len(data))
         if not piece:
             raise EOFError
         data += piece
-    return bytes(data)
+    return data
 
 
-def _send(link: socket.socket, answer: dict[str, Any]) -> None:
+def _send(link: socket.socket, answer: Answer) -> None:
     sys.stdout.flush()
     packed = msgpack.packb(answer)
     link.sendall(len(packed).to_bytes(LENGTH_BYTES, "big") + packed)
 
 
-def _open(request: dict[str, Any]) -> tuple[task.Place, dict[str, Any]]:
-    began = time.monotonic()
-    torch.set_num_threads(request["threads"])  # sums depend on how they are shared out: never on this machine's cores
-    place = task.set_up(learner.load(request["learner"]), request["source"])
-    return place, {"specs": _told_specs(place.layout), "seconds": time.monotonic() - began}
+class Pupil:
+    """The learner with one model, and the data of everyone who has trained here; each `on_` answers a request.
+
+    Attributes:
+        ready_s: how long it has taken to load the learner, and the data so far.
+    """
+
+    def __init__(self) -> None:
+        self.ready_s = 0.0
+        self._place: task.Place | None = None
+        self._data: dict[str, Any] = {}
+        self._files: dict[str, mmap.mmap] = {}
+        self._unpacked = bytearray()
+
+    def on_open(self, request: dict[str, Any]) -> Answer:
+        """Load the learner, and say which tensors its model has."""
+        began = time.monotonic()
+        torch.set_num_threads(request["threads"])  # sums depend on how they are shared out: never on the cores here
+        found = learner.load(request["learner"])
+        self._renew(found)
+        self.ready_s += time.monotonic() - began
+        return {"specs": _told(self.place.layout)}
+
+    @property
+    def place(self) -> task.Place:
+        """The learner and its model, beside nobody's data."""
+        assert self._place is not None
+        return self._place
+
+    def on_load(self, request: dict[str, Any]) -> Answer:
+        """Load the data of a source, unless it is here."""
+        self._beside(request["source"])
+        return {}
+
+    def on_draw(self, request: dict[str, Any]) -> Answer:
+        """Draw the weights of a fresh model."""
+        model = task.new_model(self.place.learner, seed=request["seed"])
+        layout, room = weights.layout_of(model), self._room(request["weights"])
+        drawn = weights.read(model, layout, into=room) if room is None or layout == self.place.layout else None
+        return {"specs": _told(layout), "weights": drawn if room is None else None}
+
+    def on_task(self, request: dict[str, Any]) -> Answer:
+        """Do one task."""
+        began = time.monotonic()
+        place, work = self._beside(request["source"]), Work(**request["work"])
+        layout = self.place.layout if request["specs"] is None else _layout(request["specs"])
+        received, room = self._room(request["weights"]), self._room(request["delta"])
+        as_it_is = work.format == "float32"
+        try:
+            done = task.do(
+                place, work, layout=layout, received=received or b"", into=room if as_it_is else self._scratch(layout)
+            )
+        except LearnerFailed:
+            self._mend()
+            raise
+        delta = done.delta
+        if delta is not None and not as_it_is:
+            delta = _packed(layout, memoryview(delta), work, room=room, residual=request["residual"])
+        return {
+            "examples": done.examples, "metrics": done.metrics, "scores": done.scores,
+            "delta": delta if room is None else None, "seconds": time.monotonic() - began,
+        }  # fmt: skip
+
+    def _scratch(self, layout: Layout) -> bytearray:
+        """Memory for a delta that is going to be packed, always the same."""
+        if len(self._unpacked) != layout.size_bytes:
+            self._unpacked = bytearray(layout.size_bytes)
+        return self._unpacked
+
+    def _renew(self, found: learner.Learner) -> None:
+        model = task.new_model(found)
+        self._place = task.Place(found, model, None, weights.layout_of(model))
+
+    def _mend(self) -> None:
+        """What a failed task has done to the model's tensors must not fail the next one, which may be another's."""
+        try:
+            whole = weights.layout_of(self.place.model) == self.place.layout
+        except UsageError:
+            whole = False
+        if not whole:
+            self._renew(self.place.learner)
+
+    def _beside(self, source: str) -> task.Place:
+        """The learner beside the data of a source, which is loaded once."""
+        if source not in self._data:
+            began = time.monotonic()
+            self._data[source] = task.load_data(self.place.learner, source)
+            self.ready_s += time.monotonic() - began
+        return task.Place(self.place.learner, self.place.model, self._data[source], self.place.layout)
+
+    def _room(self, told: dict[str, Any] | None) -> memoryview | None:
+        """The bytes that a request speaks of; None for room that goes back through the socket."""
+        if told is None:
+            return None
+        if "data" in told:
+            return memoryview(bytearray(told["data"])) if told["data"] else None
+        if told["file"] not in self._files:  # which is there as long as the daemon, and so are its pages
+            with Path(told["file"]).open("r+b") as file:
+                self._files[told["file"]] = mmap.mmap(file.fileno(), 0)
+        return memoryview(self._files[told["file"]])[told["at"] : told["at"] + told["size"]]
 
 
-def _initial(place: task.Place, request: dict[str, Any]) -> dict[str, Any]:
-    model = task.new_model(place.learner, seed=request["seed"])
-    layout = weights.layout_of(model)
-    Path(request["weights_file"]).write_bytes(weights.read(model, layout))
-    return {"specs": _told_specs(layout)}
+def _packed(
+    layout: Layout, delta: memoryview, work: Work, *, room: memoryview | None, residual: tuple[str, str] | None
+) -> memoryview:
+    """The update as its format writes it; what that leaves out is added to what is owed.
+
+    Raises:
+        LearnerFailed: the format cannot carry it, or there is no room for what it leaves out.
+    """
+    fmt, owed = format_of(work.format, keep=work.keep), None
+    dice = np.random.default_rng([work.seed, DICE_OF_FORMATS])
+    try:
+        if residual is not None:
+            owed = _read_floats(Path(residual[0]), count_floats(layout))
+        packed = fmt.pack(layout, delta, residual=owed, dice=dice, into=room)
+        if residual is not None and owed is not None:
+            owed.tofile(residual[1])
+    except WireError as problem:
+        raise LearnerFailed(str(problem)) from None
+    except OSError as problem:
+        raise LearnerFailed(
+            f"what the format {work.format} leaves out of an update cannot be kept ({problem.strerror}): "
+            "make room on this worker's disk, or choose another folder with --state."
+        ) from None
+    return packed
 
 
-def _task(place: task.Place, request: dict[str, Any]) -> dict[str, Any]:
-    began = time.monotonic()
-    layout = Layout(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in request["specs"]))
-    received = _mapped(Path(request["weights_file"]))
-    outcome = task.do(place, Work(**request["work"]), layout=layout, received=received)
-    if outcome.delta is not None:
-        Path(request["delta_file"]).write_bytes(outcome.delta)
-    return {
-        "examples": outcome.examples, "metrics": outcome.metrics, "scores": outcome.scores,
-        "delta": outcome.delta is not None, "seconds": time.monotonic() - began,
-    }  # fmt: skip
+def _read_floats(file: Path, count: int) -> NDArray[np.float32]:
+    """What is owed; nothing if that was never written, or not by a worker with this model."""
+    if not file.exists() or file.stat().st_size != 4 * count:
+        return np.zeros(count, np.float32)
+    return np.fromfile(file, np.float32)
 
 
-def _mapped(path: Path) -> weights.Raw:
-    """The file's bytes, read when they are looked at; writes stay ours (torch looks at no read-only memory)."""
-    if path.stat().st_size == 0:  # which cannot be mapped
-        return b""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def _told_specs(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
+def _told(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(spec.name, spec.dtype, spec.shape) for spec in layout.specs]
+
+
+def _layout(specs: list[tuple[str, str, list[int]]]) -> Layout:
+    return Layout(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ from broker.errors import UsageError
 from broker.files import read_version
 from broker.messages import NAME, NAME_RULE
 from broker.options import BrokerUrl, SettingPairs, parse_settings, state_folder
+from workers import host
 from workers import learner as learners
+from workers.post import Shared
 from workers.service import Worker
 from workers.spool import Spool
-from workers.training import Trainer
+from workers.training import Seat, Trainer
 from workers.trial import Report, try_learner
-from workers.work import LEASE_S, Who, Work
+from workers.work import Who, Work
 
 LearnerName = Annotated[
     str, typer.Argument(metavar="LEARNER", help=f"A file.py, a module, or one of: {', '.join(learners.EXAMPLES)}.")
@@ -40,28 +42,45 @@ def worker(
     name: Annotated[
         str | None, typer.Option(help="Unique in the federation; this machine's name if not given.")
     ] = None,
+    many: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=host.WORKERS_MAX,
+            help="Be so many workers, NAME-1, NAME-2, …; in --data, {index} is each one's number and {count} N.",
+            metavar="N",
+        ),
+    ] = None,
     evaluate_only: Annotated[bool, typer.Option(help="Score versions, never train.")] = False,
     state: Annotated[Path | None, typer.Option(help="Folder for this worker's files.")] = None,
     threads: Threads = 1,
 ) -> None:
     """Stay beside the data: train what is sent here, and send back what changed. Ends on SIGTERM or Ctrl-C."""
     called = name if name is not None else _name_of_machine()
-    if NAME.fullmatch(called) is None:
-        raise UsageError(f"a worker cannot be called {called!r}: a name is {NAME_RULE}.")
-    who = Who(called, learners.learner_name(learner), trains=not evaluate_only, lease_s=LEASE_S)
+    names, sources = ([called], [data]) if many is None else host.named(called, data, many)
+    if NAME.fullmatch(names[-1]) is None:
+        raise UsageError(f"a worker cannot be called {names[-1]!r}: a name is {NAME_RULE}.")
+    known = learners.learner_name(learner)
+    lease_s, hosted = host.lease_s(len(names)), many is not None
+    whos = [Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted) for each in names]
     spool = Spool(state or state_folder("workers", called))
-    trainer = Trainer(learner, data, spool.folder, threads=threads)
+    trainer = Trainer(learner, spool, threads=threads)
     daemon.start_log()
-    daemon.run(lambda stop: _serve(who, broker, trainer, spool, stop))
+    daemon.run(lambda stop: _serve(whos, sources, trainer, broker, stop))
 
 
-async def _serve(who: Who, broker: str, trainer: Trainer, spool: Spool, stop: asyncio.Event) -> None:
-    link = await rabbit.connect(broker, name=f"worker-{who.name}")
+async def _serve(whos: list[Who], sources: list[str], trainer: Trainer, broker: str, stop: asyncio.Event) -> None:
+    link = await rabbit.connect(broker, name=f"worker-{whos[0].name}")
+    shared = Shared(link, trainer.spool, workers=len(whos))
     try:
-        await Worker(who, link, trainer, spool).serve(stop)
+        await trainer.start()
+        # the first one's data shows at once whether it can be loaded; that of many others may never be needed
+        seats = (Seat(trainer, source, at_once=not i) for i, source in enumerate(sources))
+        await host.serve([Worker(who, shared, seat) for who, seat in zip(whos, seats, strict=True)], stop)
     finally:
         await link.close()
-        spool.remove()
+        await trainer.stop()
+        trainer.spool.remove()
 
 
 def try_(
@@ -103,13 +122,15 @@ def evaluate(
     work = Work(train=False, evaluate=True, seed=0, settings={}, round=0)
 
     async def score(folder: Path) -> dict[str, float]:
-        trainer = Trainer(learner, data, folder, threads=threads)
+        spool = Spool(folder)
+        trainer = Trainer(learner, spool, threads=threads)
         try:
-            await trainer.start()
-            (folder / "version").write_bytes(weights)
-            return (await trainer.run(work, layout, folder / "version")).scores
+            received = spool.take(len(weights))
+            received.data[:] = weights
+            return (await Seat(trainer, data).run(work, layout, weights=received)).scores
         finally:
             await trainer.stop()
+            spool.remove()
 
     with tempfile.TemporaryDirectory(prefix="fluffle-evaluate-") as folder:
         Console().print(_metrics(asyncio.run(score(Path(folder)))))

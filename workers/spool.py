@@ -1,113 +1,222 @@
-"""Files between the broker and the training process: weights on their way in, deltas on their way out.
+"""Room for models on their way between the broker and the training process, used again from round to round.
 
-Knows where they lie and that the disk may be full. Does not know what is in them, nor when they are wanted.
+Knows where models lie and that the disk may be full. Does not know what is in them, nor when they are wanted.
+
+A small model is a few bytes of memory. A large one lies in a file that both processes map, and whose pages are
+written over in the next round: making and mapping a new file would cost as much as filling it.
 """
 
-import contextlib
+import fcntl
 import mmap
 import os
-import shutil
-from collections.abc import Iterator
+from asyncio import Future
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+from weakref import ReferenceType, WeakValueDictionary, finalize, ref
+
+import numpy as np
 
 from broker.errors import LearnerFailed, UsageError
-from broker.link import Delivery
-from broker.messages import Task
+from broker.messages import Part, Payload
 from broker.parts import Assembly
+from workers.residuals import remove_left
+
+SMALL_BYTES = 64 * 1024
+"""What is no larger stays in memory, and goes to the training process through its socket."""
+FILE_BYTES = 64 * 1024 * 1024
+"""How large a file of several slots may become: a thousand workers must not need a thousand open files."""
+HELD_MAX = 2
+"""How many versions stay here: workers of one process may have different ones."""
+PAGE_BYTES = mmap.PAGESIZE
+SUFFIX = ".models"
+
+
+class Slot:
+    """Room for one model's bytes; free again when nobody looks at `data` any more, whoever that was.
+
+    Attributes:
+        data: the bytes, writable.
+        file: what else maps them: the file and the first byte in it. None for a small one.
+    """
+
+    def __init__(self, data: memoryview, file: tuple[Path, int] | None = None) -> None:
+        self.data = data
+        self.file = file
+
+
+class Landing:
+    """A payload whose parts are landing, once for all workers of this process that were sent it.
+
+    Attributes:
+        slot: where they land.
+        base: the weights of which they are the change, where they are one and `weights` is not there yet.
+        weights: the version's weights, when they have been made of what landed.
+        unfolding: the making.
+    """
+
+    def __init__(self, payload: Payload, slot: Slot) -> None:
+        self.payload = payload
+        self.slot = slot
+        self.base: Slot | None = None
+        self.weights: Slot | None = None
+        self.unfolding: Future[None] | None = None
+        self._assembly = Assembly(payload, slot.data)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part has landed."""
+        return self._assembly.complete
+
+    def add(self, part: Part) -> None:
+        """Let a part land, unless it is of another payload, or a copy of one that has landed.
+
+        Raises:
+            WireError: it lies.
+        """
+        if not self.complete:
+            self._assembly.add(part)
+
+    def unfold(self, weights: Slot) -> None:
+        """The weights have been made of what landed."""
+        self.weights, self.base = weights, None
+
+
+class Held(NamedTuple):
+    """A version that a worker has claimed: run and number, and its weights for as long as the spool holds them."""
+
+    name: tuple[str, int]
+    weights: ReferenceType[Slot]
 
 
 class Spool:
-    """A worker's folder of tensors. What an earlier process left there is removed.
+    """One process's folder of models. What an earlier process left there is removed.
+
+    Attributes:
+        in_use: how many slots of files somebody looks at.
 
     Raises:
-        UsageError: the folder cannot be used.
+        UsageError: the folder cannot be used, or another process uses it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder = folder.absolute()
+        self.in_use = 0
+        self._free: dict[int, list[tuple[Path, mmap.mmap, int]]] = {}
+        self._slots: dict[int, int] = {}
+        self._files = 0
+        self._landings: WeakValueDictionary[str, Landing] = WeakValueDictionary()
+        self._held: deque[Slot] = deque(maxlen=HELD_MAX)
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for left in [*folder.glob("*.weights"), *folder.glob("*.delta")]:
-                left.unlink()
+            self._lock = _locked(folder)
+            self._remove_files()
         except OSError as problem:
             raise UsageError(
                 f"{folder} cannot be used for this worker's files ({problem.strerror}): choose another with --state."
             ) from None
 
-    def expect(self, task: Task, header: Delivery) -> "Arrival":
-        """Room for a task's weights.
+    def take(self, size_bytes: int) -> Slot:
+        """Room for so many bytes, whatever is in them.
 
         Raises:
             LearnerFailed: there is none.
         """
-        of = task.of
-        return Arrival(task, header, self.folder / f"{of.run}-{of.round}-{of.attempt}.weights")
+        if size_bytes <= SMALL_BYTES:
+            return Slot(memoryview(bytearray(size_bytes)))
+        free = self._free.setdefault(size_bytes, [])
+        if not free:
+            self._make_file(size_bytes, free)
+        path, mapped, at = free.pop()
+        # whoever looks at the bytes keeps this array alive, also a transport that has not let go of them yet
+        room = np.frombuffer(mapped, np.uint8, count=size_bytes, offset=at)
+        self.in_use += 1
+        finalize(room, self._put_back, size_bytes, (path, mapped, at)).atexit = False
+        return Slot(room.data, (path, at))
 
-    def clear(self, weights_file: Path) -> None:
-        """Remove a job's files."""
-        weights_file.unlink(missing_ok=True)
-        weights_file.with_suffix(".delta").unlink(missing_ok=True)
+    def expect(self, payload: Payload) -> Landing:
+        """Where the parts of a payload land: the same place for all that expect the same payload at the same time.
+
+        Raises:
+            LearnerFailed: there is no room for it.
+        """
+        landing = self._landings.get(payload.id)
+        if landing is None or landing.payload != payload:
+            landing = Landing(payload, self.take(payload.layout.size_bytes))
+            self._landings[payload.id] = landing
+        return landing
+
+    def hold(self, name: tuple[str, int], weights: Slot) -> Held:
+        """Keep a version that was claimed, because the next one may come as a change of it; the newest ones only."""
+        if weights not in self._held:
+            self._held.append(weights)
+        return Held(name, ref(weights))
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all models, and the folder if nothing else is in it; whoever looks at a model may go on looking."""
+        self._remove_files()
+        self._free.clear()
+        self._held.clear()
+        self._slots.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        with suppress(OSError):
+            self.folder.rmdir()
 
+    def _put_back(self, size_bytes: int, room: tuple[Path, mmap.mmap, int]) -> None:
+        self.in_use -= 1
+        self._free.setdefault(size_bytes, []).append(room)
 
-class Arrival:
-    """A task whose parts are landing in its file.
-
-    Attributes:
-        task: the header.
-        header: its delivery, acknowledged when the task is claimed.
-        assembly: where the parts go.
-    """
-
-    def __init__(self, task: Task, header: Delivery, file: Path) -> None:
-        self.task = task
-        self.header = header
-        self._file = file
-        size_bytes = task.payload.layout.size_bytes
+    def _make_file(self, size_bytes: int, free: list[tuple[Path, mmap.mmap, int]]) -> None:
+        """As many slots more as there are already, so that many need few files and a few no more than they use."""
+        pitch = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+        count = max(1, min(self._slots.get(size_bytes, 0), FILE_BYTES // pitch))
+        path = self.folder / f"{self._files}{SUFFIX}"
+        self._files += 1
         try:
-            with file.open("w+b") as opened:
-                _reserve(opened.fileno(), size_bytes)
-                self._map = mmap.mmap(opened.fileno(), size_bytes) if size_bytes else None
+            with path.open("w+b") as opened:
+                _reserve(opened.fileno(), count * pitch)
+                mapped = mmap.mmap(opened.fileno(), count * pitch)
         except OSError as problem:
-            file.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise LearnerFailed(
-                f"this worker's disk has no room for {size_bytes} bytes of weights ({problem.strerror})."
+                f"this worker's disk has no room for {count * pitch:,} bytes of models ({problem.strerror}): "
+                f"make room in {self.folder}, or choose another folder with --state."
             ) from None
-        self.assembly = Assembly(task.payload, memoryview(self._map) if self._map else None)
+        self._slots[size_bytes] = self._slots.get(size_bytes, 0) + count
+        free.extend((path, mapped, at) for at in range(0, count * pitch, pitch))
 
-    def finish(self) -> Path:
-        """The file, whole; nothing more may land in it."""
-        self._release()
-        return self._file
+    def _remove_files(self) -> None:
+        for left in self.folder.glob(f"*{SUFFIX}"):
+            left.unlink()
+        remove_left(self.folder)
 
-    def drop(self) -> None:
-        """Forget it, and its file."""
-        self._release()
-        self._file.unlink(missing_ok=True)
 
-    def _release(self) -> None:
-        self.assembly.data.release()
-        if self._map:
-            self._map.close()
+def _locked(folder: Path) -> int | None:
+    """The folder, held for this process as long as it lives; None where the disk cannot do that.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise UsageError(
+            f"{folder} is used by a worker that runs: give this one another --name, or another --state."
+        ) from None
+    except OSError:  # some network disks know no locks
+        os.close(number)
+        return None
+    return number
 
 
 def _reserve(number: int, size_bytes: int) -> None:
     """Room on the disk, not a sparse file: writing to a mapped one on a full disk would kill the process."""
-    if hasattr(os, "posix_fallocate") and size_bytes:
+    if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(number, 0, size_bytes)
     else:  # macOS cannot
         os.truncate(number, size_bytes)
-
-
-@contextlib.contextmanager
-def read_file(file: Path) -> Iterator[memoryview]:
-    """The bytes of a file, mapped, without reading it into memory."""
-    with file.open("rb") as opened:
-        if not os.fstat(opened.fileno()).st_size:
-            yield memoryview(b"")
-            return
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-            yield data

@@ -9,6 +9,7 @@ import operator
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,21 @@ def set_up(learner: Learner, source: str) -> Place:
     Raises:
         UsageError: data() or model() raised, or the model cannot travel.
     """
-    try:
-        data = learner.data(source)
-    except (Exception, SystemExit) as problem:
-        raise UsageError(f"data({source!r}) of the learner {learner.name} failed: {told(problem)}") from problem
+    data = load_data(learner, source)
     model = new_model(learner)
     return Place(learner, model, data, weights.layout_of(model))
+
+
+def load_data(learner: Learner, source: str) -> Any:
+    """What the learner's data() makes of a source.
+
+    Raises:
+        UsageError: it raised.
+    """
+    try:
+        return learner.data(source)
+    except (Exception, SystemExit) as problem:
+        raise UsageError(f"data({source!r}) of the learner {learner.name} failed: {told(problem)}") from problem
 
 
 def new_model(learner: Learner, *, seed: int = 0) -> nn.Module:
@@ -67,7 +77,9 @@ def new_model(learner: Learner, *, seed: int = 0) -> nn.Module:
     return model
 
 
-def do(place: Place, work: Work, *, layout: Layout, received: weights.Raw) -> Outcome:
+def do(
+    place: Place, work: Work, *, layout: Layout, received: weights.Raw, into: weights.Raw | None = None
+) -> Outcome:
     """Load the weights, evaluate them, train, and take the difference, as far as `work` asks.
 
     The result is a function of the arguments alone, as far as the learner's is: dice are sown from `work.seed` before
@@ -78,6 +90,7 @@ def do(place: Place, work: Work, *, layout: Layout, received: weights.Raw) -> Ou
         work: what to do.
         layout: which tensors are in `received`.
         received: the version's raw weights.
+        into: where the delta is written, exactly as long as `received`; new memory unless given.
 
     Raises:
         LearnerFailed: the learner raised, returned what it must not, diverged, or is another than the version's.
@@ -99,13 +112,22 @@ def do(place: Place, work: Work, *, layout: Layout, received: weights.Raw) -> Ou
     with torch.enable_grad():  # whatever the learner's code has switched off elsewhere
         returned = _call("train", place.learner.train, model, place.data, settings)
     examples, metrics = _trained(returned)
-    return Outcome(examples, metrics, scores, weights.delta(model, layout, received))
+    return Outcome(examples, metrics, scores, weights.delta(model, layout, received, into=into))
 
 
 def _sow(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (a learner may well use numpy's global dice)
-    torch.manual_seed(seed)
+    if _has_accelerator():
+        torch.manual_seed(seed)
+    else:  # the same dice; looking for each accelerator anew takes longer than training a small model
+        torch.default_generator.manual_seed(seed)
+
+
+@cache
+def _has_accelerator() -> bool:
+    """Whether torch has dice of other devices to sow; before 2.6 it could not say so."""
+    return not hasattr(torch, "accelerator") or torch.accelerator.is_available()
 
 
 def _call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,7 +14,8 @@ import numpy as np
 from broker.errors import UsageError
 from broker.messages import Scalar
 from broker.tensors import FLOATS, Layout, as_float64, from_float64, view
-from workers.training import Trainer
+from workers.spool import Spool
+from workers.training import Seat, Trainer
 from workers.work import Work
 
 PIECE_BYTES = 8 * 1024 * 1024  # weights are added up piece by piece, for float64 takes up to four times their room
@@ -63,30 +64,29 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
         LearnerFailed: a task failed, and why.
     """
     with tempfile.TemporaryDirectory(prefix="fluffle-try-") as name, asyncio.Runner() as steps:
-        folder = Path(name)
-        trainer = Trainer(where, source, folder, threads=threads)
+        spool = Spool(Path(name))
+        trainer = Trainer(where, spool, threads=threads)
+        seat = Seat(trainer, source)
         try:
-            layout = steps.run(trainer.start())
-            start = folder / "start"
-            drawn = steps.run(trainer.draw(start, seed=0))
+            layout = steps.run(seat.start())
+            drawn, start = steps.run(trainer.draw(seed=0))
             if layout != drawn:
                 raise UsageError(
                     f"model() called twice gives different tensors ({layout.difference(drawn)}): "
                     "no two workers could learn together; make it return the same shape every time."
                 )
             work = Work(train=True, evaluate=True, seed=1, settings=settings or {}, round=1)
-            done = steps.run(trainer.run(work, drawn, start))
-            assert done.delta_file is not None
+            done, again = (steps.run(seat.run(work, drawn, weights=start)) for _ in range(2))
+            assert done.delta is not None
             assert done.examples is not None
-            first = done.delta_file.read_bytes()
-            steps.run(trainer.run(work, drawn, start))
-            warnings = _looked_at(layout, first, done.delta_file.read_bytes())
-            trained = folder / "trained"
-            trained.write_bytes(_added(layout, start.read_bytes(), first))
+            assert again.delta is not None
+            warnings = _looked_at(layout, done.delta.data, again.delta.data)
+            _add(layout, start.data, done.delta.data)
             score = Work(train=False, evaluate=True, seed=1, settings={}, round=1)
-            after = steps.run(trainer.run(score, layout, trained)).scores
+            after = steps.run(seat.run(score, layout, weights=done.delta)).scores
         finally:
             steps.run(trainer.stop())
+            spool.remove()
         return Report(
             tensors=len(layout.specs),
             parameters=sum(spec.items for spec in layout.specs),
@@ -101,13 +101,13 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
         )
 
 
-def _looked_at(layout: Layout, first: bytes, second: bytes) -> tuple[str, ...]:
+def _looked_at(layout: Layout, first: memoryview, second: memoryview) -> tuple[str, ...]:
     """Warnings from the deltas of one task done twice."""
     warnings = []
     floats = [s for s in layout.segments if s.dtype in FLOATS]
     if not any(np.any(view(first[s.start : s.stop], "uint8")) for s in floats):
         warnings.append("train() changed no weights: it must change the model it is given, in place.")
-    if first != second:
+    if not np.array_equal(view(first, "uint8"), view(second, "uint8")):
         warnings.append(
             "train() with the same seed twice gave two different results: draw all chance from settings['seed'], "
             "or an update that has to be made again will not be the same."
@@ -115,14 +115,12 @@ def _looked_at(layout: Layout, first: bytes, second: bytes) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _added(layout: Layout, start: bytes, delta: bytes) -> bytearray:
-    """The trained weights: start + delta for floats, the delta's own value for integers and booleans."""
-    trained = bytearray(delta)
+def _add(layout: Layout, start: memoryview, delta: memoryview) -> None:
+    """Make a delta the trained weights: start + delta for floats, the delta's own value for integers and booleans."""
     for segment in layout.segments:
         if segment.dtype not in FLOATS:
             continue
         for at in range(segment.start, segment.stop, PIECE_BYTES):
             piece = slice(at, min(at + PIECE_BYTES, segment.stop))
             total = sum(as_float64(view(data[piece], segment.dtype), segment.dtype) for data in (start, delta))
-            trained[piece] = from_float64(np.asarray(total), segment.dtype).tobytes()
-    return trained
+            delta[piece] = from_float64(np.asarray(total), segment.dtype).tobytes()

@@ -7,7 +7,8 @@ Weights are everything in a module's state dict, so buffers such as BatchNorm's 
 looked at in place: each tensor is copied once, from the module into the payload or from the payload into the module.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from mmap import mmap
 
 import torch
@@ -19,6 +20,7 @@ from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec
 
 Raw = bytes | bytearray | memoryview | mmap
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
+CHUNK_ITEMS = 64 * 1024  # what of two models and a delta stays in a core's cache
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -45,9 +47,12 @@ def layout_of(model: nn.Module) -> Layout:
         raise UsageError(f"the learner's model cannot travel: {problem}") from problem
 
 
-def read(model: nn.Module, layout: Layout) -> bytearray:
-    """The model's weights as raw bytes in the order of `layout`, which must be `layout_of(model)`."""
-    data = bytearray(layout.size_bytes)
+def read(model: nn.Module, layout: Layout, *, into: Raw | None = None) -> Raw:
+    """The model's weights as raw bytes in the order of `layout`, which must be `layout_of(model)`.
+
+    They are written to `into`, exactly as long, or else to new memory.
+    """
+    data = bytearray(layout.size_bytes) if into is None else into
     state = model.state_dict()
     for spec, place in _tensors(layout, data):
         place.copy_(state[spec.name])
@@ -60,7 +65,7 @@ def load(model: nn.Module, layout: Layout, data: Raw) -> None:
     Raises:
         LearnerFailed: the model has other tensors than `layout`, or the bytes have another length.
     """
-    difference = layout.difference(layout_of(model))
+    difference = _difference(layout, model, model.state_dict())
     if difference:
         raise LearnerFailed(
             f"this worker's learner has other tensors than the version: {difference}; "
@@ -71,7 +76,7 @@ def load(model: nn.Module, layout: Layout, data: Raw) -> None:
     model.load_state_dict({spec.name: tensor for spec, tensor in _tensors(layout, data)})
 
 
-def delta(model: nn.Module, layout: Layout, received: Raw) -> bytearray:
+def delta(model: nn.Module, layout: Layout, received: Raw, *, into: Raw | None = None) -> Raw:
     """What training changed, as raw bytes: floats trained − received, integers and booleans the trained value.
 
     The difference of 16-bit floats is taken in float32 and rounded once.
@@ -80,34 +85,66 @@ def delta(model: nn.Module, layout: Layout, received: Raw) -> bytearray:
         model: the trained module.
         layout: the tensors of `received`, and of the result.
         received: the weights from which training began.
+        into: where to write, exactly as long as `received`; new memory unless given.
 
     Raises:
         LearnerFailed: the trained weights are not finite, or training changed which tensors the model has.
     """
-    try:
-        difference = layout.difference(layout_of(model))
-    except UsageError as problem:
-        difference = str(problem)
+    state = model.state_dict()
+    difference = _difference(layout, model, state)
     if difference:
         raise LearnerFailed(
             f"train changed which tensors the model has: {difference}; it must keep them as they were."
         )
-    changed = bytearray(layout.size_bytes)
-    state = model.state_dict()
+    changed = bytearray(layout.size_bytes) if into is None else into
     for (spec, place), (_, before) in zip(_tensors(layout, changed), _tensors(layout, received), strict=True):
         trained = state[spec.name].detach().cpu()
         if spec.dtype not in FLOATS:
             place.copy_(trained)
-            continue
-        wide = torch.promote_types(trained.dtype, torch.float32)
-        if wide == trained.dtype:
-            torch.sub(trained, before, out=place)
-        else:
-            place.copy_(trained.to(wide) - before.to(wide))
-        if spec.items and not all(map(torch.isfinite, torch.aminmax(place))):  # NaN anywhere makes both NaN
+        elif not _subtract(trained, before, place):
             what = "NaN" if torch.isnan(trained).any() else "infinite values"
             raise LearnerFailed(f"training diverged: tensor {spec.name} has {what}; try a smaller learning rate.")
     return changed
+
+
+def _difference(layout: Layout, model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """In words, how the tensors of the model, whose state dict is given, differ from `layout`; empty when equal."""
+    if len(state) == len(layout.specs) and all(_is(state.get(spec.name), spec) for spec in layout.specs):
+        return ""
+    try:
+        return layout.difference(layout_of(model))
+    except UsageError as problem:
+        return str(problem)
+
+
+def _is(tensor: Tensor | None, spec: TensorSpec) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype == DTYPES[spec.dtype]
+        and tensor.layout == torch.strided
+        and not is_lazy(tensor)
+        and tensor.shape == spec.shape
+    )
+
+
+def _subtract(trained: Tensor, before: Tensor, place: Tensor) -> bool:
+    """Write trained − before to `place`, a stretch at a time that stays in the cache; whether all of it is finite.
+
+    The sum of a stretch is finite only if every item is, and takes a fraction of the time to look at each.
+    """
+    items, wide = trained.numel(), torch.promote_types(trained.dtype, torch.float32)
+    step = CHUNK_ITEMS if trained.is_contiguous() else max(items, 1)
+    trained, before, place = trained.reshape(-1), before.view(-1), place.view(-1)
+    for at in range(0, items, step):
+        part = slice(at, at + step)
+        if wide == trained.dtype:
+            torch.sub(trained[part], before[part], out=place[part])
+        else:
+            place[part] = trained[part].to(wide) - before[part].to(wide)
+        # many huge ones can make an infinite sum without being so themselves
+        if not math.isfinite(place[part].sum(dtype=wide)) and not torch.isfinite(place[part]).all():
+            return False
+    return True
 
 
 def _tensors(layout: Layout, data: Raw) -> Iterator[tuple[TensorSpec, Tensor]]:

@@ -6,9 +6,12 @@ of work in these words. Does not know how training is done or where a result is 
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
+from mmap import mmap
 
+from broker.formats import FORMATS
 from broker.messages import Scalar
+from broker.tensors import Layout
+from workers.spool import Slot
 
 LEASE_S = 15.0
 EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
@@ -24,6 +27,7 @@ class Who:
         trains: False for one that only evaluates.
         lease_s: how long a sign of life counts; one is sent three times as often.
         drain_s: how long SIGTERM lets the job in hand go on.
+        hosted: it is one of many in its process, and the log tells only what is unusual.
     """
 
     name: str
@@ -31,17 +35,28 @@ class Who:
     trains: bool = True
     lease_s: float = LEASE_S
     drain_s: float = 30.0
+    hosted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What to do with the weights received; both, and the version is scored before it is trained."""
+    """What to do with the weights received; both, and the version is scored before it is trained.
+
+    The update is written in `format`, of which `keep` is an argument where it wants one.
+    """
 
     train: bool
     evaluate: bool
     seed: int
     settings: dict[str, Scalar]
     round: int
+    format: str = "float32"
+    keep: float = 1.0
+
+    @property
+    def owes(self) -> bool:
+        """Whether its format leaves something out of an update, which the next one makes up for."""
+        return self.train and FORMATS[self.format].lossy
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +70,19 @@ class Outcome:
     examples: int | None
     metrics: dict[str, float]
     scores: dict[str, float]
-    delta: bytearray | None
+    delta: bytes | bytearray | memoryview | mmap | None
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """An outcome as the daemon sees it: the delta's raw bytes are in a file, which is the daemon's to delete."""
+    """An outcome as the daemon sees it: the update is in a slot of its spool, as its format lays it out."""
 
     examples: int | None
     metrics: dict[str, float]
     scores: dict[str, float]
-    delta_file: Path | None
+    delta: Slot | None
     seconds: float
+    layout: Layout
 
 
 def task_seed(seed: int, number: int, worker: str) -> int:

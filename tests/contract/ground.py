@@ -168,7 +168,7 @@ async def take(link: Link, name: str, count: int) -> list[bytes]:
     async with asyncio.timeout(20), link.consume(name) as deliveries:
         for _ in range(count):
             delivery = await anext(deliveries)
-            bodies.append(delivery.body)
+            bodies.append(bytes(delivery.body))
             await delivery.ack()
     return bodies
 

@@ -157,7 +157,10 @@ async def test_a_message_without_an_exchange_harms_no_other(ground: Ground) -> N
         *(each for pair in zip(lost, kept, strict=True) for each in pair), return_exceptions=True
     )
     assert [type(each) for each in said] == [Unroutable, type(None)] * 3
-    assert set(await take(link, "a", 3)) == {b"0", b"1", b"2"}
+    seen = set[bytes]()  # some may have come twice: what was not confirmed yet was published again
+    while len(seen) < 3:
+        seen |= set(await take(link, "a", 1))
+    assert seen == {b"0", b"1", b"2"}
 
 
 async def test_publishing_to_a_full_queue_waits_for_room_and_holds_up_nobody_else(ground: Ground) -> None:

@@ -109,7 +109,7 @@ async def test_operators_see_who_is_connected_by_which_lane(node: Node, vhost_ur
         for words in each["client_properties"]
         if words[0] == "connection_name"
     }
-    assert names == {"worker w1 control", "worker w1 up"}
+    assert names == {"worker w1 asking", "worker w1 control", "worker w1 up"}
     await link.close()
 
 

@@ -5,7 +5,6 @@ Knows how to publish by hand what no worker and no coordinator would. Does not k
 
 import asyncio
 import dataclasses
-import zlib
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from broker import topology
 from broker.link import Outgoing
@@ -68,7 +68,7 @@ def nested(depth: int) -> bytes:
 def changed(part: Part, **changes: Any) -> Part:
     """The part with changes, and a checksum that fits unless one is given."""
     if "data" in changes:
-        changes.setdefault("crc", zlib.crc32(changes["data"]))
+        changes.setdefault("checksum", xxh3_64_intdigest(changes["data"]))
     return dataclasses.replace(part, **changes)
 
 

@@ -181,7 +181,7 @@ async def test_a_stranger_is_not_counted(tmp_path: Path) -> None:
         ([changed(parts()[0], index=2)], "has 262144 bytes where"),
         ([changed(parts()[0], data=parts()[0].data[:-1])], "has 262143 bytes where 262144 belong"),
         ([changed(parts()[0], data=b"")], "has 0 bytes"),
-        ([changed(parts()[0], crc=1)], "does not match its checksum"),
+        ([changed(parts()[0], checksum=1)], "does not match its checksum"),
         ([b"\xc1 junk", *parts()], "not msgpack"),
         ([OVER, *parts()], "over the limit"),
         ([update(), *parts()], "something that is not a part"),
@@ -316,7 +316,7 @@ async def test_a_flood_of_names_is_over_when_their_leases_are(tmp_path: Path) ->
     """A thousand workers that do not exist say hello once; where anyone may take part, they cost time and no more."""
     async with federation(tmp_path, cohort=2, quorum=2, round_s=0.2) as fed:
         fed.begin()
-        await flood(fed, lease_s=0.5)
+        await flood(fed, lease_s=3.0)
         await fed.until(lambda: len(fed.here()) == 1000)
         for name in HONEST:
             fed.join(name)

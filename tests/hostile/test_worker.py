@@ -6,6 +6,8 @@ and must be given the update that an honest coordinator would be given.
 
 import asyncio
 import dataclasses
+import errno
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import TypeVar
 import pytest
 
 from broker import topology
-from broker.link import Outgoing
+from broker.link import Lane, Outgoing
 from broker.memory import MemoryLink
 from broker.messages import (
     MESSAGE_BYTES_MAX,
@@ -37,10 +39,13 @@ from broker.parts import Assembly, split
 from broker.tensors import Layout, TensorSpec
 from tests.hostile.liar import RUN, changed, nested, packed
 from tests.system.rig import BOUND_S, MODEL, Federation, Place, federation, learned, start_weights
+from workers.outbox import SENT_MAX
+from workers.spool import HELD_MAX
 from workers.work import task_seed
 
 WORKER = "a"
 LIE, HONEST = Attempt(RUN, 1, 1), Attempt(RUN, 2, 1)
+OF_WORKER = topology.of_worker
 Kind = TypeVar("Kind", Update, Refusal)
 
 
@@ -127,6 +132,7 @@ async def a_worker(folder: Path, **of_who: bool) -> AsyncIterator[tuple[Federati
         yield fed, FalseCoordinator(link, place)
         await fed.close()
         assert list(place.worker.spool.folder.glob("*")) == [], "files were left"
+        assert place.worker.spool.in_use == 0, "models were kept"
         await link.close()
 
 
@@ -197,7 +203,7 @@ async def test_a_task_of_another_model_is_refused_before_a_byte_of_disk_is_taken
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        (changed(parts(task(LIE))[0], crc=7), "does not match its checksum"),
+        (changed(parts(task(LIE))[0], checksum=7), "does not match its checksum"),
         (changed(parts(task(LIE))[0], index=3), "lies outside"),
         (changed(parts(task(LIE))[0], index=2**53), "lies outside"),
         (changed(parts(task(LIE))[0], data=b"short"), "has 5 bytes where 262144 belong"),
@@ -339,6 +345,102 @@ async def test_a_task_without_time_is_refused(tmp_path: Path) -> None:
         await false.send(asked, *parts(asked))
         assert "not done within the 0 s" in (await false.hear(Refusal)).reason
         await false.get_honest_work()
+
+
+async def test_an_update_waits_for_its_verdict_though_the_next_task_is_here_and_that_is_begun_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """The next task is sent while the version is saved, so that the verdict comes after it."""
+    first, second = task(LIE), task(HONEST)
+    async with a_worker(tmp_path) as (fed, false):
+        await false.send(first, *parts(first))
+        assert (await false.hear(Update)).of == LIE
+        await false.send(second, *parts(second))
+        assert (await false.hear(Update)).of == HONEST
+        await false.tell(Answer(LIE, "resend", "lost"))
+        assert (await false.hear(Update)).of == LIE
+        await false.tell(Answer(LIE, "accepted", "thank you"), Answer(HONEST, "accepted", "thank you"))
+        await fed.until(lambda: false.place.worker._in_hand == [])
+        assert false.place.lesson.done == [(True, 1), (True, 2)]
+
+
+async def test_an_update_whose_verdict_does_not_come_is_given_up_when_the_next_task_has_been_here_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to an update is lost."""
+    monkeypatch.setattr("workers.outbox.VERDICT_S", 0.05)
+    first, second = task(LIE), task(HONEST)
+    async with a_worker(tmp_path) as (fed, false):
+        await false.send(first, *parts(first))
+        assert (await false.hear(Update)).of == LIE
+        await false.send(second, *parts(second))
+        assert (await false.hear(Update)).of == HONEST
+        await fed.until(lambda: [each.of for each in false.place.worker._in_hand] == [HONEST])
+        await false.tell(Answer(HONEST, "accepted", "thank you"))
+
+
+async def test_updates_without_verdicts_do_not_pile_up(tmp_path: Path) -> None:
+    """A coordinator sends task after task, and never says what became of an update."""
+    async with a_worker(tmp_path) as (fed, false):
+        for number in range(1, 6):
+            asked = task(Attempt(RUN, number, 1))
+            await false.send(asked, *parts(asked))
+            assert (await false.hear(Update)).of == asked.of
+        await fed.until(lambda: len(false.place.worker._in_hand) <= SENT_MAX)
+        assert false.place.worker.spool.in_use <= SENT_MAX + HELD_MAX + 1
+        await false.tell(*(Answer(Attempt(RUN, number, 1), "accepted", "thank you") for number in range(1, 6)))
+
+
+async def test_an_upload_for_which_the_queue_has_no_room_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker's owner allows this worker less than an update."""
+    monkeypatch.setattr(topology, "of_worker", narrow)
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (_, false):
+        publish = false.place.wire.link.publish
+
+        async def impatient(message: Outgoing, *, within_s: float) -> None:
+            await publish(message, within_s=0.05 if message.lane is Lane.UP else within_s)
+
+        monkeypatch.setattr(false.place.wire.link, "publish", impatient)
+        await false.send(asked, *parts(asked))
+        reason = (await false.hear(Refusal)).reason
+        assert reason.startswith("what came of it could not be sent: the broker did not take it within 0.05 s")
+        assert false.place.lesson.done == [(True, 1)]
+        monkeypatch.undo()
+        await false.link.delete(topology.upload_queue(WORKER))
+        await false.link.declare(topology.of_worker(WORKER))
+        await false.get_honest_work()
+
+
+def narrow(name: str) -> topology.Topology:
+    """A worker's queues, with little room for uploads."""
+    usual = OF_WORKER(name)
+    upload = topology.Queue(
+        topology.upload_queue(name), {"x-overflow": "reject-publish", "x-max-length-bytes": PART_BYTES_MIN}
+    )
+    return dataclasses.replace(usual, queues=(*usual.queues[:2], upload))
+
+
+async def test_a_version_for_which_the_disk_has_no_room_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's disk is full, and then it is not."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (_, false):
+        with monkeypatch.context() as no_room:
+            no_room.setattr(os, "posix_fallocate", full)
+            await false.send(asked, *parts(asked))
+            reason = (await false.hear(Refusal)).reason
+        assert "this worker's disk has no room for" in reason
+        assert "bytes of models (No space left on device): make room in" in reason
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 2)]
 
 
 async def test_an_update_that_is_wanted_again_and_again_is_sent_again_and_again(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.formats import FORMATS
 from broker.tensors import Layout, TensorSpec
 from coordinator.aggregation import MEAN
 
@@ -29,11 +30,12 @@ ANSWERS = {
 
 def next_model(*who: str) -> NDArray[np.float32]:
     """The model after the answers of these hospitals have come in this order."""
-    sums = MEAN.init(MODEL)
+    sums = MEAN.init(MODEL, FORMATS["float32"])
     for hospital in who:
         patients, moved = ANSWERS[hospital]
         MEAN.add(sums, patients, memoryview(moved.tobytes()))
-    return np.frombuffer(MEAN.finish(sums, memoryview(START.tobytes())), np.float32)
+    version = b"".join(map(bytes, MEAN.finish(sums, memoryview(START.tobytes()))))
+    return np.frombuffer(version, np.float32)
 
 
 def test_every_patient_counts_the_same() -> None:

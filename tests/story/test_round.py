@@ -8,8 +8,8 @@ from collections.abc import Awaitable
 from pathlib import Path
 
 from broker.link import Delivery, Outgoing
-from broker.messages import Part, decode
-from tests.system.rig import expected, federation
+from broker.messages import Part, Refusal
+from tests.system.rig import expected, federation, read
 
 
 async def test_the_history_tells_who_was_counted_and_why_the_others_were_not(tmp_path: Path) -> None:
@@ -19,13 +19,16 @@ async def test_the_history_tells_who_was_counted_and_why_the_others_were_not(tmp
         through = asyncio.Event()
 
         def slow(what: Outgoing | Delivery) -> Awaitable[object] | None:
-            uploading = isinstance(what, Outgoing) and isinstance(decode(what.body), Part)
+            uploading = isinstance(what, Outgoing) and isinstance(read(what), Part)
             return through.wait() if uploading else None
 
-        cleo.wire.hook = slow
+        def mend(what: Outgoing | Delivery) -> None:
+            if isinstance(what, Outgoing) and isinstance(read(what), Refusal):
+                ben.lesson.fails = ""
+
+        cleo.wire.hook, ben.wire.hook = slow, mend
         run.begin()
         await run.until(lambda: len(run.lines("round")) == 1)
-        ben.lesson.fails = ""
         through.set()
         await run.end()
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from broker.messages import Task, decode
-from tests.system.rig import Federation, Place, expected, federation
+from broker.messages import Task
+from tests.system.rig import Federation, Place, expected, federation, read
 
 NAMES = ("a", "b", "c")
 ROUNDS = 5
@@ -112,7 +112,7 @@ async def test_a_broker_restarted_while_the_last_version_is_on_its_way_is_sent_i
         restarted: list[Any] = []
 
         def look(what: Any) -> None:
-            message = decode(what.body)
+            message = read(what)
             if isinstance(message, Task) and message.work == "evaluate" and not restarted:
                 restarted.append(message)
                 restart_broker(fed)

@@ -11,7 +11,7 @@ from tests.system.rig import federation
 async def test_the_second_of_two_workers_with_one_name_is_told_so_and_the_run_goes_on_with_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.service.NAMESAKE_S", 0.05)
+    monkeypatch.setattr("workers.post.NAMESAKE_S", 0.05)
     async with federation(tmp_path, rounds=3, cohort=1, quorum=1) as fed:
         first = fed.join("ada")
         first.lesson.gate.clear()

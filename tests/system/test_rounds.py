@@ -11,8 +11,8 @@ import pytest
 from broker import topology
 from broker.link import Delivery, Outgoing
 from broker.memory import MemoryLink
-from broker.messages import Answer, Part, Score, Task, Update, decode
-from tests.system.rig import LEASE_S, MODEL, Federation, expected, federation
+from broker.messages import Answer, Part, Score, Task, Update
+from tests.system.rig import LEASE_S, MODEL, Federation, expected, federation, read
 
 NAMES = ("a", "b", "c")
 
@@ -22,7 +22,7 @@ def when(kind: type[Any], number: int, then: Callable[[], None]) -> Callable[[An
     seen = itertools.count(1)
 
     def look(what: Outgoing | Delivery) -> None:
-        if isinstance(decode(what.body), kind) and next(seen) == number:
+        if isinstance(read(what), kind) and next(seen) == number:
             then()
 
     return look
@@ -77,7 +77,7 @@ async def test_a_cyclic_run_goes_from_one_to_the_next_in_the_plans_order(tmp_pat
     trained: list[str] = []
 
     def look(what: Outgoing | Delivery) -> None:
-        message = decode(what.body)
+        message = read(what)
         if isinstance(message, Update) and isinstance(what, Outgoing):
             trained.append(message.worker)
 
@@ -263,11 +263,11 @@ async def test_an_update_that_comes_while_the_round_is_summed_up_is_late(
         to_thread = asyncio.to_thread
 
         def look(what: Outgoing | Delivery) -> None:
-            if isinstance(decode(what.body), Answer):
+            if isinstance(read(what), Answer):
                 heard.set()
 
         async def held(what: Any, /, *args: Any) -> Any:
-            if "finish" in what.__name__:
+            if what.__name__ == "_draft":
                 slow.lesson.gate.set()
                 await heard.wait()
             return await to_thread(what, *args)
@@ -292,7 +292,7 @@ async def test_a_worker_that_returns_while_the_round_is_summed_up_does_not_undo_
         to_thread = asyncio.to_thread
 
         async def held(what: Any, /, *args: Any) -> Any:
-            if "finish" in what.__name__:
+            if what.__name__ == "_draft":
                 fed.join("c")
                 await fed.until(lambda: "c" in fed.here())
             return await to_thread(what, *args)

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import gc
 import os
 import re
 import select
@@ -10,14 +12,18 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import uvloop
 
 from broker.errors import LearnerFailed, UsageError
-from broker.messages import Scalar
+from broker.formats import count_floats, format_of
+from broker.messages import Attempt, Scalar
 from broker.tensors import FLOATS, as_float64, view
+from workers.residuals import Residual, Residuals
+from workers.spool import SMALL_BYTES, Spool
 from workers.training import Trainer
 from workers.trial import try_learner
 from workers.work import Done, Work
@@ -57,9 +63,16 @@ def train(model, data, settings):
         ctypes.string_at(0)
     if what == "be killed":
         os.kill(os.getpid(), 9)
+    if what == "nap":
+        time.sleep(0.2)
+    if what == "widen":
+        model.double()
     if what == "hang":
         ctypes.PyDLL(None).pause()  # for ever, and holding the interpreter's lock
     with torch.no_grad():
+        if what == "drift":
+            model[0].bias += 0.123456
+            model[0].weight += torch.tensor([[0.0625, -0.765432]])
         model[0].weight += 1
         model[1].num_batches_tracked += 2
     return 5, {"tasks": data["tasks"]}
@@ -89,25 +102,30 @@ def open_files() -> list[str]:
 
 @contextlib.asynccontextmanager
 async def training(learner: str, folder: Path) -> AsyncIterator[Trainer]:
-    """A started trainer, with version 0 in `folder`/start; afterwards nothing of it is left."""
+    """A started trainer; afterwards nothing of it is left."""
+    gc.collect()  # what other tests have left to be collected holds files
     before = open_files()
-    trainer = Trainer(learner, "here", folder)
+    trainer = Trainer(learner, Spool(folder / "models"))
     try:
-        await trainer.draw(folder / "start", seed=0)
+        await trainer.start("here")
         yield trainer
     finally:
         pid = trainer.pid
         await trainer.stop()
         await trainer.stop()
+        trainer.spool.remove()
     if pid is not None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+    gc.collect()
     assert open_files() == before
+    assert not trainer.spool.folder.exists()
 
 
-async def run(trainer: Trainer, folder: Path, asked: Work) -> Done:
+async def run(trainer: Trainer, asked: Work, source: str = "here", residual: Residual | None = None) -> Done:
     async with asyncio.timeout(SWIFT_S):
-        return await trainer.run(asked, await trainer.start(), folder / "start")
+        layout, start = await trainer.draw(seed=0)
+        return await trainer.run(asked, layout, source=source, weights=start, residual=residual)
 
 
 def gone(pidfd: int) -> bool:
@@ -122,23 +140,26 @@ async def begun(trainer: Trainer, folder: Path, asked: Work) -> tuple[asyncio.Ta
     """A task that is being trained, and what the learner wrote when it began."""
     pipe = folder / "begun"
     os.mkfifo(pipe)
-    running = asyncio.create_task(
-        run(trainer, folder, Work(True, True, 1, {**asked.settings, "begun": str(pipe)}, 1))
-    )
+    running = asyncio.create_task(run(trainer, Work(True, True, 1, {**asked.settings, "begun": str(pipe)}, 1)))
     async with asyncio.timeout(SWIFT_S):
         said = await asyncio.to_thread(pipe.read_text)
     pipe.unlink()
     return running, said
 
 
-async def test_tasks_share_the_data_and_a_learners_failure_costs_one_task_only(learner: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [True, False], ids=["through the socket", "in files"])
+async def test_tasks_share_the_data_and_a_learners_failure_costs_one_task_only(
+    learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    monkeypatch.setattr("workers.spool.SMALL_BYTES", SMALL_BYTES if small else 0)
     async with training(learner, tmp_path) as trainer:
         pid = trainer.pid
-        first = await run(trainer, tmp_path, work())
+        first = await run(trainer, work())
         assert (first.examples, first.metrics) == (5, {"tasks": 1.0})
-        assert first.delta_file == tmp_path / "start.delta"
+        assert first.delta is not None
+        assert (first.delta.file is None) == small
         layout = await trainer.start()
-        raw = first.delta_file.read_bytes()
+        raw = first.delta.data
         assert len(raw) == layout.size_bytes
         floats = [s for s in layout.segments if s.dtype in FLOATS]
         moved = np.concatenate([as_float64(view(raw[s.start : s.stop], s.dtype), s.dtype) for s in floats])
@@ -147,14 +168,97 @@ async def test_tasks_share_the_data_and_a_learners_failure_costs_one_task_only(l
         assert int.from_bytes(counter, "little") == 2  # a whole number travels as it is, not as a difference
 
         with pytest.raises(LearnerFailed, match=r"train\(\) of the learner raised RuntimeError: bad luck ← obedient"):
-            await run(trainer, tmp_path, work(do="raise"))
-        assert not first.delta_file.exists()
+            await run(trainer, work(do="raise"))
         with pytest.raises(LearnerFailed, match=r"train\(\) of the learner raised SystemExit: 3"):
-            await run(trainer, tmp_path, work(do="exit"))
-        scored = await run(trainer, tmp_path, work(train=False))
-        assert (scored.examples, scored.delta_file, scored.scores) == (None, None, first.scores)
-        assert (await run(trainer, tmp_path, work())).metrics == {"tasks": 4.0}
+            await run(trainer, work(do="exit"))
+        scored = await run(trainer, work(train=False))
+        assert (scored.examples, scored.delta, scored.scores) == (None, None, first.scores)
+        again = await run(trainer, work())
+        assert again.metrics == {"tasks": 4.0}
+        assert again.delta is not None
+        assert again.delta.data == raw
         assert trainer.pid == pid
+        assert trainer.spool.in_use == (0 if small else 2)
+        del first, again, raw, counter
+        assert trainer.spool.in_use == 0
+
+
+async def test_each_source_has_its_data_and_they_share_one_model(learner: str, tmp_path: Path) -> None:
+    async with training(learner, tmp_path) as trainer:
+        for source, tasks in (("here", 1), ("there", 1), ("here", 2), ("there", 2)):
+            assert (await run(trainer, work(), source)).metrics == {"tasks": tasks}
+        with pytest.raises(LearnerFailed, match=r"data\('nowhere'\) of the learner obedient failed: ValueError"):
+            await run(trainer, work(), "nowhere")
+        assert (await run(trainer, work(), "there")).metrics == {"tasks": 3}
+
+
+async def test_a_train_that_changes_the_models_tensors_costs_one_task_only(learner: str, tmp_path: Path) -> None:
+    async with training(learner, tmp_path) as trainer:
+        with pytest.raises(LearnerFailed, match=r"train changed which tensors the model has: 0.bias float64\[1\]"):
+            await run(trainer, work(do="widen"))
+        assert (await run(trainer, work())).metrics == {"tasks": 2}
+
+
+async def test_a_delta_for_which_the_disk_has_no_room_costs_one_task_only(
+    learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.spool.SMALL_BYTES", 0)
+    async with training(learner, tmp_path) as trainer:
+        layout, start = await trainer.draw(seed=0)
+        with monkeypatch.context() as full:
+            full.setattr(os, "posix_fallocate", no_room)
+            with pytest.raises(LearnerFailed, match=r"disk has no room for 4,096 bytes of models \(No space left"):
+                await trainer.run(work(), layout, source="here", weights=start)
+        assert (await trainer.run(work(), layout, source="here", weights=start)).metrics == {"tasks": 1}
+        del start
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["through the socket", "in files"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "top-k"])
+async def test_what_a_format_leaves_out_of_an_update_is_made_up_for(
+    learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool, name: str
+) -> None:
+    monkeypatch.setattr("workers.spool.SMALL_BYTES", SMALL_BYTES if small else 0)
+    residuals, rounds = Residuals(tmp_path, "ann"), 10
+    async with training(learner, tmp_path) as trainer:
+        layout = await trainer.start()
+
+        async def updated(number: int, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+            """The update as the coordinator reads it."""
+            asked = Work(True, False, number, {"do": "drift"}, number, format=name, keep=0.2)
+            residual = residuals.of(Attempt("run", number, 1))
+            done = await run(trainer, asked, residual=residual)
+            assert done.delta is not None
+            assert done.layout == format_of(name, keep=0.2).layout(layout)
+            decoded = np.zeros(count_floats(layout), np.float32)
+            for where, values in format_of(name, keep=0.2).runs(layout, done.delta.data):
+                decoded[where] = values
+            return decoded
+
+        exact = await updated(1, "float32")
+        assert not residuals.of(Attempt("run", 1, 1)).left.exists()
+        total = np.zeros_like(exact)
+        for number in range(1, rounds + 1):
+            first, again = await updated(number, name), await updated(number, name)
+            assert (first == again).all(), "a training that was repeated must give the same bytes"
+            residuals.accept(Attempt("run", number, 1))
+            total += again
+        owed = np.fromfile(residuals.of(Attempt("run", 1, 1)).owed, np.float32)
+        assert owed.any()
+        np.testing.assert_allclose(total + owed, rounds * exact, rtol=1e-5, atol=1e-5)
+
+
+async def test_what_a_format_leaves_out_needs_room_on_the_disk(learner: str, tmp_path: Path) -> None:
+    async with training(learner, tmp_path) as trainer:
+        asked = Work(True, False, 1, {}, 1, format="int8")
+        nowhere = Residuals(tmp_path / "gone", "ann").of(Attempt("run", 1, 1))
+        with pytest.raises(LearnerFailed, match=r"what the format int8 leaves out .* cannot be kept \(No such file"):
+            await run(trainer, asked, residual=nowhere)
+        assert (await run(trainer, asked)).examples == 5
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 async def test_a_process_that_dies_costs_its_task_and_the_next_one_has_a_new_process(
@@ -167,14 +271,14 @@ async def test_a_process_that_dies_costs_its_task_and_the_next_one_has_a_new_pro
             ("be killed", r"ended with signal 9 \(killed: out of memory\?\)"),
         ):
             with pytest.raises(LearnerFailed, match=said):
-                await run(trainer, tmp_path, work(do=do))
-        assert (await run(trainer, tmp_path, work())).metrics == {"tasks": 1.0}
+                await run(trainer, work(do=do))
+        assert (await run(trainer, work())).metrics == {"tasks": 1.0}
 
         assert trainer.pid is not None
         idle = os.pidfd_open(trainer.pid)
         os.kill(trainer.pid, signal.SIGKILL)
         assert gone(idle)
-        assert (await run(trainer, tmp_path, work())).metrics == {"tasks": 1.0}
+        assert (await run(trainer, work())).metrics == {"tasks": 1.0}
 
 
 async def test_a_cancelled_task_ends_the_process_whatever_it_does_and_all_it_started(
@@ -187,9 +291,20 @@ async def test_a_cancelled_task_ends_the_process_whatever_it_does_and_all_it_sta
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
+        assert (await run(trainer, work())).metrics == {"tasks": 1.0}
         for pidfd in pidfds:
             assert gone(pidfd)
-        assert (await run(trainer, tmp_path, work())).metrics == {"tasks": 1.0}
+
+
+async def test_a_cancelled_task_that_soon_ends_by_itself_costs_no_process(learner: str, tmp_path: Path) -> None:
+    async with training(learner, tmp_path) as trainer:
+        pid, trainer.patience_s = trainer.pid, SWIFT_S
+        running, _ = await begun(trainer, tmp_path, work(do="nap"))
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert (await run(trainer, work())).metrics == {"tasks": 2.0}
+        assert trainer.pid == pid
 
 
 async def test_stopping_in_the_midst_of_a_task_is_a_failure_of_that_task(learner: str, tmp_path: Path) -> None:
@@ -201,18 +316,25 @@ async def test_stopping_in_the_midst_of_a_task_is_a_failure_of_that_task(learner
 
 
 async def test_what_the_user_can_mend_is_said_in_a_sentence(learner: str, tmp_path: Path) -> None:
-    trainer = Trainer(learner, "nowhere", tmp_path)
-    said = re.escape("data('nowhere') of the learner obedient failed: ValueError: there is no such place.")
-    with pytest.raises(UsageError, match=said):
+    async with training(learner, tmp_path) as trainer:
+        said = re.escape("data('nowhere') of the learner obedient failed: ValueError: there is no such place.")
+        with pytest.raises(UsageError, match=said):
+            await trainer.start("nowhere")
+
+
+async def test_a_learner_that_cannot_be_loaded_leaves_no_process(tmp_path: Path) -> None:
+    trainer = Trainer(str(tmp_path / "gone.py"), Spool(tmp_path / "models"))
+    with pytest.raises(UsageError, match="there is no learner file"):
         await trainer.start()
     assert trainer.pid is None
+    trainer.spool.remove()
 
 
 async def test_a_process_that_dies_while_it_loads_the_data_is_a_failure(learner: str, tmp_path: Path) -> None:
-    trainer = Trainer(learner, "abyss", tmp_path)
-    with pytest.raises(LearnerFailed, match="ended by itself with status 7"):
-        await trainer.start()
-    assert trainer.pid is None
+    async with training(learner, tmp_path) as trainer:
+        with pytest.raises(LearnerFailed, match="ended by itself with status 7"):
+            await trainer.start("abyss")
+        assert trainer.pid is None
 
 
 def test_the_same_works_on_the_loop_that_the_daemon_runs_on(learner: str, tmp_path: Path) -> None:
@@ -229,14 +351,16 @@ def test_the_same_works_on_the_loop_that_the_daemon_runs_on(learner: str, tmp_pa
 DAEMON = """
 import asyncio, sys
 from pathlib import Path
+from workers.spool import Spool
 from workers.training import Trainer
 from workers.work import Work
 
 async def main(learner, folder, begun):
-    trainer = Trainer(learner, "here", folder)
-    layout = await trainer.draw(folder / "start", seed=0)
+    trainer = Trainer(learner, Spool(folder))
+    layout, start = await trainer.draw(seed=0)
     print(trainer.pid, flush=True)
-    await trainer.run(Work(True, False, 1, {"do": "hang", "begun": begun}, 1), layout, folder / "start")
+    asked = Work(True, False, 1, {"do": "hang", "begun": begun}, 1)
+    await trainer.run(asked, layout, source="here", weights=start)
 
 assert "torch" not in sys.modules
 asyncio.run(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
@@ -246,7 +370,7 @@ asyncio.run(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
 def test_the_process_dies_with_the_daemon(learner: str, tmp_path: Path) -> None:
     pipe = tmp_path / "begun"
     os.mkfifo(pipe)
-    command = [sys.executable, "-c", DAEMON, learner, str(tmp_path), str(pipe)]
+    command = [sys.executable, "-c", DAEMON, learner, str(tmp_path / "models"), str(pipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as daemon:
         assert daemon.stdout is not None
         child = os.pidfd_open(int(daemon.stdout.readline()))

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from broker.errors import WireError
+from broker.formats import CHUNK_ITEMS, FORMATS, Format, Run
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec, as_float64, from_float64, view
-from coordinator.aggregation import CARRY_EVERY, CHUNK_ITEMS, EXAMPLES_MAX, MEAN, REACH, RULES, Sums
+from coordinator.aggregation import EXAMPLES_MAX, LOW_REACH, MEAN, REACH, RULES, Sums
 
+AS_IT_IS = FORMATS["float32"]
 EVERY_DTYPE = Layout.of(TensorSpec(f"a_{dtype}", dtype, (3,)) for dtype in ITEM_BYTES)
 Updates = list[tuple[int, bytes]]
 
@@ -22,15 +24,19 @@ def one(dtype: str, *values: float) -> tuple[Layout, bytes]:
     return Layout.of([TensorSpec("w", dtype, (len(values),))]), array.tobytes()
 
 
-def summed(layout: Layout, updates: Updates) -> Sums:
-    sums = MEAN.init(layout)
+def summed(layout: Layout, updates: Updates, sums: Sums | None = None) -> Sums:
+    sums = sums or MEAN.init(layout, AS_IT_IS)
     for examples, update in updates:
         MEAN.add(sums, examples, memoryview(update))
     return sums
 
 
+def finished(sums: Sums, weights: bytes) -> bytes:
+    return b"".join(bytes(piece) for piece in MEAN.finish(sums, memoryview(weights)))
+
+
 def mean(layout: Layout, weights: bytes, updates: Updates) -> bytes:
-    return bytes(MEAN.finish(summed(layout, updates), memoryview(weights)))
+    return finished(summed(layout, updates), weights)
 
 
 def mean_float32(weights: list[float], updates: list[tuple[int, list[float]]]) -> NDArray[np.float32]:
@@ -39,9 +45,17 @@ def mean_float32(weights: list[float], updates: list[tuple[int, list[float]]]) -
     return np.frombuffer(found, np.float32)
 
 
+def total(sums: Sums, item: int) -> int:
+    """What has been added up in one place, in steps of 2^-52."""
+    chunk = item // CHUNK_ITEMS
+    low = int(sums.low[item]) if chunk in sums.bounds else 0
+    return low + (int(sums.high[item]) << 52 if chunk in sums.carried else 0)
+
+
 def state(sums: Sums) -> tuple[object, ...]:
-    largest = tuple((segment, values.tobytes()) for segment, values in sums.largest.items())
-    return sums.high.tobytes(), sums.low.tobytes(), largest, sums.examples, sums.updates, sums.reach
+    totals = [total(sums, item) for item in range(len(sums.low))]
+    largest = [(start, values.tobytes()) for start, values in sorted(sums.largest.items())]
+    return totals, largest, sums.examples, sums.updates, sums.reach
 
 
 @st.composite
@@ -51,8 +65,8 @@ def payloads(draw: st.DrawFn) -> bytes:
     for segment in EVERY_DTYPE.segments:
         items = view(memoryview(data)[segment.start : segment.stop], segment.dtype)
         if segment.dtype in FLOATS:
-            # 2^16 and not more: float16 ends there
-            numbers = st.floats(-(2.0**15), 2.0**15) | st.sampled_from([0.0, -0.0, 1e-9, -1e-9, 5e-324, 2.0**-149])
+            # weights and mean together below 2^16: float16 ends there
+            numbers = st.floats(-(2.0**14), 2.0**14) | st.sampled_from([0.0, -0.0, 1e-9, -1e-9, 5e-324, 2.0**-149])
             drawn = np.array(draw(st.lists(numbers, min_size=3, max_size=3)))
             items[:] = from_float64(drawn, segment.dtype)
         elif segment.dtype == "bool":
@@ -147,15 +161,14 @@ def test_a_denormal_weight_stays_as_it_is() -> None:
     assert mean_float32([1e-45], [(3, [0.0])]).tobytes() == np.float32(1e-45).tobytes()
 
 
-def test_thousands_of_updates_below_the_grids_whole_numbers_are_carried_over() -> None:
-    n = 2 * CARRY_EVERY + 7
-    almost_half = 0.5 - 2.0**-25  # all of it goes into the low limb, which would overflow after 4096 without a carry
-    layout, update = one("float32", almost_half, -almost_half)
+@pytest.mark.parametrize("delta", [0.5 - 2.0**-25, 1.5 - 2.0**-23, 600.5 - 2.0**-14])
+def test_thousands_of_updates_are_carried_over_before_the_low_limb_overflows(delta: float) -> None:
+    layout, update = one("float32", delta, -delta)
+    n = 5000
     sums = summed(layout, [(1, update)] * n)
-    assert abs(sums.low).max() < 2**62
-    for item, sign in ((0, 1), (1, -1)):
-        exact = Fraction(int(sums.high[item])) + Fraction(int(sums.low[item]), 2**52)
-        assert exact == Fraction(almost_half) * sign * n
+    assert sums.carried
+    assert abs(sums.low).max() <= LOW_REACH * 2**52
+    assert [Fraction(total(sums, item), 2**52) for item in (0, 1)] == [Fraction(delta) * n, -Fraction(delta) * n]
 
 
 def test_examples_add_up_to_the_limit_and_no_further() -> None:
@@ -167,14 +180,14 @@ def test_examples_add_up_to_the_limit_and_no_further() -> None:
     with pytest.raises(WireError, match="lower the examples"):
         MEAN.add(sums, 1, memoryview(update))
     assert state(sums) == before
-    assert view(bytes(MEAN.finish(sums, memoryview(bytes(4)))), "float32")[0] == 0.25
+    assert view(finished(sums, bytes(4)), "float32")[0] == 0.25
 
 
 def test_the_reach_of_the_grid_itself_is_within_it() -> None:
     layout, update = one("float32", 2.0**23, -(2.0**23))
     sums = summed(layout, [(2**28, update)])
-    assert sums.high.tolist() == [REACH, -REACH]
-    assert view(bytes(MEAN.finish(sums, memoryview(bytes(8)))), "float32").tolist() == [2.0**23, -(2.0**23)]
+    assert [total(sums, item) >> 52 for item in (0, 1)] == [REACH, -REACH]
+    assert view(finished(sums, bytes(8)), "float32").tolist() == [2.0**23, -(2.0**23)]
 
 
 def test_a_tensor_longer_than_a_chunk_is_summed_to_its_end() -> None:
@@ -182,6 +195,129 @@ def test_a_tensor_longer_than_a_chunk_is_summed_to_its_end() -> None:
     layout = Layout.of([TensorSpec("w", "float32", (n,)), TensorSpec("v", "float64", (3,))])
     update = np.concatenate([np.arange(3.0).view(np.uint8), np.arange(n, dtype=np.float32).view(np.uint8)]).tobytes()
     assert mean(layout, bytes(layout.size_bytes), [(2, update), (5, update)]) == update
+
+
+# -- against integers of any size ------------------------------------------------------------------------------------
+
+ON_BOTH_SIDES_OF_A_LIMB = (
+    st.floats(-1, 1, width=32)
+    | st.floats(-(2.0**21), 2.0**21, width=32)
+    | st.builds(lambda k, e: float(np.float32(k * 2.0**e)), st.integers(-(2**24), 2**24), st.integers(-60, -3))
+    | st.sampled_from([2.0**9, 2.0**10, 512.5, -1023.75, 2.0**-53, -(2.0**-53), 3 * 2.0**-53, 0.5, -0.5, 1.5])
+)
+FEW_OR_MANY = st.integers(1, 3) | st.integers(1, 2**12) | EXAMPLES
+
+
+def in_steps(examples: int, delta: float) -> int:
+    """The contribution in steps of 2^-52, to nearest, ties to even; its product is rounded as float64 rounds it."""
+    return round(Fraction(examples * delta) * 2**52)
+
+
+@given(
+    st.lists(st.tuples(FEW_OR_MANY, st.tuples(*[ON_BOTH_SIDES_OF_A_LIMB] * 3)), min_size=1, max_size=12), st.data()
+)
+@settings(max_examples=150, deadline=None)
+def test_every_sum_is_the_integer_it_should_be_whatever_the_order_and_the_limbs(
+    updates: list[tuple[int, tuple[float, ...]]], data: st.DataObject
+) -> None:
+    layout, start = one("float32", 0.25, -3.0, 1e-8)
+    before = np.frombuffer(start, np.float32).tolist()
+    sums = MEAN.init(layout, AS_IT_IS)
+    for order in (updates, data.draw(st.permutations(updates))):
+        sums.clear()
+        summed(layout, [(n, one("float32", *deltas)[1]) for n, deltas in order], sums)
+        exact = [sum(in_steps(n, deltas[item]) for n, deltas in updates) for item in range(3)]
+        assert [total(sums, item) for item in range(3)] == exact
+        found = np.frombuffer(finished(sums, start), np.float32)
+        examples = sum(n for n, _ in updates)
+        for item, steps in enumerate(exact):
+            whole = (steps + 2**51) >> 52
+            mean_ = (float(steps - (whole << 52)) * 2.0**-52 + float(whole)) / examples
+            assert found[item] == np.float32(mean_ + before[item])
+
+
+@given(st.lists(st.tuples(FEW_OR_MANY, st.floats(-1e6, 1e6)), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_products_of_float64_deltas_are_rounded_once_before_they_are_put_on_the_grid(
+    updates: list[tuple[int, float]],
+) -> None:
+    layout = one("float64", 0.0)[0]
+    sums = summed(layout, [(n, one("float64", delta)[1]) for n, delta in updates])
+    assert total(sums, 0) == sum(in_steps(n, delta) for n, delta in updates)
+
+
+@pytest.mark.parametrize("order", [(600.0, 500.0, 2.0**-43, 2.0**-52), (2.0**-52, 500.0, 2.0**-43, 600.0)])
+def test_a_sum_is_rounded_once_and_not_limb_by_limb(order: tuple[float, ...]) -> None:
+    layout, start = one("float64", 0.0)
+    sums = summed(layout, [(1, one("float64", delta)[1]) for delta in order])
+    assert sums.carried
+    assert view(finished(sums, start), "float64")[0] == (1100 + 2.0**-42) / 4  # a step less would be a tie
+
+
+@given(st.lists(st.tuples(EXAMPLES, payloads()), min_size=1, max_size=3), payloads())
+@settings(max_examples=30, deadline=None)
+def test_sums_that_are_used_again_remember_nothing(updates: Updates, weights: bytes) -> None:
+    sums = summed(EVERY_DTYPE, [(2**29 - 1, damaged("float64", 4e6)), (3, damaged("int8", 127))])
+    finished(sums, weights)
+    sums.clear()
+    assert state(sums) == state(MEAN.init(EVERY_DTYPE, AS_IT_IS))
+    assert finished(summed(EVERY_DTYPE, updates, sums), weights) == mean(EVERY_DTYPE, weights, updates)
+
+
+# -- updates written in other formats -------------------------------------------------------------------------------
+
+
+def scattered(*runs: Run) -> Format:
+    """A format whose every update holds these runs, and no integers."""
+    return AS_IT_IS._replace(runs=lambda *_: iter(runs), others=lambda *_: iter(()))
+
+
+def test_floats_that_are_named_one_by_one_are_added_where_they_belong() -> None:
+    layout = Layout.of([TensorSpec("w", "float32", (CHUNK_ITEMS + 10,))])
+    runs = (
+        Run(np.array([0, 7]), np.array([1.0, -2.0], np.float32)),
+        Run(np.array([CHUNK_ITEMS + 1, CHUNK_ITEMS + 9]), np.array([2.0**20, 0.5], np.float32)),
+    )
+    sums = MEAN.init(layout, scattered(*runs))
+    for _ in range(2):
+        MEAN.add(sums, 3, memoryview(b""))
+    found = np.frombuffer(finished(sums, bytes(layout.size_bytes)), np.float32)
+    assert {int(i): float(found[i]) for i in np.flatnonzero(found)} == {
+        0: 1.0, 7: -2.0, CHUNK_ITEMS + 1: 2.0**20, CHUNK_ITEMS + 9: 0.5,
+    }  # fmt: skip
+
+
+def test_what_no_update_speaks_of_stays_as_it_was() -> None:
+    layout, weights = one("float32", 1.5, -2.0)
+    sums = MEAN.init(layout, scattered())
+    MEAN.add(sums, 1, memoryview(b""))
+    assert finished(sums, weights) == weights
+
+
+def test_an_update_whose_last_run_is_damaged_leaves_no_trace() -> None:
+    layout = Layout.of([TensorSpec("w", "float32", (CHUNK_ITEMS + 1,))])
+    good = Run(slice(0, 2), np.ones(2, np.float32))
+    sums = MEAN.init(layout, scattered(good, Run(slice(CHUNK_ITEMS, CHUNK_ITEMS + 1), np.array([np.nan]))))
+    before = state(sums)
+    with pytest.raises(WireError, match="NaN or infinity"):
+        MEAN.add(sums, 1, memoryview(b""))
+    assert state(sums) == before
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_every_format_adds_up_to_the_same_in_any_order(name: str) -> None:
+    layout = Layout.of([TensorSpec("w", "float32", (1500,)), TensorSpec("n", "int64", (2,))])
+    dice = np.random.default_rng(1)
+    fmt, updates = FORMATS[name], []
+    for seed in range(4):
+        numbers = np.array([seed, 9 - seed]).tobytes()
+        delta = memoryview(numbers + (dice.standard_normal(1500) * 0.1).astype(np.float32).tobytes())
+        updates.append((1 + 400 * seed, bytes(fmt.pack(layout, delta, residual=None, dice=dice))))
+    made = set()
+    for order in (updates, updates[::-1]):
+        made.add(finished(summed(layout, order, MEAN.init(layout, fmt)), bytes(layout.size_bytes)))
+    assert len(made) == 1
+    assert np.frombuffer(made.pop()[:16], np.int64).tolist() == [3, 9]
 
 
 # -- integers and booleans ------------------------------------------------------------------------------------------
@@ -285,11 +421,19 @@ def test_a_mean_that_its_dtype_cannot_hold_is_refused() -> None:
 # -- what it costs --------------------------------------------------------------------------------------------------
 
 
-def test_a_round_holds_16_bytes_for_each_float_however_many_updates_come() -> None:
+def test_a_round_holds_8_bytes_for_each_float_however_many_updates_come() -> None:
     layout = Layout.of([TensorSpec("w", "float32", (1000,)), TensorSpec("h", "bfloat16", (10,))])
     sums = summed(layout, [(1, bytes(layout.size_bytes))] * 5)
-    assert sums.high.nbytes + sums.low.nbytes == 16 * 1010
+    assert sums.low.nbytes == 8 * 1010
+    assert not sums.carried
     assert not sums.largest
+
+
+def test_only_chunks_with_large_sums_take_a_second_limb() -> None:
+    deltas = np.zeros(3 * CHUNK_ITEMS, np.float32)
+    deltas[CHUNK_ITEMS + 5] = 2.0**9 + 0.25
+    layout = Layout.of([TensorSpec("w", "float32", deltas.shape)])
+    assert summed(layout, [(1, deltas.tobytes())]).carried == {1}
 
 
 def test_the_weights_and_the_updates_are_left_as_they_were() -> None:

@@ -4,13 +4,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import UsageError
+from broker.formats import FORMATS
 from broker.messages import KEY_MAX, MAP_MAX, TEXT_MAX
 from coordinator import plan as plans
 from coordinator.plan import Plan
@@ -43,6 +44,23 @@ def test_the_quorum_is_two_thirds_of_the_cohort_rounded_up_unless_given(cohort: 
     assert plans.make({**LEAST, "cohort": cohort, "quorum": 1}).least == 1
 
 
+def test_updates_and_versions_travel_as_they_are_unless_the_plan_says_otherwise() -> None:
+    plan = plans.make(LEAST)
+    assert (plan.format, plan.keep, plan.down) == ("float32", None, "full")
+    assert "keep" not in plans.as_dict(plan)
+
+
+def test_top_k_keeps_a_hundredth_unless_told() -> None:
+    assert plans.make({**LEAST, "format": "top-k"}).kept == 0.01
+    assert plans.make({**LEAST, "format": "top-k", "keep": 1}).kept == 1.0
+
+
+def test_a_plan_names_every_format_there_is() -> None:
+    hints = get_type_hints(Plan)
+    assert get_args(hints["format"]) == tuple(FORMATS)
+    assert set(get_args(hints["down"])) - {"full"} < set(FORMATS)
+
+
 def test_a_plan_is_frozen() -> None:
     plan = plans.make(LEAST)
     with pytest.raises(FrozenInstanceError):
@@ -56,6 +74,12 @@ def test_a_plan_is_frozen() -> None:
         ({"cohort": 3, "workers": ["a"]}, "the cohort (3) is larger than the list of workers (1): lower it"),
         ({"workers": ["a", "b", "a"]}, "a worker is listed twice: name each once"),
         ({"rule": "median"}, "there is no rule 'median': choose one of mean"),
+        ({"keep": 0.1}, "keep is for the format top-k, and the format is float32: leave keep out"),
+        ({"keep": 0.1, "format": "int8"}, "keep is for the format top-k, and the format is int8: leave keep out"),
+        (
+            {"down": "int8", "schedule": "cyclic"},
+            "a cyclic round has no use for changes of versions (down is int8): set it to full",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: Mapping[str, Any], said: str) -> None:
@@ -86,8 +110,15 @@ def test_settings_that_contradict_each_other_are_refused(changes: Mapping[str, A
         ({"workers": ["Ada"]}, f"workers {NAME}"),
         ({"rule": 5}, "rule must be text"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"part_bytes": 1}, "part_bytes must be at least 262144"),
+        ({"part_bytes": 8}, "part_bytes must be at least 262144"),
         ({"part_bytes": 10**7}, "part_bytes must be at most 3670016"),
+        ({"part_bytes": 300_001}, "part_bytes must be a multiple of 8"),
+        ({"format": "int4"}, "format must be 'float32', 'bfloat16', 'int8' or 'top-k'"),
+        ({"format": "top-k", "keep": 0}, "keep must be above 0"),
+        ({"format": "top-k", "keep": 1.01}, "keep must be at most 1"),
+        ({"format": "top-k", "keep": float("nan")}, "keep must be at most 1"),
+        ({"format": "top-k", "keep": "1 %"}, "keep must be a number"),
+        ({"down": "top-k"}, "down must be 'full', 'bfloat16' or 'int8'"),
         ({"lr": 0.1}, "lr is not a setting"),
         ({"settings": 5}, "settings must be a table of names and values"),
         ({"settings": {"a": [1]}}, f"settings.a {SETTING}"),
@@ -122,6 +153,8 @@ def test_settings_keep_their_types() -> None:
     quorum=st.none() | st.integers(1, 4),
     round_s=st.floats(1e-3, 30 * 24 * 3600),
     workers=st.just(()) | st.just(("w-1", "a", "b", "z9")),
+    format=st.sampled_from(sorted(FORMATS)),
+    down=st.sampled_from(["full", "bfloat16", "int8"]),
     values=st.dictionaries(
         st.text(max_size=9),
         st.booleans()

@@ -243,7 +243,7 @@ def update(layout: Layout, of: Attempt = OF) -> Update:
 def test_an_update_with_other_tensors_than_the_models_is_invalid() -> None:
     other = Layout((TensorSpec("w", "float32", (3,)),))
     assert judge(update(MODEL), parallel(), MODEL) == (Verdict.ACCEPTED, "in time")
-    why = "its tensors are not the model's: w float32[3] should be w float32[2]"
+    why = "its tensors are not those that the plan asks for: w float32[3] should be w float32[2]"
     assert judge(update(other), parallel(), MODEL) == (Verdict.INVALID, why)
 
 

@@ -3,20 +3,21 @@
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from broker.errors import UsageError
+from broker.errors import UsageError, WireError
 from broker.tensors import Layout, TensorSpec
 from coordinator import plan as plans
 from coordinator.plan import Plan
 from coordinator.store import Store, new_run_name
 
 LAYOUT = Layout.of([TensorSpec("w", "float32", (2,)), TensorSpec("b", "float32", (1,))])
-ZERO = bytearray(LAYOUT.size_bytes)
-ONE = bytearray(range(LAYOUT.size_bytes))
+ZERO = memoryview(bytes(LAYOUT.size_bytes))
+ONE = memoryview(bytes(range(LAYOUT.size_bytes)))
 
 
 def plan_of(**changes: Any) -> Plan:
@@ -25,11 +26,11 @@ def plan_of(**changes: Any) -> Plan:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store.create(tmp_path / "run", plan_of(), LAYOUT, memoryview(ZERO))
+    return Store.create(tmp_path / "run", plan_of(), LAYOUT, ZERO)
 
 
-def save(store: Store, version: int, weights: bytearray = ONE) -> None:
-    store.save(version, LAYOUT, memoryview(weights))
+def save(store: Store, version: int, weights: memoryview = ONE) -> None:
+    store.save(version, LAYOUT, weights)
 
 
 def full(*_: object) -> None:
@@ -49,18 +50,18 @@ def test_a_new_run_has_a_plan_and_version_0(store: Store) -> None:
 
 def test_a_folder_that_holds_a_run_or_anything_else_is_left_alone(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a run already: choose another folder, or remove it first"):
-        Store.create(store.folder, plan_of(), LAYOUT, memoryview(ZERO))
+        Store.create(store.folder, plan_of(), LAYOUT, ZERO)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     (tmp_path / "file").touch()
     for name in ("other", "file"):
         with pytest.raises(UsageError, match="is not an empty folder: choose another name for the run"):
-            Store.create(tmp_path / name, plan_of(), LAYOUT, memoryview(ZERO))
+            Store.create(tmp_path / name, plan_of(), LAYOUT, ZERO)
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
 def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
-    assert Store.create(tmp_path, plan_of(), LAYOUT, memoryview(ZERO)).latest() == 0
+    assert Store.create(tmp_path, plan_of(), LAYOUT, ZERO).latest() == 0
 
 
 def test_a_folder_that_is_no_run_is_not_opened(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_run_that_was_being_made_when_the_disk_filled_is_no_run(
 ) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match="cannot be written"):
-        Store.create(tmp_path / "run", plan_of(), LAYOUT, memoryview(ZERO))
+        Store.create(tmp_path / "run", plan_of(), LAYOUT, ZERO)
     with pytest.raises(UsageError, match="is not a run"):
         Store.open(tmp_path / "run")
 
@@ -125,6 +126,37 @@ def test_a_version_on_a_full_disk_is_reported_in_a_sentence(store: Store, monkey
     assert str(caught.value) == f"{store.folder} {said}"
 
 
+def test_a_draft_is_no_version_until_it_is_sealed(store: Store) -> None:
+    weights = store.draft(1, LAYOUT, [ONE[:5], ONE[5:]])
+    assert weights == ONE
+    assert store.latest() == 0
+    store.seal(1)
+    assert store.latest() == 1
+    assert store.load(1) == (LAYOUT, weights)
+
+
+def test_a_draft_on_a_full_disk_is_reported_in_a_sentence(store: Store) -> None:
+    def pieces() -> Iterator[memoryview]:
+        yield ONE
+        full()
+
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\): make room"):
+        store.draft(1, LAYOUT, pieces())
+    with pytest.raises(UsageError, match="cannot be written"):
+        store.seal(1)
+    assert store.latest() == 0
+
+
+def test_a_mean_that_has_diverged_is_not_blamed_on_the_disk(store: Store) -> None:
+    def pieces() -> Iterator[memoryview]:
+        yield ONE
+        raise WireError("the model has diverged.")
+
+    with pytest.raises(WireError, match="diverged"):
+        store.draft(1, LAYOUT, pieces())
+    assert store.latest() == 0
+
+
 def test_a_version_that_is_there_already_is_replaced_whole(store: Store) -> None:
     save(store, 1, ZERO)
     save(store, 1, ONE)
@@ -139,7 +171,7 @@ def test_a_damaged_version_is_named(store: Store) -> None:
 
 
 def test_a_version_of_another_run_is_refused(store: Store, tmp_path: Path) -> None:
-    other = Store.create(tmp_path / "other", plan_of(run="run-2"), LAYOUT, memoryview(ONE))
+    other = Store.create(tmp_path / "other", plan_of(run="run-2"), LAYOUT, ONE)
     store.path(0).write_bytes(other.path(0).read_bytes())
     with pytest.raises(UsageError, match="belongs to the run run-2: put the right file back"):
         store.load(0)
@@ -261,3 +293,16 @@ def test_what_is_happening_is_what_was_said_last(store: Store) -> None:
     assert store.now() == {"phase": "done"}
     (store.folder / "now.json").write_text(json.dumps(["not", "ours"]))
     assert store.now() == {}
+
+
+def test_a_try_at_the_next_round_is_noted_with_a_version_that_may_still_be_lost(store: Store) -> None:
+    assert store.begin_attempt(1) == 1
+    store.intend({"version": 1})
+    assert store.begin_attempt(2) == 1  # begun while version 1 is on its way to the disk
+    lost = Store(store.folder, store.plan)
+    assert lost.begin_attempt(1) == 2  # version 1 never got there: it is made again
+    lost.intend({"version": 1})
+    assert lost.begin_attempt(2) == 2
+    lost.intend({"version": 2})
+    assert lost.begin_attempt(3) == 1
+    assert Store(store.folder, store.plan).begin_attempt(3) == 2

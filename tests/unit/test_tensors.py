@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from broker.tensors import (
     Layout,
     Segment,
     TensorSpec,
+    are_finite,
     as_float64,
     from_float64,
     view,
@@ -56,6 +58,24 @@ def test_segments_cover_the_bytes_without_gaps_and_each_dtype_has_one(specs: lis
     ends = [0, *(segment.stop for segment in layout.segments)]
     assert [segment.start for segment in layout.segments] == ends[:-1]
     assert ends[-1] == layout.size_bytes
+
+
+@given(SPECS)
+@settings(max_examples=100, deadline=None)
+def test_the_order_is_that_of_a_safetensors_file(specs: list[TensorSpec]) -> None:
+    layout = Layout.of(specs)
+    data = (np.arange(layout.size_bytes) % 251).astype(np.uint8)
+    tensors = {
+        spec.name: safetensors.TensorSpec(
+            dtype=spec.dtype,
+            shape=spec.shape,
+            data_ptr=data.ctypes.data + layout.offsets[spec.name],
+            data_len=spec.size_bytes,
+        )
+        for spec in reversed(layout.specs)
+    }
+    file = safetensors.serialize(tensors)
+    assert file[8 + int.from_bytes(file[:8], "little") :] == data.tobytes()
 
 
 def test_larger_items_come_first_then_the_dtype_then_the_name() -> None:
@@ -192,6 +212,28 @@ def test_rounding_gives_the_nearest_value_of_the_dtype(value: float, dtype: str)
         other = as_float64(view(int(neighbour).to_bytes(raw.itemsize, "little"), dtype), dtype)[0]
         if np.isfinite(other):
             assert abs(Fraction(near) - Fraction(value)) <= abs(Fraction(other) - Fraction(value))
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+def test_values_are_widened_and_rounded_into_memory_that_is_there(dtype: str) -> None:
+    values = np.array([1.5, -2.0, 3e38])
+    raw, wide = from_float64(np.zeros(3), dtype), np.empty(3)
+    assert from_float64(values, dtype, out=raw) is raw
+    assert as_float64(raw, dtype, out=wide) is wide
+    np.testing.assert_array_equal(wide, as_float64(from_float64(values, dtype), dtype))
+
+
+def test_infinite_values_and_nan_are_found_in_every_dtype() -> None:
+    patterns = np.arange(2**16, dtype=np.uint16)
+    for dtype in ("bfloat16", "float16"):
+        raw = view(patterns.tobytes(), dtype)
+        finite = np.isfinite(as_float64(raw, dtype))
+        assert are_finite(raw[finite], dtype)
+        assert not any(are_finite(raw[place : place + 1], dtype) for place in np.flatnonzero(~finite)[::100])
+    for dtype in ("float32", "float64"):
+        assert are_finite(view(bytes(8), dtype), dtype)
+        assert not are_finite(from_float64(np.array([0.0, np.inf]), dtype), dtype)
+        assert not are_finite(from_float64(np.array([np.nan, 0.0]), dtype), dtype)
 
 
 def test_a_view_shares_its_bytes() -> None:

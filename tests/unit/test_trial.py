@@ -11,8 +11,8 @@ from workers import trial, weights
 LAYOUT = Layout.of([TensorSpec("w", "float32", (2,)), TensorSpec("seen", "int64", ())])
 
 
-def delta(w: list[float], seen: int = 0) -> bytes:
-    return np.int64(seen).tobytes() + np.array(w, np.float32).tobytes()
+def delta(w: list[float], seen: int = 0) -> memoryview:
+    return memoryview(np.int64(seen).tobytes() + np.array(w, np.float32).tobytes())
 
 
 def test_a_learner_that_does_its_work_is_not_warned_about() -> None:
@@ -37,5 +37,6 @@ def test_what_was_received_and_the_delta_make_the_trained_weights(dtype: torch.d
     with torch.no_grad():
         model.weight.add_(0.5)
     model.register_buffer("num_batches_tracked", torch.tensor(4))
-    changed = weights.delta(model, layout, received)
-    assert trial._added(layout, bytes(received), bytes(changed)) == weights.read(model, layout)
+    changed = memoryview(weights.delta(model, layout, received))
+    trial._add(layout, memoryview(received), changed)
+    assert changed == memoryview(weights.read(model, layout))

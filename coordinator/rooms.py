@@ -1,0 +1,70 @@
+"""Where an upload lands: memory that is used again and again, or for large ones a file that only looks like memory.
+
+Knows sizes and the disk. Does not know what lands.
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from broker.errors import UsageError
+from broker.files import forget
+from broker.formats import Format, Run
+from broker.tensors import Layout
+
+MEMORY_BYTES_MAX = 128 * 1024 * 1024
+"""Larger uploads land in a file without a name: their bytes are the system's to keep, in its cache or on the disk."""
+FORGET_RUNS = 64
+"""Of at most half a megabyte each."""
+
+
+def forgetting(fmt: Format) -> Format:
+    """The format, read so that what has been added of a large upload does not stay in our memory."""
+
+    def runs(model: Layout, payload: memoryview) -> Iterator[Run]:
+        for number, run in enumerate(fmt.runs(model, payload)):
+            yield run
+            if number % FORGET_RUNS == FORGET_RUNS - 1:
+                forget(payload)
+
+    return fmt._replace(runs=runs)
+
+
+class Room:
+    """Room for one upload at a time.
+
+    Args:
+        folder: where files go; they have no name there, and are gone when this process is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._room = memoryview(b"")
+
+    def clear(self, size_bytes: int) -> memoryview:
+        """Room of exactly this size; what was in it is void.
+
+        Raises:
+            UsageError: the disk has no room for it.
+        """
+        if len(self._room) != size_bytes:
+            self._room = memoryview(b"")  # before the new one is made: never two at once
+            self._room = self._make(size_bytes)
+        return self._room
+
+    def _make(self, size_bytes: int) -> memoryview:
+        if size_bytes <= MEMORY_BYTES_MAX:
+            return memoryview(bytearray(size_bytes))
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process
+                    os.posix_fallocate(file.fileno(), 0, size_bytes)
+                else:
+                    file.truncate(size_bytes)
+                return memoryview(mmap.mmap(file.fileno(), size_bytes))
+        except OSError as problem:
+            raise UsageError(
+                f"{self._folder} has no room for an upload of {size_bytes} bytes ({problem.strerror}): make some."
+            ) from None

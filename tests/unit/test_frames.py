@@ -1,0 +1,160 @@
+"""AMQP's frames, cut and read: whatever way the bytes come, the same messages come out."""
+
+import itertools
+import struct
+from collections.abc import Iterable, Iterator
+
+import pamqp.frame
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pamqp import commands
+from pamqp.header import ContentHeader
+from pamqp.heartbeat import Heartbeat
+
+from broker import frames
+from broker.errors import WireError
+from broker.frames import DIRECT_BYTES, HEADER, METHOD, SCRATCH_BYTES, Inflow, Inlet
+from broker.messages import Buffer
+
+KEEP_MAX = 3 * SCRATCH_BYTES
+
+
+class Reader:
+    """Takes what an inlet finds: methods by channel, and the bodies that landed."""
+
+    def __init__(self) -> None:
+        self.methods: list[tuple[int, bytes]] = []
+        self.bodies: list[tuple[int, bytes]] = []
+        self._inflows: dict[int, Inflow] = {}
+
+    def take_frame(self, kind: int, channel: int, payload: bytes) -> None:
+        if kind == METHOD:
+            self.methods.append((channel, payload))
+        elif kind == HEADER:
+            self._inflows[channel] = Inflow(KEEP_MAX)
+            self._inflows[channel].begin(payload)
+            self.landed(channel)
+
+    def inflow(self, channel: int) -> Inflow | None:
+        return self._inflows.get(channel)
+
+    def landed(self, channel: int) -> None:
+        inflow = self._inflows.get(channel)
+        if inflow is not None and inflow.whole:
+            del self._inflows[channel]
+            self.bodies.append((channel, bytes(inflow.body)))
+
+
+def read(stream: bytes, sizes: Iterable[int]) -> Reader:
+    """What an inlet makes of a stream that comes in pieces of at most these sizes, over and over."""
+    reader = Reader()
+    inlet, at = Inlet(reader), 0
+    for size in itertools.cycle(sizes):
+        if at == len(stream):
+            return reader
+        room = inlet.room()
+        piece = stream[at : at + min(size, len(room))]
+        room[: len(piece)] = piece
+        inlet.take(len(piece))
+        at += len(piece)
+    raise AssertionError("no sizes")
+
+
+def content(channel: int, pieces: tuple[Buffer, ...], frame_bytes: int) -> list[bytes]:
+    """A message's frames but its method, each whole."""
+    size = sum(map(len, pieces))
+    head = frames.header(channel, size, frames.properties((), (), persistent=False), "id")
+    body = b"".join(frames.body(channel, pieces, size, frame_bytes))
+    return [head, *_frames_of(body)]
+
+
+def _frames_of(stream: bytes) -> Iterator[bytes]:
+    at = 0
+    while at < len(stream):
+        stop = at + 8 + int.from_bytes(stream[at + 3 : at + 7], "big")
+        yield stream[at:stop]
+        at = stop
+
+
+def some(size: int, seed: int) -> bytes:
+    """Bytes that differ from place to place."""
+    return (bytes(range(251)) * (size // 251 + 1))[seed % 200 :][:size].ljust(size, b"!")
+
+
+SIZES = st.integers(0, 2000) | st.integers(DIRECT_BYTES - 9, 3 * DIRECT_BYTES)
+
+
+@given(
+    bodies=st.lists(st.lists(SIZES, max_size=3), min_size=1, max_size=4),
+    frame_bytes=st.sampled_from([4096, 131_072, 1_114_112]),
+    steps=st.lists(st.integers(1, 70_000), min_size=1, max_size=5),
+)
+def test_messages_come_out_as_they_went_in_however_the_bytes_come(
+    bodies: list[list[int]], frame_bytes: int, steps: list[int]
+) -> None:
+    sent = [tuple(some(size, n) for size in sizes) for n, sizes in enumerate(bodies)]
+    alive = frames.method(9, b"\0\x3c\0\x50")
+    streams = [[alive, *content(n + 1, pieces, frame_bytes)] for n, pieces in enumerate(sent)]
+    # channels take turns, frame by frame, as a busy broker's do
+    mixed = b"".join(frame for row in itertools.zip_longest(*streams, fillvalue=b"") for frame in row)
+    found = read(mixed, steps if max(steps) > 500 else [*steps, 4096])
+    assert sorted(found.bodies) == [(n + 1, b"".join(pieces)) for n, pieces in enumerate(sent)]
+    assert found.methods == [(9, b"\0\x3c\0\x50")] * len(sent)
+
+
+def test_what_is_larger_than_wanted_is_let_go_and_the_next_message_is_whole() -> None:
+    large, small = some(2 * KEEP_MAX, 1), some(1000, 2)
+    stream = b"".join([*content(1, (large,), 131_072), *content(1, (small,), 131_072)])
+    assert read(stream, [100_000]).bodies == [(1, large[:KEEP_MAX]), (1, small)]
+
+
+def test_large_bodies_are_sent_as_they_lie_in_memory() -> None:
+    data = bytearray(some(500_000, 0))
+    pieces = list(frames.body(3, (b"head", memoryview(data)), 500_004, 131_072))
+    looked_at = [piece for piece in pieces if isinstance(piece, memoryview) and piece.obj is data]
+    assert sum(map(len, looked_at)) == len(data)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"\x01\x00\x00\x00\x00\x00\x04\x00\x0a\x00\x0a\xcd",  # ends with another byte
+        b"\x01\x00\x00" + (SCRATCH_BYTES).to_bytes(4, "big"),  # a method that fits nowhere
+        frames.method(1, b"")[:-1] + b"\x00",
+    ],
+)
+def test_what_is_not_amqp_is_said_to_be_none(stream: bytes) -> None:
+    with pytest.raises(WireError):
+        read(stream, [1000])
+
+
+def test_what_we_write_is_what_pamqp_reads() -> None:
+    publish = frames.method(2, frames.publish("fluffle.down", "w1"))
+    _, channel, method = pamqp.frame.unmarshal(publish)
+    assert isinstance(method, commands.Basic.Publish)
+    assert (channel, method.exchange, method.routing_key, method.mandatory) == (2, "fluffle.down", "w1", True)
+    known = frames.properties((("reason", "why"),), ("w2", "w3"), persistent=True)
+    _, _, head = pamqp.frame.unmarshal(frames.header(2, 77, known, "m.1"))
+    assert isinstance(head, ContentHeader)
+    assert (head.body_size, head.properties.message_id, head.properties.delivery_mode) == (77, "m.1", 2)
+    assert head.properties.headers == {"reason": "why", "BCC": ["w2", "w3"]}
+    _, _, ack = pamqp.frame.unmarshal(frames.settle(2, 2**40, done=True))
+    assert isinstance(ack, commands.Basic.Ack)
+    assert (ack.delivery_tag, ack.multiple) == (2**40, False)
+    _, _, back = pamqp.frame.unmarshal(frames.settle(2, 5, done=False))
+    assert isinstance(back, commands.Basic.Reject)
+    assert (back.delivery_tag, back.requeue) == (5, True)
+
+
+def test_we_read_what_pamqp_writes() -> None:
+    packed = pamqp.frame.marshal(commands.Basic.Deliver("c", 2**33, True, "fluffle.up", "hello.w1"), 1)
+    assert frames.deliver(packed[7:-1]) == frames.Deliver("c", 2**33, True, "hello.w1")
+    packed = pamqp.frame.marshal(commands.Basic.Nack(9, True), 1)
+    assert frames.settled(packed[7:-1]) == frames.Settled(9, True, False)
+    packed = pamqp.frame.marshal(commands.Basic.Ack(2**34, False), 1)
+    assert frames.settled(packed[7:-1]) == frames.Settled(2**34, False, True)
+    assert read(Heartbeat().marshal() + struct.pack(">BHI", METHOD, 4, 4) + b"abcd\xce", [3]).methods == [
+        (4, b"abcd")
+    ]

@@ -1,0 +1,192 @@
+"""What a worker has made, on its way to the coordinator, until there is a verdict or nobody waits for it any more.
+
+Knows how often something is sent, and how long its verdict may take. Does not know how it was made, nor what becomes
+of the worker meanwhile: it goes on with the next task.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from broker.errors import LinkError
+from broker.formats import FORMATS
+from broker.messages import TEXT_MAX, Answer, Attempt, Closed, Payload, Refusal, Score, Task, Update
+from workers.post import SAY_S, Post
+from workers.residuals import Residuals
+from workers.work import Done
+
+VERDICT_S = 10.0
+"""How long an update may wait for its verdict once the next task is here: that is sent while the version is saved."""
+SENT_MAX = 2
+"""Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """Something on its way; `done.delta` is None where there is no update."""
+
+    task: Task
+    done: Done
+    over: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
+    bell: asyncio.TimerHandle | None = None
+    work: asyncio.Task[None] | None = None
+
+    @property
+    def owes(self) -> bool:
+        """Whether its format leaves something out."""
+        return self.done.delta is not None and FORMATS[self.task.format].lossy
+
+
+class Outbox:
+    """One worker's.
+
+    Args:
+        worker: its name.
+        post: its end of the wire.
+        residuals: what its updates have left out.
+        tell: writes a line into the log, at a level.
+        rest: called when something is done with.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        post: Post,
+        *,
+        residuals: Residuals,
+        tell: Callable[[str, int], None],
+        rest: Callable[[], None],
+    ) -> None:
+        self._worker = worker
+        self._post = post
+        self._residuals = residuals
+        self._tell = tell
+        self._rest = rest
+        self._sent: list[Sent] = []
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What is on its way, or waits for its verdict, the oldest first."""
+        return [sent.task for sent in self._sent]
+
+    def put(self, task: Task, done: Done, group: asyncio.TaskGroup) -> None:
+        """Send what came of a task."""
+        sent = Sent(task, done)
+        self._sent.append(sent)
+        sent.work = group.create_task(self._send(sent))
+        for former in self._sent[:-SENT_MAX]:
+            self._give_up(former, "newer ones are on their way")
+            if former.work:
+                former.work.cancel()
+
+    async def settle(self, run: str) -> None:
+        """Wait until nothing of a run is on its way."""
+        while works := [sent.work for sent in self._sent if sent.task.of.run == run and sent.work]:
+            await asyncio.wait(works)
+
+    def hurry(self) -> None:
+        """The next task is here: a verdict comes soon, or it will not come."""
+        for sent in self._sent:
+            if sent.bell is None:
+                why = f"no verdict within {VERDICT_S:.0f} s of the next task"
+                sent.bell = asyncio.get_running_loop().call_later(VERDICT_S, self._give_up, sent, why)
+
+    def ask_again(self) -> None:
+        """Parts that were sent, or the answers to them, may be lost."""
+        for sent in self._sent:
+            sent.news.set()
+
+    def hear(self, message: Answer | Closed) -> None:
+        """What has become of an update."""
+        for sent in self._sent:
+            if sent.task.of != message.of or sent.done.delta is None:
+                continue
+            if isinstance(message, Closed):
+                self._give_up(sent, message.reason)
+            else:
+                self._heed(sent, message)
+
+    def cancel(self) -> None:
+        """Send nothing more."""
+        for sent in self._sent:
+            if sent.work:
+                sent.work.cancel()
+
+    async def refuse(self, task: Task, reason: str) -> None:
+        """Tell the coordinator why a task is not done here; if it does not hear that, it waits for its deadline."""
+        self._tell(f"{task.of} refused: {reason}", logging.WARNING)
+        await self._try_to_say(Refusal(task.of, self._worker, reason[:TEXT_MAX]))
+
+    # -- one of them --------------------------------------------------------------------------------------------
+
+    async def _send(self, sent: Sent) -> None:
+        task = sent.task
+        try:
+            async with asyncio.timeout(task.deadline_s + SAY_S):
+                await self._send_all(sent)
+        except TimeoutError:
+            self._tell(f"{task.of}: no verdict has come", logging.WARNING)
+        except LinkError as problem:
+            await self.refuse(task, f"what came of it could not be sent: {problem}")
+        finally:
+            if sent.bell:
+                sent.bell.cancel()
+            self._sent.remove(sent)
+            sent.work = None
+            if sent.owes:
+                self._residuals.forget(task.of)
+            self._rest()
+
+    async def _send_all(self, sent: Sent) -> None:
+        task, done, who = sent.task, sent.done, self._worker
+        score = Score(task.of, who, task.version, done.scores)
+        if done.delta is None or done.examples is None:
+            await self._post.say(score)
+            return
+        scored = asyncio.create_task(self._try_to_say(score)) if done.scores else None
+        # a training that was repeated may differ; its parts must not be mixed with those of the one before
+        payload_id = f"{task.payload.id}/{who}/{secrets.token_hex(4)}"
+        payload = Payload(payload_id, task.payload.part_bytes, done.layout.specs)
+        update = Update(task.of, who, task.version, done.examples, done.metrics, payload)
+        try:
+            while not sent.over:
+                sent.news.clear()
+                await self._post.upload(payload, done.delta.data)
+                if scored:
+                    await scored  # before the update, which may end the round
+                await self._post.say(update)
+                await sent.news.wait()
+        finally:
+            if scored:
+                scored.cancel()
+
+    async def _try_to_say(self, message: Score | Refusal) -> None:
+        """Say what changes nothing for us if it is not heard."""
+        try:
+            await self._post.say(message)
+        except LinkError as problem:
+            kind = type(message).__name__.lower()
+            self._tell(f"{message.of}: the {kind} could not be sent: {problem}", logging.WARNING)
+
+    def _heed(self, sent: Sent, answer: Answer) -> None:
+        of: Attempt = sent.task.of
+        if answer.verdict == "resend":
+            self._tell(f"{of}: sending again: {answer.reason}", logging.INFO)
+        elif answer.verdict == "accepted":
+            self._tell(f"{of}: the update is accepted: {answer.reason}", logging.DEBUG)
+            if sent.owes:
+                self._residuals.accept(of)
+            sent.over = True
+        else:
+            self._tell(f"{of}: the update is {answer.verdict}: {answer.reason}", logging.WARNING)
+            sent.over = True
+        sent.news.set()
+
+    def _give_up(self, sent: Sent, reason: str) -> None:
+        """Not in the midst of an upload, though: half of one is of no use."""
+        self._tell(f"{sent.task.of} is given up: {reason}", logging.INFO)
+        sent.over = True
+        sent.news.set()

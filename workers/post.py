@@ -1,0 +1,199 @@
+"""The worker's end of the wire: what it says, what it listens to, and how its queue becomes its own.
+
+Knows queues, parts and reconnecting. Does not know tasks: what is said when, and what becomes of what was heard, is
+the worker's (`service.py`).
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from broker import topology
+from broker.errors import LinkError, QueueInUse, Unroutable, UsageError, WireError
+from broker.link import Delivery, Lane, Link, Outgoing, publish_parts
+from broker.messages import Claim, Goodbye, Hello, Message, Payload, Refusal, Score, Update, decode, encode
+from broker.parts import split
+from workers.spool import Spool
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.2
+PREFETCH, PREFETCH_MIN = 32, 4
+GOODBYE_S = 2.0
+NAMESAKE_S = 100.0
+"""How long a former connection of our own may keep our queue: the broker notices its end after three heartbeats."""
+SAY_S = 120.0
+"""How long a claim, score, update or refusal tries to reach the broker before the job is given up."""
+SETTING_UP_MAX = 32
+"""How many workers of one process set up their queues at the same time: a thousand at once only get in each other's
+way."""
+
+
+class Shared:
+    """What all workers of one process have in common.
+
+    Args:
+        link: their way to the broker.
+        spool: where their models lie.
+        workers: how many they are.
+    """
+
+    def __init__(self, link: Link, spool: Spool, *, workers: int = 1) -> None:
+        self.link = link
+        self.spool = spool
+        # parts in hand never wait for room, they land at once; so this bounds what a burst can pile up
+        self.prefetch = max(PREFETCH // workers, PREFETCH_MIN)
+        self.setting_up = asyncio.Semaphore(SETTING_UP_MAX)
+        self.declared = False  # the exchanges, which are the same for all
+
+
+class Post:
+    """One worker, as the federation hears it.
+
+    Args:
+        shared: what it has in common with others.
+        worker: its name.
+        tell: writes a line into the log, at a level.
+    """
+
+    def __init__(self, shared: Shared, worker: str, tell: Callable[[str, int], None]) -> None:
+        self.worker = worker
+        self._shared = shared
+        self._link = shared.link
+        self._tell = tell
+
+    async def declare(self) -> None:
+        """Make sure that the worker's queues and the federation's exchanges exist."""
+        async with self._shared.setting_up:
+            if not self._shared.declared:
+                await self._link.declare(topology.FEDERATION)
+                self._shared.declared = True
+            await self._link.declare(topology.of_worker(self.worker))
+
+    async def _come_back(self, problem: LinkError) -> None:
+        """The connection was lost, or a queue: there may be another broker, which has nothing of ours."""
+        if self._shared.declared:  # the first of all to notice
+            log.info("the broker is away: %s", problem)
+        self._shared.declared = False
+        await asyncio.sleep(RETRY_S)
+        await self.declare()
+
+    # -- saying -------------------------------------------------------------------------------------------------
+
+    async def say_hello(self, hello: Hello, *, within_s: float) -> bool:
+        """Give a sign of life; whether anybody listens."""
+        message = Outgoing(topology.UP, (topology.hello_key(self.worker),), encode(hello), persistent=False)
+        try:
+            await self._link.publish(message, within_s=within_s)
+        except Unroutable:
+            return False
+        except LinkError as problem:
+            log.debug("no sign of life sent: %s", problem)
+        return True
+
+    async def say_goodbye(self, reason: str) -> None:
+        """Leave, if the broker hears of it soon."""
+        bye = Outgoing(topology.UP, (topology.hello_key(self.worker),), encode(Goodbye(self.worker, reason)))
+        try:
+            await self._link.publish(bye, within_s=GOODBYE_S)
+        except LinkError as problem:
+            log.debug("no goodbye said: %s", problem)
+
+    async def say(self, message: Claim | Score | Update | Refusal) -> None:
+        """Send a small message to the coordinator of its run; if that is gone for good, nobody needs it.
+
+        Raises:
+            LinkError: the broker did not take it within SAY_S.
+        """
+        key = topology.inbox_key(message.of.run, self.worker)
+        try:
+            await self._link.publish(Outgoing(topology.UP, (key,), encode(message)), within_s=SAY_S)
+        except Unroutable:
+            self._tell(f"the run {message.of.run} has no coordinator any more", logging.INFO)
+
+    async def upload(self, payload: Payload, data: memoryview) -> None:
+        """Put a payload's parts into the worker's upload queue. Nothing may change in `data` meanwhile.
+
+        Raises:
+            LinkError: the broker did not take them all.
+        """
+        key = (topology.upload_key(self.worker),)
+        await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
+
+    # -- listening ----------------------------------------------------------------------------------------------
+
+    async def hear_answers(self, take: Callable[[Message], None], again: Callable[[], None]) -> None:
+        """Give everything in the control queue to `take`, for ever; `again` is called whenever listening begins."""
+        queue = topology.control_queue(self.worker)
+        while True:
+            try:
+                async with AsyncExitStack() as stack:
+                    async with self._shared.setting_up:
+                        deliveries = await stack.enter_async_context(self._link.consume(queue))
+                    again()
+                    async for delivery in deliveries:
+                        try:
+                            message = decode(delivery.body)
+                        except WireError as problem:
+                            self._tell(f"refused what came from the coordinator: {problem}", logging.WARNING)
+                        else:
+                            take(message)
+                        await delivery.ack()
+            except LinkError as problem:
+                await self._come_back(problem)
+
+    async def receive_tasks(
+        self,
+        begin: Callable[[], Awaitable[None]],
+        take: Callable[[Delivery], Awaitable[None]],
+        end: Callable[[], None],
+    ) -> None:
+        """Give everything in the queue of tasks to `take`, for ever.
+
+        `begin` is called whenever the queue has become ours alone and empty, `end` when we lose it.
+
+        Raises:
+            UsageError: another worker of this name is connected.
+        """
+        free = asyncio.timeout(None)  # runs only while someone else has our queue
+        try:
+            async with free:
+                while True:
+                    try:
+                        async with self._own_queue() as deliveries:
+                            free.reschedule(None)
+                            await begin()
+                            async for delivery in deliveries:
+                                await take(delivery)
+                                del delivery  # or each worker would hold a part until its next one comes
+                    except QueueInUse as problem:
+                        if free.when() is None:
+                            said = f"another worker called {self.worker} is connected, or was a moment ago"
+                            self._tell(said, logging.WARNING)
+                            free.reschedule(asyncio.get_running_loop().time() + NAMESAKE_S)
+                        log.debug("%s", problem)
+                        await asyncio.sleep(1.0)
+                    except LinkError as problem:
+                        end()
+                        await self._come_back(problem)
+        except TimeoutError:
+            if not free.expired():
+                raise
+            raise UsageError(
+                f"another worker called {self.worker} is connected to this broker: choose another --name."
+            ) from None
+
+    @asynccontextmanager
+    async def _own_queue(self) -> AsyncIterator[AsyncIterator[Delivery]]:
+        """What comes into the queue of tasks from now on; what lies in it was sent to a former incarnation."""
+        queue = topology.down_queue(self.worker)
+        async with AsyncExitStack() as stack:
+            async with self._shared.setting_up:
+                async with self._link.consume(queue, lane=Lane.DOWN, prefetch=1, alone=True):
+                    pass  # nobody else is at our queue: only now may it be purged
+                await self._link.purge(queue)
+                deliveries = await stack.enter_async_context(
+                    self._link.consume(queue, lane=Lane.DOWN, prefetch=self._shared.prefetch, alone=True)
+                )
+            yield deliveries

@@ -63,23 +63,25 @@ def worker(
     known = learners.learner_name(learner)
     lease_s, hosted = host.lease_s(len(names)), many is not None
     whos = [Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted) for each in names]
-    spool = Spool(state or state_folder("workers", called))
+    spool = Spool(state or state_folder("workers", called), workers=len(names))
     trainer = Trainer(learner, spool, threads=threads)
     daemon.start_log()
     daemon.run(lambda stop: _serve(whos, sources, trainer, broker, stop))
 
 
 async def _serve(whos: list[Who], sources: list[str], trainer: Trainer, broker: str, stop: asyncio.Event) -> None:
-    link = await rabbit.connect(broker, name=f"worker-{whos[0].name}")
-    shared = Shared(link, trainer.spool, workers=len(whos))
     try:
-        await trainer.start()
-        # the first one's data shows at once whether it can be loaded; that of many others may never be needed
-        seats = (Seat(trainer, source, at_once=not i) for i, source in enumerate(sources))
-        await host.serve([Worker(who, shared, seat) for who, seat in zip(whos, seats, strict=True)], stop)
+        link = await rabbit.connect(broker, name=f"worker-{whos[0].name}")
+        shared = Shared(link, trainer.spool, workers=len(whos))
+        try:
+            await trainer.start()
+            # the first one's data shows at once whether it can be loaded; that of many others may never be needed
+            seats = (Seat(trainer, source, at_once=not i) for i, source in enumerate(sources))
+            await host.serve([Worker(who, shared, seat) for who, seat in zip(whos, seats, strict=True)], stop)
+        finally:
+            await link.close()
+            await trainer.stop()
     finally:
-        await link.close()
-        await trainer.stop()
         trainer.spool.remove()
 
 

@@ -32,7 +32,7 @@ class Learner:
     Attributes:
         name: the example's, file's or module's own name, without folder or package.
         model: () → a fresh torch module, the same shape every time.
-        data: (source) → whatever train and evaluate want; called once for each process.
+        data: (source) → whatever train and evaluate want; called once for each source in a process.
         train: (model, data, settings) → examples, or (examples, metrics); changes the model in place.
         evaluate: (model, data) → metrics, such as loss, accuracy and examples.
         demo: (workers, seed) → the sources and settings of a demonstration, where the file offers one.

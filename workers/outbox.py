@@ -7,8 +7,9 @@ of the worker meanwhile: it goes on with the next task.
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from broker.errors import LinkError
 from broker.formats import FORMATS
@@ -72,11 +73,11 @@ class Outbox:
         """What is on its way, or waits for its verdict, the oldest first."""
         return [sent.task for sent in self._sent]
 
-    def put(self, task: Task, done: Done, group: asyncio.TaskGroup) -> None:
-        """Send what came of a task."""
+    def put(self, task: Task, done: Done, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
+        """Send what came of a task; `start` begins the sending."""
         sent = Sent(task, done)
         self._sent.append(sent)
-        sent.work = group.create_task(self._send(sent))
+        sent.work = start(self._send(sent))
         for former in self._sent[:-SENT_MAX]:
             self._give_up(former, "newer ones are on their way")
             if former.work:
@@ -108,12 +109,6 @@ class Outbox:
                 self._give_up(sent, message.reason)
             else:
                 self._heed(sent, message)
-
-    def cancel(self) -> None:
-        """Send nothing more."""
-        for sent in self._sent:
-            if sent.work:
-                sent.work.cancel()
 
     async def refuse(self, task: Task, reason: str) -> None:
         """Tell the coordinator why a task is not done here; if it does not hear that, it waits for its deadline."""

@@ -13,7 +13,9 @@ import contextlib
 import logging
 import random
 import secrets
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from broker.changes import apply_change
 from broker.errors import LearnerFailed, LinkError, UsageError, WireError
@@ -29,6 +31,8 @@ from workers.training import Seat
 from workers.work import Done, Who, Work, task_seed
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -69,6 +73,7 @@ class Worker:
         self._holds: Held | None = None
         self._landed = asyncio.Event()
         self._group = asyncio.TaskGroup()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._heard = True
 
     async def serve(self, stop: asyncio.Event) -> None:
@@ -83,21 +88,21 @@ class Worker:
         try:
             async with self._group as group:
                 receiving = group.create_task(self.post.receive_tasks(self._begin, self._take, self._lose))
-                others = [
-                    group.create_task(self._beat()),
-                    group.create_task(self.post.hear_answers(self._hear, self._outbox.ask_again)),
-                    group.create_task(self._work_off()),
-                ]
+                self._start(self._beat())
+                self._start(self.post.hear_answers(self._hear, self._outbox.ask_again))
+                self._start(self._work_off())
                 await stop.wait()
                 receiving.cancel()
                 await self._finish()
-                for task in others:
+                for task in [*self._tasks]:
                     task.cancel()
+                await self.post.say_goodbye("it was told to stop")
+                self._tell(f"{self.who.name} has left")
         except* Exception as several:  # noqa: BLE001 - whichever part failed first is the reason
             raise first_of(several) from None
 
     async def _finish(self) -> None:
-        """Let what is in hand come to its end, and leave."""
+        """Let what is in hand come to its end, within `drain_s`."""
         self._lose()
         self._next = None
         if self._in_hand:
@@ -107,11 +112,13 @@ class Worker:
                 while self._in_hand:
                     self._rest.clear()
                     await self._rest.wait()
-        self._outbox.cancel()
-        if self._job and self._job.work:
-            self._job.work.cancel()
-        await self.post.say_goodbye("it was told to stop")
-        self._tell(f"{self.who.name} has left")
+
+    def _start(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
+        """Begin something that ends with the worker, if not before."""
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     @property
     def _in_hand(self) -> list[Task]:
@@ -210,7 +217,7 @@ class Worker:
         if task.down != "full" and landing.base is None and landing.weights is None:
             if self._holds is None or self._holds.name != (task.of.run, task.version - 1):
                 return None
-            landing.base = self._holds.weights()
+            landing.base = self._holds.weights
         return landing if task.down == "full" or landing.base or landing.weights else None
 
     def _begin_work(self, arrival: Arrival) -> None:
@@ -224,7 +231,7 @@ class Worker:
             self._give_up(self._job, "a newer task has come")  # an evaluation is finished first: it is still wanted
         self._outbox.hurry()
         # not waited for: parts that landed for another worker of this process already must not pile up meanwhile
-        self._group.create_task(self._claim(arrival))
+        self._start(self._claim(arrival))
 
     async def _claim(self, arrival: Arrival) -> None:
         """Tell the coordinator, and only then let the broker forget the task."""
@@ -253,11 +260,11 @@ class Worker:
 
     async def _work_on(self, job: Job) -> None:
         self._job = job
-        job.work = work = self._group.create_task(self._do(job))
+        job.work = work = self._start(self._do(job))
         await asyncio.wait([work])
         self._job = job.work = None
         if not work.cancelled() and (done := work.result()):
-            self._outbox.put(job.task, done, self._group)
+            self._outbox.put(job.task, done, self._start)
 
     async def _do(self, job: Job) -> Done | None:
         """What came of a job; None when it was refused."""
@@ -271,8 +278,7 @@ class Worker:
         try:
             async with asyncio.timeout_at(job.due_at):
                 weights = await self._unfold(task, landing)
-                self._holds = self.spool.hold((task.of.run, task.version), weights)
-                del landing
+                self._holds = self.spool.hold((task.of.run, task.version), landing)
                 if work.owes:
                     await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
                 owed = self._residuals.of(task.of) if work.owes else None

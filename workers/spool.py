@@ -28,7 +28,7 @@ SMALL_BYTES = 64 * 1024
 FILE_BYTES = 64 * 1024 * 1024
 """How large a file of several slots may become: a thousand workers must not need a thousand open files."""
 HELD_MAX = 2
-"""How many versions stay here: workers of one process may have different ones."""
+"""How many versions stay here for many workers, who may have different ones; for a worker alone it is one."""
 PAGE_BYTES = mmap.PAGESIZE
 SUFFIX = ".models"
 
@@ -84,14 +84,24 @@ class Landing:
 
 
 class Held(NamedTuple):
-    """A version that a worker has claimed: run and number, and its weights for as long as the spool holds them."""
+    """A version that a worker has claimed: run and number, and its landing for as long as the spool holds it."""
 
     name: tuple[str, int]
-    weights: ReferenceType[Slot]
+    landing: ReferenceType[Landing]
+
+    @property
+    def weights(self) -> Slot | None:
+        """The version's weights, if they are still here."""
+        landing = self.landing()
+        return None if landing is None else landing.weights
 
 
 class Spool:
     """One process's folder of models. What an earlier process left there is removed.
+
+    Args:
+        folder: where.
+        workers: how many use it.
 
     Attributes:
         in_use: how many slots of files somebody looks at.
@@ -100,14 +110,14 @@ class Spool:
         UsageError: the folder cannot be used, or another process uses it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, workers: int = 1) -> None:
         self.folder = folder = folder.absolute()
         self.in_use = 0
         self._free: dict[int, list[tuple[Path, mmap.mmap, int]]] = {}
         self._slots: dict[int, int] = {}
         self._files = 0
         self._landings: WeakValueDictionary[str, Landing] = WeakValueDictionary()
-        self._held: deque[Slot] = deque(maxlen=HELD_MAX)
+        self._held: deque[Landing] = deque(maxlen=min(workers, HELD_MAX))
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _locked(folder)
@@ -147,11 +157,14 @@ class Spool:
             self._landings[payload.id] = landing
         return landing
 
-    def hold(self, name: tuple[str, int], weights: Slot) -> Held:
-        """Keep a version that was claimed, because the next one may come as a change of it; the newest ones only."""
-        if weights not in self._held:
-            self._held.append(weights)
-        return Held(name, ref(weights))
+    def hold(self, name: tuple[str, int], landing: Landing) -> Held:
+        """Keep a version that was claimed: others may be sent it, too, and the next may come as a change of it.
+
+        Only the newest few stay.
+        """
+        if landing not in self._held:
+            self._held.append(landing)
+        return Held(name, ref(landing))
 
     def remove(self) -> None:
         """Remove all models, and the folder if nothing else is in it; whoever looks at a model may go on looking."""

@@ -126,8 +126,8 @@ def federate(row: Row, folder: Path) -> Figures:
         )
 
 
-def init(learner: Path, run: Path) -> None:
-    words = [*FLUFFLE, "init", str(learner), str(run)]
+def init(learner: Path | str, run: Path, *options: str) -> None:
+    words = [*FLUFFLE, "init", str(learner), str(run), *options]
     made = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ROW_S)
     if made.returncode:
         raise RunEnded(made.stderr.strip()[-300:])

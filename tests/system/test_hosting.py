@@ -48,7 +48,7 @@ class House:
 @asynccontextmanager
 async def hosting(fed: Federation, names: tuple[str, ...] = NAMES) -> AsyncIterator[House]:
     """Workers that share a link and a folder, and train one after another; at the end nothing of them is left."""
-    spool, wire, turn = Spool(fed.folder / "models"), Wire(fed.broker, fed.hook), asyncio.Lock()
+    spool, wire, turn = Spool(fed.folder / "models", workers=len(names)), Wire(fed.broker, fed.hook), asyncio.Lock()
     shared, lessons = Shared(wire, spool, workers=len(names)), {name: Lesson(spool, turn=turn) for name in names}
     whos = [Who(name, "lesson", lease_s=LEASE_S, drain_s=5.0, hosted=True) for name in names]
     house = House(wire, spool, lessons, [Worker(who, shared, cast(Seat, lessons[who.name])) for who in whos])

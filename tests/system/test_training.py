@@ -93,6 +93,7 @@ def learner(tmp_path: Path) -> str:
 
 def open_files() -> list[str]:
     """What this process has open; but for /dev/null, which uvloop opens once and keeps."""
+    gc.collect()  # what another test has left must not be cleared away while we look
     links = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the listing itself was one of them
@@ -117,7 +118,6 @@ async def training(learner: str, folder: Path) -> AsyncIterator[Trainer]:
     if pid is not None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    gc.collect()
     assert open_files() == before
     assert not trainer.spool.folder.exists()
 

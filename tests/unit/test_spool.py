@@ -1,7 +1,6 @@
 """Room for models: used again when nobody looks at it any more, never before, and never more than there is."""
 
 import errno
-import gc
 import os
 import resource
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ MODEL = Layout.of([TensorSpec("w", "float32", (200_000,))])
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Spool]:
-    made = Spool(tmp_path / "models")
+    made = Spool(tmp_path / "models", workers=30)
     yield made
     made.remove()
     assert not (tmp_path / "models").exists()
@@ -171,7 +170,13 @@ def test_another_payload_lands_elsewhere_and_so_does_one_that_only_has_the_same_
 
 
 def test_the_newest_versions_are_held_and_older_ones_are_not(spool: Spool) -> None:
-    held = [spool.hold(("run", number), spool.take(LARGE)) for number in range(4)]
-    gc.collect()
-    assert [each.weights() is not None for each in held] == [False, False, True, True]
+    held = []
+    for number in range(4):
+        landing = spool.expect(payload(f"p{number}"))
+        landing.unfold(landing.slot)
+        held.append(spool.hold(("run", number), landing))
+        assert held[-1].weights is landing.slot
+    del landing
+    assert [each.weights is not None for each in held] == [False, False, True, True]
     assert spool.in_use == spools.HELD_MAX
+    assert spool.expect(payload("p3")) is held[3].landing(), "whoever is sent it late finds it"

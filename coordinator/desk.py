@@ -35,6 +35,7 @@ class Open:
 
     round: Round
     weights: memoryview
+    turn: int = 0
     facts: Facts = field(default_factory=Facts)
     sent_to: dict[str, str] = field(default_factory=dict)  # worker → the incarnation that was sent the task
     returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent

@@ -20,7 +20,6 @@ from broker.files import forget, forgetting
 from broker.formats import FORMATS
 from broker.link import Link, first_of
 from broker.messages import Answer, Attempt, Closed, Payload, Task
-from broker.tensors import Layout
 from coordinator import history
 from coordinator.desk import Desk, Open
 from coordinator.post import Post
@@ -37,8 +36,6 @@ NOW_S = 0.2
 """How far `now.json` may lag behind an open round."""
 DRAINS = 2
 """Uploads received at once, each into a room of its own of the update's size."""
-
-Work = Literal["train", "evaluate"]
 
 
 class Coordinator:
@@ -143,6 +140,7 @@ class Coordinator:
 
     async def _take_turn(self, here: Open) -> None:
         asked = here.round.begin_turn(time.monotonic())
+        here.turn += 1
         first = here.round.cohort[: len(asked)] == asked
         await self.desk.begin_turn()
         await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
@@ -239,7 +237,7 @@ class Coordinator:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
                     sent_to |= owing
-                    await self._send_version(of, "evaluate", self.weights, lost)
+                    await self._send_version(self._task(of, "evaluate"), self.weights, lost)
                 await self._wait(until=until)
         for worker in filter(self.desk.final.get, evaluators):
             self.store.note(history.score_line(self.desk.version, worker, self.desk.final[worker], at=time.time()))
@@ -252,29 +250,28 @@ class Coordinator:
     async def _send(self, here: Open, workers: list[str]) -> None:
         """Send the open round's task with the weights as they are in this turn."""
         here.sent_to |= {worker: self.roster.incarnation(worker) for worker in workers}
-        here.facts.bytes_down += await self._send_version(here.round.of, "train", here.weights, workers)
+        task = self._task(here.round.of, "train", turn=here.turn)
+        here.facts.bytes_down += await self._send_version(task, here.weights, workers)
 
-    async def _send_version(self, of: Attempt, work: Work, weights: memoryview, workers: list[str]) -> int:
+    async def _send_version(self, task: Task, weights: memoryview, workers: list[str]) -> int:
         """Send these workers the weights, or their change if they have the version before; bytes sent."""
         follow = [w for w in workers if self.change is not None and self.desk.holds(w, self.desk.version - 1)]
         sent = 0
         if follow and self.change is not None:
             layout, down = FORMATS[self.plan.down].layout(self.layout), self.plan.down
-            task = replace(self._task(of, work), down=down, payload=self._payload(f"{_name(of)}/change", layout))
-            sent += await self._send_task(task, self.change, follow)
+            change = replace(task.payload, id=f"{task.payload.id}/change", tensors=layout.specs)
+            sent += await self._send_task(replace(task, down=down, payload=change), self.change, follow)
         if others := [worker for worker in workers if worker not in follow]:
-            sent += await self._send_task(self._task(of, work), weights, others)
+            sent += await self._send_task(task, weights, others)
         return sent
 
-    def _task(self, of: Attempt, work: Work) -> Task:
-        plan, payload = self.plan, self._payload(_name(of), self.layout)
+    def _task(self, of: Attempt, work: Literal["train", "evaluate"], *, turn: int = 0) -> Task:
+        plan = self.plan  # a payload's name is never used for other bytes, and each turn has its own
+        payload = Payload(f"{of.run}/{of.round}/{of.attempt}/{turn}", plan.part_bytes, self.layout.specs)
         return Task(
             of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
             format=plan.format, keep=plan.kept,
         )  # fmt: skip
-
-    def _payload(self, name: str, layout: Layout) -> Payload:
-        return Payload(name, self.plan.part_bytes, layout.specs)
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:
         try:
@@ -317,10 +314,6 @@ class Coordinator:
             self._writing.cancel()
             self._writing = None
         self.store.say_now(self._now)
-
-
-def _name(of: Attempt) -> str:
-    return f"{of.run}/{of.round}/{of.attempt}"
 
 
 async def serve(store: Store, link: Link, *, drains: int = DRAINS) -> None:

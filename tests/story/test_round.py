@@ -8,19 +8,23 @@ from collections.abc import Awaitable
 from pathlib import Path
 
 from broker.link import Delivery, Outgoing
-from broker.messages import Part, Refusal
+from broker.messages import Closed, Part, Refusal, Update
 from tests.system.rig import expected, federation, read
 
 
 async def test_the_history_tells_who_was_counted_and_why_the_others_were_not(tmp_path: Path) -> None:
-    async with federation(tmp_path, rounds=2, quorum=1, round_s=1.0) as run:
+    async with federation(tmp_path, rounds=2, quorum=1, round_s=3.0) as run:
         ada, ben, cleo = (run.join(name) for name in ("ada", "ben", "cleo"))
         ben.lesson.fails = "ValueError: the file of rows is empty"
-        through = asyncio.Event()
+        through, sent = asyncio.Event(), asyncio.Event()
 
         def slow(what: Outgoing | Delivery) -> Awaitable[object] | None:
-            uploading = isinstance(what, Outgoing) and isinstance(read(what), Part)
-            return through.wait() if uploading else None
+            message = read(what)
+            if isinstance(message, Update):
+                sent.set()
+            if isinstance(message, Closed):  # has not reached her yet
+                return sent.wait()
+            return through.wait() if isinstance(what, Outgoing) and isinstance(message, Part) else None
 
         def mend(what: Outgoing | Delivery) -> None:
             if isinstance(what, Outgoing) and isinstance(read(what), Refusal):

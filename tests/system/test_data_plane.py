@@ -60,7 +60,7 @@ async def test_the_next_round_begins_before_the_version_is_safe_and_nobody_is_to
         run.join("a"), run.join("b")
         run.begin()
         await asyncio.wait_for(sent.wait(), BOUND_S)
-        assert gate.reached.is_set()
+        assert await asyncio.to_thread(gate.reached.wait, BOUND_S)
         assert (run.store.latest(), told, run.lines("round")) == (0, [], [])
         gate.open.set()
         await run.end()

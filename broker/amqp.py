@@ -19,7 +19,7 @@ from pamqp.heartbeat import Heartbeat
 from yarl import URL
 
 from broker import frames
-from broker.channels import Channel, Refused
+from broker.channels import CLOSE_S, Channel, Refused
 from broker.errors import BrokerRefused, LinkError, WireError
 from broker.frames import Inflow, Inlet, Spares
 from broker.messages import Buffer
@@ -27,7 +27,6 @@ from broker.messages import Buffer
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
-CLOSE_S = 5.0
 FRAME_BYTES_MAX = 4 * 1024 * 1024
 """The largest frames we take, if the broker likes them so large; unless it was told to, it stays at 128 KiB."""
 CHANNELS_MAX = 2047

@@ -13,14 +13,16 @@ import contextlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import safetensors
 
 from broker.errors import UsageError, WireError
 from broker.tensors import Layout, TensorSpec
+
+_Item = TypeVar("_Item")
 
 # safetensors' names for dtypes → ours
 _DTYPES = {
@@ -116,12 +118,12 @@ def forget(data: memoryview) -> None:
         data.obj.madvise(mmap.MADV_DONTNEED)
 
 
-def forgetting(pieces: Iterable[memoryview], looked_at: memoryview) -> Iterator[memoryview]:
-    """Hand the pieces on; every 64 MiB, `forget` what is looked at on the way."""
+def forgetting(items: Iterable[_Item], looked_at: memoryview, size: Callable[[_Item], int]) -> Iterator[_Item]:
+    """Hand the items on; every FORGET_BYTES, by their `size`, `forget` what is looked at on the way."""
     passed = 0
-    for piece in pieces:
-        yield piece
-        passed += len(piece)
+    for item in items:
+        yield item
+        passed += size(item)
         if passed >= FORGET_BYTES:
             forget(looked_at)
             passed = 0

@@ -21,8 +21,8 @@ from aiormq.exceptions import (
 from yarl import URL
 
 from broker import amqp
-from broker.amqp import CLOSE_S, CONNECT_S
-from broker.channels import Channel
+from broker.amqp import CONNECT_S
+from broker.channels import CLOSE_S, Channel
 from broker.errors import BrokerRefused, LinkClosed, LinkError, UsageError
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from coordinator import history
 from coordinator.aggregation import RULES
 from coordinator.history import Facts
 from coordinator.post import Post
-from coordinator.rooms import Room, forgetting
+from coordinator.rooms import Room, read_lightly
 from coordinator.roster import News, Roster
 from coordinator.round import Round, Verdict, judge
 from coordinator.store import Store
@@ -70,7 +70,7 @@ class Desk:
         self.format = format_of(self.plan.format, keep=self.plan.kept)
         self.payload_layout = self.format.layout(layout)
         self.rule = RULES[self.plan.rule]
-        self.sums = self.rule.init(layout, forgetting(self.format))
+        self.sums = self.rule.init(layout, read_lightly(self.format))
         self._rooms = [Room(store.folder) for _ in range(drains)]
         self._adding = asyncio.Lock()  # one update is added at a time
         self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()

@@ -6,11 +6,11 @@ Knows queues, parts and reconnecting. Does not know rounds' rules: every decisio
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 
 from broker import topology
 from broker.errors import LinkError, WireError
-from broker.files import forget
+from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts
 from broker.messages import Answer, Closed, Message, Part, Task, Update, decode, encode
 from broker.parts import Assembly, split
@@ -29,13 +29,6 @@ RETRY_S = 0.2
 DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
-
-
-def _forgetting(parts: Iterable[Part], data: memoryview) -> Iterator[Part]:
-    for part in parts:
-        yield part
-        if part.index % FORGET_PARTS == FORGET_PARTS - 1:
-            forget(data)
 
 
 class Post:
@@ -112,7 +105,7 @@ class Post:
         header = encode(task)
         for batch in batches(keys):  # not persistent: without its parts it is worth nothing
             await self.link.publish(Outgoing(topology.DOWN, batch, header, Lane.DOWN, persistent=False))
-        parts = _forgetting(split(task.payload, weights), weights)
+        parts = forgetting(split(task.payload, weights), weights, lambda part: len(part.data))
         return len(header) + await publish_parts(self.link, parts, topology.DOWN, keys, lane=Lane.DOWN)
 
     async def tell(self, workers: Iterable[str], message: Answer | Closed) -> None:

@@ -10,24 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from broker.errors import UsageError
-from broker.files import forget
+from broker.files import forgetting
 from broker.formats import Format, Run
 from broker.tensors import Layout
 
 MEMORY_BYTES_MAX = 128 * 1024 * 1024
 """Larger uploads land in a file without a name: their bytes are the system's to keep, in its cache or on the disk."""
-FORGET_RUNS = 64
-"""Of at most half a megabyte each."""
 
 
-def forgetting(fmt: Format) -> Format:
+def read_lightly(fmt: Format) -> Format:
     """The format, read so that what has been added of a large upload does not stay in our memory."""
 
     def runs(model: Layout, payload: memoryview) -> Iterator[Run]:
-        for number, run in enumerate(fmt.runs(model, payload)):
-            yield run
-            if number % FORGET_RUNS == FORGET_RUNS - 1:
-                forget(payload)
+        return forgetting(fmt.runs(model, payload), payload, lambda run: run.values.nbytes)
 
     return fmt._replace(runs=runs)
 

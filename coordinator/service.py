@@ -164,7 +164,7 @@ class Coordinator:
         The change is what the version is made of then: whoever applies it to the version before has the same bits.
         """
         plan, number = self.plan, here.round.of.round
-        pieces = forgetting(self.desk.rule.finish(self.desk.sums, here.weights), here.weights)
+        pieces = forgetting(self.desk.rule.finish(self.desk.sums, here.weights), here.weights, len)
         weights = self.store.draft(number, self.layout, pieces)
         if plan.down != "full":
             dice = np.random.default_rng([plan.seed, number])

@@ -302,7 +302,7 @@ def test_what_is_looked_at_on_the_way_does_not_pile_up(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(files, "FORGET_BYTES", 2**21)
     before = mapped_bytes()
-    seen = [mapped_bytes() - before for _ in forgetting(looking(), old)]
+    seen = [mapped_bytes() - before for _ in forgetting(looking(), old, len)]
     assert len(seen) == 8
     assert max(seen) < 3 * 2**20
 

@@ -33,13 +33,29 @@ _CODES = {ours: theirs for theirs, ours in _DTYPES.items()}
 FORGET_BYTES = 64 * 1024 * 1024  # smaller models stay in sight
 
 
-def draft_version(path: Path, layout: Layout, pieces: Iterable[memoryview], about: dict[str, str]) -> memoryview:
+Put = Callable[[int, memoryview], None]
+"""Writes a piece, and where it begins among the tensors' bytes; from several threads at once, if they like."""
+
+
+def in_order(pieces: Iterable[memoryview]) -> Callable[[Put], None]:
+    """What `draft_version` wants of bytes that come from first to last, however cut."""
+
+    def fill(put: Put) -> None:
+        at = 0
+        for piece in pieces:
+            put(at, piece)
+            at += len(piece)
+
+    return fill
+
+
+def draft_version(path: Path, layout: Layout, fill: Callable[[Put], None], about: dict[str, str]) -> memoryview:
     """Write named tensors beside `path`, where nobody looks, until `seal(path)` makes them the file there.
 
     Args:
         path: where the file will be. A former draft for it is forgotten; its memory lives on where it is in use.
         layout: the tensors' places.
-        pieces: their bytes from first to last, however cut; each is written before the next one is asked for.
+        fill: puts their bytes, all of them, in any order.
         about: notes for the header.
 
     Returns:
@@ -48,18 +64,23 @@ def draft_version(path: Path, layout: Layout, pieces: Iterable[memoryview], abou
 
     Raises:
         UsageError: there are no tensors to write.
-        OSError: the disk is full or not writable. Then there is no draft; nor when `pieces` raises.
+        OSError: the disk is full or not writable. Then there is no draft; nor when `fill` raises.
     """
     if not layout.specs:
         raise UsageError("the model has no tensors, so there is nothing to learn: give it parameters.")
     header = _header(layout, about)
     with _written(path) as file:
-        file.write(header)
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        assert file.tell() == len(header) + layout.size_bytes
-        return memoryview(mmap.mmap(file.fileno(), 0))[len(header) :]
+        number = file.fileno()
+
+        def put(start: int, piece: memoryview) -> None:
+            written = 0
+            while written < len(piece):
+                written += os.pwrite(number, piece[written:], len(header) + start + written)
+
+        os.pwrite(number, header, 0)
+        fill(put)
+        assert os.fstat(number).st_size == len(header) + layout.size_bytes
+        return memoryview(_mapped(number))[len(header) :]
 
 
 def seal(path: Path, *, durable: bool = True) -> None:
@@ -163,6 +184,12 @@ def _read_header(path: Path) -> tuple[Layout, dict[str, int], dict[str, str]]:
             places[name] = at
             at += spec.size_bytes
         return Layout.of(specs), places, found.metadata() or {}
+
+
+def _mapped(number: int) -> mmap.mmap:
+    """A file as memory. What is not large is there at once: to be shown page after page takes longer."""
+    small = os.fstat(number).st_size <= FORGET_BYTES
+    return mmap.mmap(number, 0, flags=mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if small else 0))
 
 
 def _beside(path: Path) -> Path:

@@ -14,20 +14,24 @@ counts ones, and takes memory from then on for that chunk. `high · 2^52 + low` 
 happens. At the end the carry is taken once more: one form for one sum. What both cannot hold is refused.
 
 Speed. Every step is one call of numpy into memory that is there already: about 2.8 ns a float32 to add it and 3.3 for
-the mean, twice that where `high` counts. Between two calls the event loop may take the interpreter and keep it for a
-while; so a chunk as long as the caches will have it is better than a short one.
+the mean, twice that where `high` counts. Chunks have nothing to do with each other, so several threads may take one
+each; who they are is the caller's business (`Spread`). Between two calls the event loop may take the interpreter and
+keep it for a while; so a chunk as long as the caches will have it is better than a short one.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import WireError
 from broker.formats import CHUNK_ITEMS, Format, Run, count_floats
-from broker.tensors import FLOATS, Layout, are_finite, as_float64, from_float64, view
+from broker.pieces import Piece, look, pieces
+from broker.tensors import Layout, are_finite, as_float64, from_float64
 
 REACH = 2.0**51
 """Largest |examples · delta| of one item of one update."""
@@ -40,11 +44,40 @@ ONE = 2.0**LOW_BITS  # in steps of the grid
 LOW_REACH = 2.0**10  # · 2^52 is half of what an int64 holds
 
 
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
+
+
+class Spread(Protocol):
+    """Calls `work(item, seat)` for every item, perhaps several at a time; what it returned, in the items' order.
+
+    Items are drawn one after another. Two calls at the same time have different seats, from 0 up. Should one raise,
+    the rest is left, and that is raised when nobody is at work any more.
+    """
+
+    def __call__(self, work: Callable[[_Item, int], _Made], items: Iterable[_Item]) -> list[_Made]:
+        """See above."""
+
+
+def alone(work: Callable[[_Item, int], _Made], items: Iterable[_Item]) -> list[_Made]:
+    """One item after another: the `Spread` of whoever has but one thread."""
+    return [work(item, 0) for item in items]
+
+
+Put = Callable[[int, memoryview], None]
+"""Takes a piece of the next version's bytes and where it begins; pieces come in any order, perhaps two at a time."""
+
+
 class Sums:
     """What a round has added up so far: 8 bytes for every float of the model, whatever the number of updates.
 
-    A chunk whose sums may grow beyond 2^10 takes another 8 bytes a float. One update is added at a time: whoever adds
-    from several threads lets them take turns. The order of the turns does not matter.
+    A chunk whose sums may grow beyond 2^10 takes another 8 bytes a float. One update is added at a time; the order
+    does not matter.
+
+    Args:
+        layout: the tensors' places in the weights.
+        fmt: how updates are written.
+        seats: for how many at a time there are temporaries.
 
     Attributes:
         layout: the tensors' places in the weights.
@@ -58,14 +91,14 @@ class Sums:
         reach: the sum of the updates' bounds on |examples · delta|.
     """
 
-    def __init__(self, layout: Layout, fmt: Format) -> None:
+    def __init__(self, layout: Layout, fmt: Format, *, seats: int = 1) -> None:
         floats = count_floats(layout)
         self.layout = layout
         self.fmt = fmt
         self.low = np.empty(floats, np.int64)
         self.high = np.empty(floats, np.int64)  # costs nothing until it is touched
-        self.x = np.empty(min(floats, CHUNK_ITEMS))  # temporaries of one chunk
-        self.y = np.empty(min(floats, CHUNK_ITEMS))
+        self.x = [np.empty(min(floats, CHUNK_ITEMS)) for _ in range(seats)]  # temporaries of one chunk
+        self.y = [np.empty(min(floats, CHUNK_ITEMS)) for _ in range(seats)]
         self.clear()
 
     def clear(self) -> None:
@@ -81,30 +114,45 @@ class Sums:
 class Rule(NamedTuple):
     """Many updates into one change.
 
-    `init(layout, fmt)` begins the first round, `Sums.clear` every other one. `add(sums, examples, update)` folds one
-    update in, wholly or (raising WireError) not at all. `finish(sums, weights)` yields the next version's bytes from
-    first to last, each piece good until the next one is asked for.
+    `init(layout, fmt, seats=…)` begins the first round, `Sums.clear` every other one. `add(sums, examples, update,
+    spread=…)` folds one update in, wholly or (raising WireError) not at all. `finish(sums, weights, put, spread=…)`
+    puts the next version's bytes, each piece good only during the call.
     """
 
-    init: Callable[[Layout, Format], Sums]
-    add: Callable[[Sums, int, memoryview], None]
-    finish: Callable[[Sums, memoryview], Iterator[memoryview]]
+    init: Callable[..., Sums]
+    add: "Add"
+    finish: "Finish"
 
 
-def add_weighted(sums: Sums, examples: int, update: memoryview) -> None:
+class Add(Protocol):
+    """See `Rule`."""
+
+    def __call__(self, sums: Sums, examples: int, update: memoryview, *, spread: Spread = alone) -> None:
+        """See `Rule`."""
+
+
+class Finish(Protocol):
+    """See `Rule`."""
+
+    def __call__(self, sums: Sums, weights: memoryview, put: Put, *, spread: Spread = alone) -> None:
+        """See `Rule`."""
+
+
+def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Spread = alone) -> None:
     """Fold one update in: `sum += examples · delta`, and the largest of integers and booleans.
 
     Args:
         sums: changed in place, unless this raises.
         examples: how many rows the update learned from, 1 to 2^29 - 1.
         update: its bytes as `sums.fmt` writes them: deltas for floats, trained values for the rest.
+        spread: who does the work, chunk by chunk.
 
     Raises:
         WireError: NaN, infinity, values beyond the grid's reach, booleans that are neither 0 nor 1, what the format
             cannot decode; nothing has been added then.
     """
-    runs, others = sums.fmt.runs, list(sums.fmt.others(sums.layout, update))
-    reaches = [examples * _largest_delta(run.values) for run in runs(sums.layout, update)]
+    others = list(sums.fmt.others(sums.layout, update))
+    reaches = spread(lambda chunk, _: examples * _largest_delta(chunk), _chunks(sums, update))
     reach = max(reaches, default=0.0)
     if reach > REACH:
         raise WireError(f"examples times the largest delta is {reach:.3g}, over the limit of {REACH:.3g}.")
@@ -112,8 +160,12 @@ def add_weighted(sums: Sums, examples: int, update: memoryview) -> None:
         raise WireError("the round's sum would leave its grid: lower the examples or the size of the deltas.")
     if any(segment.dtype == "bool" and values.view(np.uint8).max() > 1 for segment, values in others):
         raise WireError("the update holds a boolean that is neither 0 nor 1.")
-    for run, bound in zip(runs(sums.layout, update), reaches, strict=True):
-        _fold(sums, run, examples, bound=bound)
+
+    def fold(item: tuple[list[Run], float], seat: int) -> None:
+        for run in item[0]:
+            _fold(sums, run, examples, bound=item[1], seat=seat)
+
+    spread(fold, zip(_chunks(sums, update), reaches, strict=True))
     for segment, values in others:
         before = sums.largest.get(segment.start)
         sums.largest[segment.start] = values.copy() if before is None else np.maximum(before, values)
@@ -122,60 +174,97 @@ def add_weighted(sums: Sums, examples: int, update: memoryview) -> None:
     sums.reach += reach
 
 
-def finish_mean(sums: Sums, weights: memoryview) -> Iterator[memoryview]:
+def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = alone) -> None:
     """The next version: `weights + Σ examples·delta / Σ examples` for floats, the largest value for the rest.
 
     FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1) with deltas in place of weights. The mean is taken
     once, in float64, and rounded once to the tensor's dtype.
 
+    Args:
+        sums: what was added up; in the form of one limb, or two, afterwards.
+        weights: the version before.
+        put: is given the next version's bytes.
+        spread: who does the work, chunk by chunk.
+
     Raises:
         WireError: the result is not finite in the tensor's dtype.
     """
     assert sums.updates > 0
-    at = 0
-    for segment in sums.layout.segments:
-        if segment.dtype not in FLOATS:
-            pieces = (sums.largest[start] for start in sorted(sums.largest) if segment.start <= start < segment.stop)
-            yield from (piece.view(np.uint8).data for piece in pieces)
-            continue
-        before = view(weights[segment.start : segment.stop], segment.dtype)
-        stop = at + len(before)
-        for start in range(at - at % CHUNK_ITEMS, stop, CHUNK_ITEMS):
-            where = slice(max(start, at), min(start + CHUNK_ITEMS, stop))
-            old = before[where.start - at : where.stop - at]
-            mean = _mean(sums, where)
-            mean += as_float64(old, segment.dtype, out=sums.y[: len(old)])
-            after = from_float64(mean, segment.dtype, out=sums.y.view(old.dtype)[: len(old)])
-            if not are_finite(after, segment.dtype):
-                raise WireError(f"the mean does not fit into {segment.dtype}: the model has diverged.")
-            yield after.view(np.uint8).data
-        at = stop
+    for start, piece in sums.largest.items():
+        put(start, piece.view(np.uint8).data)
+
+    def take(places: list[Piece], seat: int) -> None:
+        for place in places:
+            put(place.ours.start, _next(sums, weights, place, seat=seat))
+
+    spread(take, _together(pieces(sums.layout, sums.layout), lambda place: place.at))
 
 
-def _largest_delta(values: NDArray[np.floating]) -> float:
+def finished(rule: Rule, sums: Sums, weights: memoryview) -> bytearray:
+    """The next version in new memory, for whoever has no file to put it into."""
+    version = bytearray(sums.layout.size_bytes)
+
+    def put(start: int, piece: memoryview) -> None:
+        version[start : start + len(piece)] = piece
+
+    rule.finish(sums, weights, put)
+    return version
+
+
+def _next(sums: Sums, weights: memoryview, place: Piece, *, seat: int) -> memoryview:
+    """The next version of floats within one chunk, in memory that the seat's next call uses again."""
+    old, dtype = look(weights, place.ours), place.ours.dtype
+    mean = _mean(sums, slice(place.at, place.stop), seat=seat)
+    y = sums.y[seat]
+    mean += as_float64(old, dtype, out=y[: len(old)])
+    after = from_float64(mean, dtype, out=y.view(old.dtype)[: len(old)])
+    if not are_finite(after, dtype):
+        raise WireError(f"the mean does not fit into {dtype}: the model has diverged.")
+    return after.view(np.uint8).data
+
+
+def _chunks(sums: Sums, update: memoryview) -> Iterator[list[Run]]:
+    """The update's runs, those of one chunk together: whoever has a chunk has it alone."""
+    return _together(sums.fmt.runs(sums.layout, update), _first)
+
+
+def _together(items: Iterable[_Item], first: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """Items, whose first float `first` tells, by chunks."""
+    numbered = ((first(item) // CHUNK_ITEMS, item) for item in items)
+    return ([item for _, item in those] for _, those in groupby(numbered, itemgetter(0)))
+
+
+def _first(run: Run) -> int:
+    return int(run.where.start if isinstance(run.where, slice) else run.where[0])
+
+
+def _largest_delta(runs: list[Run]) -> float:
     """The largest |delta|.
 
     Raises:
         WireError: one is not finite.
     """
-    largest = max(float(values.max()), -float(values.min()))  # NaN anywhere makes both of them NaN
-    if not math.isfinite(largest):
-        raise WireError("the update holds NaN or infinity: training has diverged there.")
+    largest = 0.0
+    for _, values in runs:
+        here = max(float(values.max()), -float(values.min()))  # NaN anywhere makes both of them NaN
+        if not math.isfinite(here):
+            raise WireError("the update holds NaN or infinity: training has diverged there.")
+        largest = max(largest, here)
     return largest
 
 
-def _fold(sums: Sums, run: Run, examples: int, *, bound: float) -> None:
+def _fold(sums: Sums, run: Run, examples: int, *, bound: float, seat: int) -> None:
     """Add the contributions of one run, none of which is larger than `bound`."""
     where, values = run
-    chunk = int(where.start if isinstance(where, slice) else where[0]) // CHUNK_ITEMS
+    chunk = _first(run) // CHUNK_ITEMS
     split = bound > LOW_REACH / 2
-    _make_room(sums, chunk, 0.5 if split else bound)
-    x = sums.x[: len(values)]
+    _make_room(sums, chunk, 0.5 if split else bound, seat=seat)
+    x = sums.x[seat][: len(values)]
     np.copyto(x, values)
     x *= examples * ONE  # a power of two changes no digit: rounded, if at all, like examples · delta itself
     if split:
         _high(sums, chunk)
-        whole = sums.y[: len(values)]
+        whole = sums.y[seat][: len(values)]
         np.multiply(x, 1 / ONE, out=whole)
         np.rint(whole, out=whole)
         _add_whole(sums.high, where, whole)
@@ -198,13 +287,13 @@ def _part(chunk: int) -> slice:
     return slice(chunk * CHUNK_ITEMS, (chunk + 1) * CHUNK_ITEMS)
 
 
-def _make_room(sums: Sums, chunk: int, grows: float) -> None:
+def _make_room(sums: Sums, chunk: int, grows: float, *, seat: int) -> None:
     """See to it that the chunk's low limb can grow by so many ones."""
     if chunk not in sums.bounds:
         sums.low[_part(chunk)] = 0
         sums.bounds[chunk] = 0.0
     if sums.bounds[chunk] + grows > LOW_REACH:
-        _carry(sums, chunk)
+        _carry(sums, chunk, seat=seat)
     sums.bounds[chunk] += grows
 
 
@@ -217,10 +306,10 @@ def _high(sums: Sums, chunk: int) -> NDArray[np.int64]:
     return high
 
 
-def _carry(sums: Sums, chunk: int) -> None:
+def _carry(sums: Sums, chunk: int, *, seat: int) -> None:
     """Bring the chunk's low limb back within ±2^51, its whole part into the high one: one form for one sum."""
     high, low = _high(sums, chunk), sums.low[_part(chunk)]
-    carry = sums.y.view(np.int64)[: len(low)]
+    carry = sums.y[seat].view(np.int64)[: len(low)]
     np.add(low, 1 << (LOW_BITS - 1), out=carry)
     carry >>= LOW_BITS
     high += carry
@@ -229,16 +318,16 @@ def _carry(sums: Sums, chunk: int) -> None:
     sums.bounds[chunk] = 0.5
 
 
-def _mean(sums: Sums, where: slice) -> NDArray[np.float64]:
-    """Σ examples·delta / Σ examples of floats within one chunk, in memory that the next call uses again."""
+def _mean(sums: Sums, where: slice, *, seat: int) -> NDArray[np.float64]:
+    """Σ examples·delta / Σ examples of floats within one chunk, in memory that the seat's next call uses again."""
     chunk = where.start // CHUNK_ITEMS
-    _make_room(sums, chunk, 0.0)
-    mean = sums.x[: where.stop - where.start]
+    _make_room(sums, chunk, 0.0, seat=seat)
+    mean = sums.x[seat][: where.stop - where.start]
     if chunk in sums.carried:
-        _carry(sums, chunk)
+        _carry(sums, chunk, seat=seat)
     np.copyto(mean, sums.low[where])
     if chunk in sums.carried:
-        high = sums.y[: len(mean)]
+        high = sums.y[seat][: len(mean)]
         np.copyto(high, sums.high[where])
         high *= ONE
         mean += high

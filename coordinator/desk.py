@@ -11,15 +11,17 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from broker.errors import WireError
-from broker.formats import format_of
+from broker.files import Put
+from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
 from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Refusal, Score, Update
 from broker.tensors import Layout
 from coordinator import history
-from coordinator.aggregation import RULES
+from coordinator.aggregation import RULES, Spread, alone
+from coordinator.hands import SEATS, Hands
 from coordinator.history import Facts
 from coordinator.post import Post
-from coordinator.rooms import Room, read_lightly
+from coordinator.rooms import Room, forgetting_put, read_lightly
 from coordinator.roster import News, Roster
 from coordinator.round import Round, Verdict, judge
 from coordinator.store import Store
@@ -70,7 +72,10 @@ class Desk:
         self.format = format_of(self.plan.format, keep=self.plan.kept)
         self.payload_layout = self.format.layout(layout)
         self.rule = RULES[self.plan.rule]
-        self.sums = self.rule.init(layout, read_lightly(self.format))
+        self.sums = self.rule.init(layout, read_lightly(self.format), seats=SEATS)
+        self._hands = Hands()
+        # a model of one chunk is added before a second thread has woken up
+        self._spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone
         self._rooms = [Room(store.folder) for _ in range(drains)]
         self._adding = asyncio.Lock()  # one update is added at a time
         self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
@@ -96,6 +101,13 @@ class Desk:
         """Add up anew; what was being added for a turn that is over comes to its end first, and is void."""
         async with self._adding:
             self.sums.clear()
+
+    def _add(self, examples: int, data: memoryview) -> None:
+        self.rule.add(self.sums, examples, data, spread=self._spread)
+
+    def finish(self, weights: memoryview, put: Put) -> None:
+        """Put the version that comes of the present turn's sum and of the weights it began with."""
+        self.rule.finish(self.sums, weights, forgetting_put(put, weights), spread=self._spread)
 
     async def hear(self, message: Message, delivery: Delivery) -> None:
         """Take a sign of life, or a goodbye."""
@@ -204,9 +216,12 @@ class Desk:
 
     async def drain_uploads(self) -> None:
         """Drain accepted updates, as many at once as there are rooms; while one is added, others are on their way."""
-        async with asyncio.TaskGroup() as group:
-            for room in self._rooms:
-                group.create_task(self._drain_uploads(room))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for room in self._rooms:
+                    group.create_task(self._drain_uploads(room))
+        finally:
+            self._hands.rest()
 
     async def _drain_uploads(self, room: Room) -> None:
         while True:
@@ -218,7 +233,7 @@ class Desk:
                 await self.post.drain(update, data, within_s=self.plan.round_s)
                 async with self._adding:
                     if here is self.open:
-                        await asyncio.to_thread(self.rule.add, self.sums, update.examples, data)
+                        await asyncio.to_thread(self._add, update.examples, data)
             except WireError as problem:
                 await self._turn_out(here, update, problem)
             else:

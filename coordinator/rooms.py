@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from broker.errors import UsageError
-from broker.files import forgetting
+from broker.files import FORGET_BYTES, Put, forget, forgetting
 from broker.formats import Format, Run
 from broker.tensors import Layout
 
@@ -25,6 +25,21 @@ def read_lightly(fmt: Format) -> Format:
         return forgetting(fmt.runs(model, payload), payload, lambda run: run.values.nbytes)
 
     return fmt._replace(runs=runs)
+
+
+def forgetting_put(put: Put, looked_at: memoryview) -> Put:
+    """`put`, with the same care for what is looked at on the way."""
+    passed = 0
+
+    def put_lightly(start: int, piece: memoryview) -> None:
+        nonlocal passed
+        put(start, piece)
+        passed += len(piece)
+        if passed >= FORGET_BYTES:
+            passed = 0
+            forget(looked_at)
+
+    return put_lightly
 
 
 class Room:

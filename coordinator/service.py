@@ -16,7 +16,7 @@ import numpy as np
 
 from broker.changes import encode_change
 from broker.errors import LinkError, Unroutable, WireError
-from broker.files import forget, forgetting
+from broker.files import forget
 from broker.formats import FORMATS
 from broker.link import Link, first_of
 from broker.messages import Answer, Attempt, Closed, Payload, Task
@@ -164,8 +164,7 @@ class Coordinator:
         The change is what the version is made of then: whoever applies it to the version before has the same bits.
         """
         plan, number = self.plan, here.round.of.round
-        pieces = forgetting(self.desk.rule.finish(self.desk.sums, here.weights), here.weights, len)
-        weights = self.store.draft(number, self.layout, pieces)
+        weights = self.store.draft(number, self.layout, lambda put: self.desk.finish(here.weights, put))
         if plan.down != "full":
             dice = np.random.default_rng([plan.seed, number])
             self.change = encode_change(here.weights, weights, self.layout, FORMATS[plan.down], dice)

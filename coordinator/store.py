@@ -8,12 +8,12 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from broker.errors import UsageError
-from broker.files import draft_version, read_version, seal, write_whole
+from broker.files import Put, draft_version, in_order, read_version, seal, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator.plan import Plan
@@ -109,24 +109,24 @@ class Store:
         names = (p.stem for p in (self.folder / VERSIONS).glob("*.safetensors"))
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
-    def draft(self, version: int, layout: Layout, pieces: Iterable[memoryview]) -> memoryview:
+    def draft(self, version: int, layout: Layout, fill: Callable[[Put], None]) -> memoryview:
         """Write a version without making it one yet; until `seal(version)` a crash leaves nothing of it.
 
         Args:
             version: its number. Only one draft of a version is kept; the bytes of a former one stay good.
             layout: the tensors' places.
-            pieces: the weights from first to last, however cut; each is written before the next is asked for.
+            fill: puts the weights' bytes, all of them, in any order.
 
         Returns:
             The weights as they lie in the system's cache: they may be sent at once, and read as long as one likes.
             Until they are sealed they may be changed in place.
 
         Raises:
-            UsageError: the disk is full or not writable. What `pieces` raises leaves no draft, either.
+            UsageError: the disk is full or not writable. What `fill` raises leaves no draft, either.
         """
         about = {"fluffle_run": self.plan.run, "fluffle_version": str(version), "learner": self.plan.learner}
         with _disk(self.folder):
-            return draft_version(self.path(version), layout, pieces, about)
+            return draft_version(self.path(version), layout, fill, about)
 
     def seal(self, version: int) -> None:
         """Make the draft of a version the version; when this returns it survives a power failure.
@@ -143,7 +143,7 @@ class Store:
         Raises:
             UsageError: the disk is full or not writable.
         """
-        self.draft(version, layout, [weights])
+        self.draft(version, layout, in_order([weights]))
         self.seal(version)
 
     def load(self, version: int) -> tuple[Layout, memoryview]:

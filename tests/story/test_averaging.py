@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from broker.formats import FORMATS
 from broker.tensors import Layout, TensorSpec
-from coordinator.aggregation import MEAN
+from coordinator.aggregation import MEAN, finished
 
 MODEL = Layout((TensorSpec("weight", "float32", (2,)),))
 START = np.array([0.5, -1.0], np.float32)
@@ -34,8 +34,7 @@ def next_model(*who: str) -> NDArray[np.float32]:
     for hospital in who:
         patients, moved = ANSWERS[hospital]
         MEAN.add(sums, patients, memoryview(moved.tobytes()))
-    version = b"".join(map(bytes, MEAN.finish(sums, memoryview(START.tobytes()))))
-    return np.frombuffer(version, np.float32)
+    return np.frombuffer(finished(MEAN, sums, memoryview(START.tobytes())), np.float32)
 
 
 def test_every_patient_counts_the_same() -> None:

@@ -30,7 +30,7 @@ from broker.memory import MemoryBroker, MemoryLink
 from broker.messages import PART_BYTES_MIN, Message, decode
 from broker.tensors import Layout, TensorSpec, view
 from coordinator import plan as plans
-from coordinator.aggregation import RULES
+from coordinator.aggregation import RULES, finished
 from coordinator.plan import Plan
 from coordinator.service import Coordinator
 from coordinator.store import Store
@@ -86,7 +86,7 @@ def mean_of(weights: bytearray, updates: Iterable[tuple[int, bytes]]) -> bytearr
     sums = rule.init(MODEL, FORMATS["float32"])
     for examples, delta in updates:
         rule.add(sums, examples, memoryview(delta))
-    return bytearray(b"".join(map(bytes, rule.finish(sums, memoryview(weights)))))
+    return finished(rule, sums, memoryview(weights))
 
 
 def read(what: Outgoing | Delivery) -> Message:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from broker import files
 from broker.errors import UsageError, WireError
-from broker.files import draft_version, forget, forgetting, read_version, seal, write_whole
+from broker.files import draft_version, forget, forgetting, in_order, read_version, seal, write_whole
 from broker.tensors import ITEM_BYTES, Layout, TensorSpec, view
 
 LAYOUT = Layout.of(TensorSpec(f"a.{dtype}", dtype, (2, 3)) for dtype in ITEM_BYTES)
@@ -27,7 +27,7 @@ ABOUT = {"fluffle_run": "run-1", "learner": "ünïcode"}
 
 
 def write_version(path: Path, layout: Layout, weights: memoryview, about: dict[str, str]) -> None:
-    draft_version(path, layout, [weights], about)
+    draft_version(path, layout, in_order([weights]), about)
     seal(path)
 
 
@@ -205,7 +205,7 @@ def cut(weights: memoryview, size: int = 7) -> list[memoryview]:
 
 
 def test_a_draft_can_be_read_at_once_and_is_no_version_until_it_is_sealed(tmp_path: Path) -> None:
-    weights = draft_version(tmp_path / "v", LAYOUT, cut(WEIGHTS), ABOUT)
+    weights = draft_version(tmp_path / "v", LAYOUT, in_order(cut(WEIGHTS)), ABOUT)
     assert weights == WEIGHTS
     assert not (tmp_path / "v").exists()
     seal(tmp_path / "v")
@@ -214,15 +214,15 @@ def test_a_draft_can_be_read_at_once_and_is_no_version_until_it_is_sealed(tmp_pa
 
 
 def test_what_is_changed_in_a_draft_is_in_the_version(tmp_path: Path) -> None:
-    weights = draft_version(tmp_path / "v", LAYOUT, [ZEROS], ABOUT)
+    weights = draft_version(tmp_path / "v", LAYOUT, in_order([ZEROS]), ABOUT)
     weights[:] = WEIGHTS
     seal(tmp_path / "v")
     assert read_version(tmp_path / "v")[1] == WEIGHTS
 
 
 def test_another_draft_takes_the_place_of_one_that_stays_readable(tmp_path: Path) -> None:
-    first = draft_version(tmp_path / "v", LAYOUT, [WEIGHTS], {})
-    second = draft_version(tmp_path / "v", LAYOUT, [ZEROS], {})
+    first = draft_version(tmp_path / "v", LAYOUT, in_order([WEIGHTS]), {})
+    second = draft_version(tmp_path / "v", LAYOUT, in_order([ZEROS]), {})
     seal(tmp_path / "v")
     assert first == WEIGHTS
     assert second == ZEROS == read_version(tmp_path / "v")[1]
@@ -242,7 +242,7 @@ def test_of_a_draft_that_cannot_be_finished_nothing_stays(tmp_path: Path) -> Non
         raise WireError("the model has diverged.")
 
     with pytest.raises(WireError, match="diverged"):
-        draft_version(tmp_path / "v", LAYOUT, pieces(), {})
+        draft_version(tmp_path / "v", LAYOUT, in_order(pieces()), {})
     assert not list(tmp_path.iterdir())
 
 
@@ -252,7 +252,7 @@ def test_a_draft_for_which_there_is_no_room_is_an_error_of_the_disk_and_nothing_
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            draft_version(tmp_path / "v", layout, cut(memoryview(bytes(300_000)), 10_000), {})
+            draft_version(tmp_path / "v", layout, in_order(cut(memoryview(bytes(300_000)), 10_000)), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -262,7 +262,7 @@ def test_a_draft_that_the_disk_does_not_keep_is_gone(tmp_path: Path, monkeypatch
     def broken(_: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    draft_version(tmp_path / "v", LAYOUT, [WEIGHTS], {})
+    draft_version(tmp_path / "v", LAYOUT, in_order([WEIGHTS]), {})
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output error"):
         seal(tmp_path / "v")
@@ -280,7 +280,7 @@ def mapped_bytes() -> int:
 def test_a_large_version_is_forgotten_and_read_again_from_its_file(tmp_path: Path) -> None:
     layout = Layout.of([TensorSpec("w", "uint8", (8 * 2**20,))])
     piece = memoryview(bytes(range(256)) * 2**12)
-    draft = draft_version(tmp_path / "v", layout, [piece] * 8, {})
+    draft = draft_version(tmp_path / "v", layout, in_order([piece] * 8), {})
     seal(tmp_path / "v")
     for data in (draft, read_version(tmp_path / "v")[1]):
         assert data[-(2**20) :] == piece
@@ -293,7 +293,7 @@ def test_a_large_version_is_forgotten_and_read_again_from_its_file(tmp_path: Pat
 
 def test_what_is_looked_at_on_the_way_does_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.of([TensorSpec("w", "uint8", (8 * 2**20,))])
-    old = draft_version(tmp_path / "v", layout, cut(memoryview(bytes(8 * 2**20)), 2**20), {})
+    old = draft_version(tmp_path / "v", layout, in_order(cut(memoryview(bytes(8 * 2**20)), 2**20)), {})
 
     def looking() -> Iterator[memoryview]:
         for piece in cut(old, 2**20):

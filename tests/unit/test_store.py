@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from broker.errors import UsageError, WireError
+from broker.files import in_order
 from broker.tensors import Layout, TensorSpec
 from coordinator import plan as plans
 from coordinator.plan import Plan
@@ -127,7 +128,7 @@ def test_a_version_on_a_full_disk_is_reported_in_a_sentence(store: Store, monkey
 
 
 def test_a_draft_is_no_version_until_it_is_sealed(store: Store) -> None:
-    weights = store.draft(1, LAYOUT, [ONE[:5], ONE[5:]])
+    weights = store.draft(1, LAYOUT, in_order([ONE[:5], ONE[5:]]))
     assert weights == ONE
     assert store.latest() == 0
     store.seal(1)
@@ -141,7 +142,7 @@ def test_a_draft_on_a_full_disk_is_reported_in_a_sentence(store: Store) -> None:
         full()
 
     with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\): make room"):
-        store.draft(1, LAYOUT, pieces())
+        store.draft(1, LAYOUT, in_order(pieces()))
     with pytest.raises(UsageError, match="cannot be written"):
         store.seal(1)
     assert store.latest() == 0
@@ -153,7 +154,7 @@ def test_a_mean_that_has_diverged_is_not_blamed_on_the_disk(store: Store) -> Non
         raise WireError("the model has diverged.")
 
     with pytest.raises(WireError, match="diverged"):
-        store.draft(1, LAYOUT, pieces())
+        store.draft(1, LAYOUT, in_order(pieces()))
     assert store.latest() == 0
 
 

@@ -21,7 +21,8 @@ from broker import frames
 from broker.errors import LinkError, Unroutable
 from broker.frames import Inflow, Spares
 from broker.link import Intake, Outgoing
-from broker.messages import MESSAGE_BYTES_MAX, Buffer
+from broker.messages import MESSAGE_BYTES_MAX, Buffer, Part
+from broker.parts import Aim
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Carrier(Protocol):
 class _Consumer:
     queue: str
     intake: Intake
+    aim: Aim | None
 
 
 class Channel:
@@ -151,8 +153,8 @@ class Channel:
             raise Unroutable(f"no queue takes {message.exchange} for {whom}: its receiver is not there.")
         return taken
 
-    async def consume(self, queue: str, intake: Intake, *, alone: bool) -> None:
-        """Let a queue's messages come into `intake`; one queue at a time.
+    async def consume(self, queue: str, intake: Intake, *, alone: bool, aim: Aim | None = None) -> None:
+        """Let a queue's messages come into `intake`, and parts where `aim` says; one queue at a time.
 
         Raises:
             Refused: there is no such queue, or it is not ours to consume.
@@ -160,7 +162,7 @@ class Channel:
         """
         self._consumed += 1
         name = f"{self._number}.{self._consumed}"
-        self._consumers[name] = _Consumer(queue, intake)
+        self._consumers[name] = _Consumer(queue, intake, aim)
         await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=name, exclusive=alone))
 
     async def leave(self) -> bool:
@@ -183,7 +185,8 @@ class Channel:
         """Acknowledge a delivery, whose body is void then, or give it back."""
         if not self.ended:
             self._connection.write((frames.settle(self._number, tag, done=done),))
-            self._connection.spares.give(body)
+            if body:
+                self._connection.spares.give(body)
             self._held -= 1
 
     async def close(self) -> None:
@@ -206,6 +209,8 @@ class Channel:
             if not each.done() and each is not but:
                 each.set_exception(why)
         self._asked = deque([but] if but else ())
+        if self.inflow:
+            self.inflow.divert()
         lost = why if isinstance(why, LinkError) else LinkError(f"the channel was closed: {why}.")
         for consumer in self._consumers.values():
             consumer.intake.lose(lost)
@@ -216,10 +221,10 @@ class Channel:
         """A method's frame has come."""
         which = frames.which(payload)
         if which == frames.DELIVER:
-            self._arriving, self.inflow = (
-                frames.deliver(payload),
-                Inflow(MESSAGE_BYTES_MAX + 1, self._connection.spares),
-            )
+            self._arriving = arriving = frames.deliver(payload)
+            consumer = self._consumers.get(arriving.consumer)
+            aim = consumer.aim if consumer and self.ended is None else None
+            self.inflow = Inflow(MESSAGE_BYTES_MAX + 1, self._connection.spares, aim=aim)
         elif which in (frames.ACK, frames.NACK):
             self._confirm(frames.settled(payload))
         elif which == frames.RETURN:
@@ -289,7 +294,7 @@ class Channel:
                 returned.set_result(None)
         elif consumer := self._consumers.get(arriving.consumer):
             self._held += 1
-            consumer.intake.take(Delivered(self, arriving, inflow.body))
+            consumer.intake.take(Delivered(self, arriving, inflow.body, inflow.part))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +304,7 @@ class Delivered:
     channel: Channel
     how: frames.Deliver
     body: bytearray
+    part: Part | None
 
     @property
     def key(self) -> str:

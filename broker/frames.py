@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import pamqp.encode
 
 from broker.errors import WireError
-from broker.messages import Buffer
+from broker.messages import Buffer, Part
+from broker.parts import Aim
 
 METHOD, HEADER, BODY, HEARTBEAT = KINDS = (1, 2, 3, 8)
 END = 0xCE
@@ -75,34 +76,61 @@ class Spares:
 
 
 class Inflow:
-    """A message on its way in. Of one that is larger than `keep_max`, the rest is counted and let go."""
+    """A message on its way in. Of one that is larger than `keep_max`, the rest is counted and let go.
 
-    def __init__(self, keep_max: int, spares: Spares | None = None) -> None:
-        self.size = -1  # known when its header has come
+    Attributes:
+        size: of its body, known when its header has come; `seen` is how much of that has come.
+        head: its header's payload.
+        body: where it lands; empty if it was aimed.
+        part: what it is, if it was aimed: its data lands elsewhere.
+    """
+
+    def __init__(self, keep_max: int, spares: Spares | None = None, *, aim: Aim | None = None) -> None:
+        self.size = -1
         self.seen = 0
-        self.head = b""  # its header's payload
+        self.head = b""
         self.body = bytearray()
+        self.part: Part | None = None
+        self._aim = aim
+        self._from = 0  # first byte of the body that `_place` holds
         self._keep_max = keep_max
         self._spares = spares or Spares()
-        self._place = memoryview(b"")
+        self._place = memoryview(bytearray())
 
     def begin(self, head: bytes) -> None:
         """The header has come."""
         if len(head) < _CONTENT.size:
             raise WireError("RabbitMQ sent a header that is too short.")
         self.head, self.size = head, _CONTENT.unpack_from(head)[2]
+        if self._aim is None or self.size < DIRECT_BYTES:
+            self._land_here()
+
+    def _land_here(self) -> None:
+        self._aim = None
         self.body = self._spares.take(min(self.size, self._keep_max))
         self._place = memoryview(self.body)
 
     def take(self, piece: memoryview) -> None:
         """More of the body."""
-        place = self._place[self.seen : self.seen + len(piece)]
-        place[:] = piece[: len(place)]
+        if self._aim is not None:
+            aimed, self._aim = self._aim(piece, self.size), None
+            if aimed is None:
+                self._land_here()
+            else:
+                self._from, self._place, self.part = aimed
+        skip = max(self._from - self.seen, 0)
+        place = self.place(len(piece) - skip)
+        place[:] = piece[skip : skip + len(place)]
         self.seen += len(piece)
 
     def place(self, count: int) -> memoryview:
         """Where the next `count` bytes go; shorter, or empty, where they are not kept."""
-        return self._place[self.seen : self.seen + count]
+        at = max(self.seen - self._from, 0)
+        return self._place[at : at + max(count, 0)]
+
+    def divert(self) -> None:
+        """Nobody waits for it any more: what is still to come goes nowhere."""
+        self._aim, self._place = None, memoryview(bytearray())
 
     @property
     def whole(self) -> bool:

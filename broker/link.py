@@ -21,7 +21,8 @@ from enum import Enum
 from typing import Protocol
 
 from broker.errors import LinkError
-from broker.messages import Buffer, Part, encode_part
+from broker.messages import Buffer, Message, Part, decode, encode_part
+from broker.parts import Aim
 from broker.topology import Topology
 
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -68,6 +69,10 @@ class Delivery(Protocol):
         """The message's bytes; they may be other bytes once it has been acked or given back."""
 
     @property
+    def part(self) -> Part | None:
+        """A part whose data has landed where the consumer aimed it: it is the message, and `body` is empty."""
+
+    @property
     def key(self) -> str:
         """The routing key it was published with; the first one, whichever of several brought it here."""
 
@@ -104,11 +109,18 @@ class Link(Protocol):
         """
 
     def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
-    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        self,
+        queue: str,
+        *,
+        lane: Lane = Lane.CONTROL,
+        prefetch: int = 64,
+        alone: bool = False,
+        aim: Aim | None = None,
+    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:  # fmt: skip
         """Take deliveries of a queue; at most `prefetch` unacked at a time. Leaving gives the unacked back.
 
-        Entering waits for the broker as long as it takes. `alone`: as the queue's only consumer.
+        Entering waits for the broker as long as it takes. `alone`: as the queue's only consumer. `aim` may say of a
+        part where its data is to land, and must be quick; what it says of a part may go unheeded.
 
         Raises:
             QueueInUse: (on entering) someone else consumes it, and one of the two wants it alone.
@@ -156,6 +168,15 @@ class Intake:
         if self._lost is None:
             self._lost = why
             self._arrived.put_nowait(None)
+
+
+def read(delivery: Delivery) -> Message:
+    """The message that was delivered.
+
+    Raises:
+        WireError: see `messages.decode`.
+    """
+    return delivery.part or decode(delivery.body)
 
 
 async def publish_parts(

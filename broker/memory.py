@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
-from broker.messages import Buffer
+from broker.messages import Buffer, Part
+from broker.parts import Aim
 from broker.topology import Binding, Queue, Topology
 
 
@@ -141,10 +142,16 @@ class MemoryLink:
 
     @asynccontextmanager
     async def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
-    ) -> AsyncIterator[AsyncIterator[Delivery]]:
+        self,
+        queue: str,
+        *,
+        lane: Lane = Lane.CONTROL,
+        prefetch: int = 64,
+        alone: bool = False,
+        aim: Aim | None = None,
+    ) -> AsyncIterator[AsyncIterator[Delivery]]:  # fmt: skip
         """See `Link.consume`."""
-        del lane  # nothing waits behind anything here
+        del lane, aim  # nothing waits behind anything here, and nothing is copied
         await self._until(lambda: self._broker.up, None)
         source = self._broker.queue(queue)
         if source is None:
@@ -336,6 +343,10 @@ class _Delivery:
     @property
     def body(self) -> Buffer:
         return self.stored.message.pieces[0]
+
+    @property
+    def part(self) -> Part | None:
+        return None
 
     @property
     def key(self) -> str:

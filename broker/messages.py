@@ -51,7 +51,8 @@ NAME_RULE = "1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or 
 
 Name = Annotated[str, NAME]
 Text = Annotated[str, Within(0, TEXT_MAX)]
-Count = Annotated[int, Within(0, 2**53)]
+COUNT_MAX = 2**53
+Count = Annotated[int, Within(0, COUNT_MAX)]
 Number = float  # finite: `_check_plain` sees to it
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
 Key = Annotated[str, Within(0, KEY_MAX)]
@@ -250,8 +251,10 @@ def decode(body: Buffer) -> Message:
         WireError: too large, not msgpack, another protocol version, an unknown kind, a field that is missing,
             unknown, of the wrong type or out of bounds.
     """
-    raw = _look_at_part(memoryview(body)) if body[: len(PART_BEGINS)] == PART_BEGINS else None
-    raw = raw or _unpack(body)
+    head = part_head(memoryview(body))
+    if head and sum(head[3:]) == len(body):
+        return Part(*head[:3], memoryview(body)[head[3] :])
+    raw = _unpack(body)
     if not isinstance(raw, dict):
         raise WireError("a message must be a msgpack map.")
     version = raw.pop("v", None)
@@ -269,20 +272,29 @@ def decode(body: Buffer) -> Message:
     return message
 
 
-def _look_at_part(body: memoryview) -> dict[str, Any] | None:
-    """A part's fields, its data where it lies; None if it is packed in another way than `encode_part`'s."""
+def part_head(begins: memoryview) -> tuple[str, int, int, int, int] | None:
+    """Payload, index and checksum of a part, checked, where in the message its data begins, and how much that is.
+
+    None where what `begins` so is packed in another way than `encode_part`'s, breaks a rule, or is not all there.
+    """
+    if begins[: len(PART_BEGINS)] != PART_BEGINS:
+        return None
     reader = msgpack.Unpacker(raw=False, max_buffer_size=PART_HEAD_MAX, **_LIMITS)
     try:
-        reader.feed(body[:PART_HEAD_MAX])
-        raw = {reader.unpack(): reader.unpack() for _ in range(reader.read_map_header() - 1)}
-        if reader.unpack() != "data":
-            return None
-        at: int = reader.tell()
-        marker, length = _BIN.unpack_from(body, at)
+        reader.feed(begins[len(PART_BEGINS) : PART_HEAD_MAX])
+        next_ = reader.unpack
+        names, values = zip(*((next_(), next_()) for _ in range(3)), strict=True)
+        last, at = next_(), len(PART_BEGINS) + reader.tell()
+        marker, size = _BIN.unpack_from(begins, at)
     except (ValueError, TypeError, msgpack.UnpackException, struct.error):
         return None
-    data = body[at + _BIN.size :]
-    return {**raw, "data": data} if marker == BIN_32 and length == len(data) <= PART_BYTES_MAX else None
+    payload, index, checksum = values
+    if (names, last, marker) != (("payload", "index", "checksum"), "data", BIN_32):
+        return None
+    if [type(value) for value in values] != [str, int, int] or len(payload) > TEXT_MAX or size > PART_BYTES_MAX:
+        return None
+    whole = 0 <= index <= COUNT_MAX and 0 <= checksum < 2**64
+    return (payload, index, checksum, at + _BIN.size, size) if whole else None
 
 
 def _unpack(body: Buffer) -> Any:

@@ -1,18 +1,31 @@
 """Cutting a large payload into numbered parts, and putting it together again in whatever order they come.
 
 Knows indices, lengths and checksums. Does not know queues, tensors' meaning or whose payload it is. Parts going
-out look at the payload; coming in, they are copied once, to their place.
+out look at the payload; coming in, they are received into their place if it can be told in time, else copied there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from broker.errors import WireError
-from broker.messages import Part, Payload
+from broker.messages import Part, Payload, part_head
 
 PART_BYTES = 1024 * 1024
 """The default: far under RabbitMQ 4's limit of 16 MiB a message, and about 1 ms of the event loop to send."""
+
+
+class Aimed(NamedTuple):
+    """A part on its way into its place: where its data begins in the message, where it goes, and what it will be."""
+
+    at: int
+    place: memoryview
+    part: Part
+
+
+Aim = Callable[[memoryview, int], Aimed | None]
+"""Where the message that begins so, of so many bytes, is to land; None for anything but an awaited part."""
 
 
 def part_count(payload: Payload) -> int:
@@ -42,6 +55,7 @@ class Assembly:
         self.data = memoryview(bytearray(self.size_bytes)) if data is None else data
         assert len(self.data) == self.size_bytes
         self._missing = set(range(part_count(payload)))
+        self._aimed: dict[int, memoryview] = {}
 
     @property
     def complete(self) -> bool:
@@ -52,6 +66,18 @@ class Assembly:
     def missing(self) -> int:
         """How many parts have not landed yet."""
         return len(self._missing)
+
+    def aim(self, begins: memoryview, size: int) -> Aimed | None:
+        """See `Aim`. What lands there counts when it is added; one place is never given twice."""
+        head = part_head(begins)
+        if head is None:
+            return None
+        payload, index, checksum, at, length = head
+        if payload != self.payload.id or at + length != size or index not in self._missing or index in self._aimed:
+            return None
+        start = index * self.payload.part_bytes
+        place = self._aimed[index] = self.data[start : start + self.payload.part_bytes]
+        return Aimed(at, place, Part(payload, index, checksum, place)) if len(place) == length else None
 
     def add(self, part: Part) -> bool:
         """Put one part in its place; False when it was there already or belongs to another payload.
@@ -71,6 +97,7 @@ class Assembly:
             raise WireError(f"part {part.index} does not match its checksum.")
         if part.index not in self._missing:
             return False
-        self.data[start : start + length] = part.data
+        if part.data is not self._aimed.get(part.index):  # or it has been received there
+            self.data[start : start + length] = part.data
         self._missing.discard(part.index)
         return True

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from aio_pika.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
@@ -21,6 +21,7 @@ from broker.channels import Channel, Refused
 from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable, UsageError
 from broker.lanes import Asking, backoff_s, checked, interruptions, words
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
+from broker.parts import Aim
 from broker.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,15 @@ async def connect(url: str, *, name: str, heartbeat_s: int = 30, fail_fast: bool
             raise UsageError(str(problem)) from None
         raise
     return link
+
+
+class Consumption(NamedTuple):
+    """What `consume` was asked for."""
+
+    queue: str
+    prefetch: int
+    alone: bool
+    aim: Aim | None
 
 
 class RabbitLink:
@@ -115,12 +125,19 @@ class RabbitLink:
 
     @asynccontextmanager
     async def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
-    ) -> AsyncIterator[AsyncIterator[Delivery]]:
+        self,
+        queue: str,
+        *,
+        lane: Lane = Lane.CONTROL,
+        prefetch: int = 64,
+        alone: bool = False,
+        aim: Aim | None = None,
+    ) -> AsyncIterator[AsyncIterator[Delivery]]:  # fmt: skip
         """See `Link.consume`. Entering waits for the broker, but not for a queue that is missing: LinkError."""
         intake = Intake()
         async with self._bounded(None, "never said"):
-            connection, channel = await self._start(self._lanes[lane], queue, intake, prefetch=prefetch, alone=alone)
+            consumption = Consumption(queue, prefetch, alone, aim)
+            connection, channel = await self._start(self._lanes[lane], intake, consumption)
         self._intakes.add(intake)
         try:
             yield intake
@@ -194,17 +211,15 @@ class RabbitLink:
         finally:
             self._running.discard(scope)
 
-    async def _start(
-        self, lane: lanes.Lane, queue: str, intake: Intake, *, prefetch: int, alone: bool
-    ) -> tuple[Connection, Channel]:
+    async def _start(self, lane: lanes.Lane, intake: Intake, how: Consumption) -> tuple[Connection, Channel]:
         """A channel of its own on which `intake` consumes; waits for the broker as long as it takes."""
-        pauses = backoff_s()
+        pauses, queue = backoff_s(), how.queue
         while True:
             try:
                 connection = await lane.connection()
-                channel = connection.open(prefetch=prefetch)
+                channel = connection.open(prefetch=how.prefetch)
                 try:
-                    await channel.consume(queue, intake, alone=alone)
+                    await channel.consume(queue, intake, alone=how.alone, aim=how.aim)
                 except BaseException:
                     await channel.close()
                     raise

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from broker import topology
 from broker.errors import LinkError, WireError
 from broker.files import forget, forgetting
-from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts
-from broker.messages import Answer, Closed, Message, Part, Task, Update, decode, encode
+from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
+from broker.messages import Answer, Closed, Message, Part, Task, Update, encode
 from broker.parts import Assembly, split
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Post:
 
     async def _open(self, delivery: Delivery, take: Take) -> None:
         try:
-            message = decode(delivery.body)
+            message = read(delivery)
         except WireError as problem:
             await self.bury(delivery, str(problem))
             return
@@ -147,12 +147,12 @@ class Post:
         if assembly.complete:
             return
         now = asyncio.get_running_loop().time
-        async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS) as deliveries:
+        async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
             due_at = min(now() + STALL_S, end_at)
             while not assembly.complete:
                 async with asyncio.timeout_at(due_at):
                     delivery = await anext(deliveries)
-                message = decode(delivery.body)
+                message = read(delivery)
                 if not isinstance(message, Part):
                     raise WireError("something that is not a part lies in the upload queue.")
                 if assembly.add(message):

@@ -11,9 +11,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from broker import topology
 from broker.errors import LinkError, QueueInUse, Unroutable, UsageError, WireError
-from broker.link import Delivery, Lane, Link, Outgoing, publish_parts
-from broker.messages import Claim, Goodbye, Hello, Message, Payload, Refusal, Score, Update, decode, encode
-from broker.parts import split
+from broker.link import Delivery, Lane, Link, Outgoing, publish_parts, read
+from broker.messages import Claim, Goodbye, Hello, Message, Payload, Refusal, Score, Update, encode
+from broker.parts import Aim, split
 from workers.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Post:
                     again()
                     async for delivery in deliveries:
                         try:
-                            message = decode(delivery.body)
+                            message = read(delivery)
                         except WireError as problem:
                             self._tell(f"refused what came from the coordinator: {problem}", logging.WARNING)
                         else:
@@ -148,10 +148,12 @@ class Post:
         begin: Callable[[], Awaitable[None]],
         take: Callable[[Delivery], Awaitable[None]],
         end: Callable[[], None],
+        aim: Aim,
     ) -> None:
         """Give everything in the queue of tasks to `take`, for ever.
 
-        `begin` is called whenever the queue has become ours alone and empty, `end` when we lose it.
+        `begin` is called whenever the queue has become ours alone and empty, `end` when we lose it; `aim` says where
+        parts land.
 
         Raises:
             UsageError: another worker of this name is connected.
@@ -161,7 +163,7 @@ class Post:
             async with free:
                 while True:
                     try:
-                        async with self._own_queue() as deliveries:
+                        async with self._own_queue(aim) as deliveries:
                             free.reschedule(None)
                             await begin()
                             async for delivery in deliveries:
@@ -185,7 +187,7 @@ class Post:
             ) from None
 
     @asynccontextmanager
-    async def _own_queue(self) -> AsyncIterator[AsyncIterator[Delivery]]:
+    async def _own_queue(self, aim: Aim) -> AsyncIterator[AsyncIterator[Delivery]]:
         """What comes into the queue of tasks from now on; what lies in it was sent to a former incarnation."""
         queue = topology.down_queue(self.worker)
         async with AsyncExitStack() as stack:
@@ -194,6 +196,6 @@ class Post:
                     pass  # nobody else is at our queue: only now may it be purged
                 await self._link.purge(queue)
                 deliveries = await stack.enter_async_context(
-                    self._link.consume(queue, lane=Lane.DOWN, prefetch=self._shared.prefetch, alone=True)
+                    self._link.consume(queue, lane=Lane.DOWN, prefetch=self._shared.prefetch, alone=True, aim=aim)
                 )
             yield deliveries

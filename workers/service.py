@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 from broker.changes import apply_change
 from broker.errors import LearnerFailed, LinkError, UsageError, WireError
 from broker.formats import FORMATS, Format
-from broker.link import Delivery, first_of
-from broker.messages import TEXT_MAX, Answer, Claim, Closed, Hello, Message, Part, Task, decode
+from broker.link import Delivery, first_of, read
+from broker.messages import TEXT_MAX, Answer, Claim, Closed, Hello, Message, Part, Task
+from broker.parts import Aimed
 from broker.tensors import Layout
 from workers.outbox import Outbox
 from workers.post import Post, Shared
@@ -87,7 +88,7 @@ class Worker:
         await self.post.declare()
         try:
             async with self._group as group:
-                receiving = group.create_task(self.post.receive_tasks(self._begin, self._take, self._lose))
+                receiving = group.create_task(self.post.receive_tasks(self._begin, self._take, self._lose, self._aim))
                 self._start(self._beat())
                 self._start(self.post.hear_answers(self._hear, self._outbox.ask_again))
                 self._start(self._work_off())
@@ -164,7 +165,7 @@ class Worker:
 
     async def _take(self, delivery: Delivery) -> None:
         try:
-            message = decode(delivery.body)
+            message = read(delivery)
             if isinstance(message, Task):
                 await self._expect(message, delivery)
             else:
@@ -179,6 +180,10 @@ class Worker:
                 await self._outbox.refuse(arrival.task, str(problem))
         if self._arrival and self._arrival.landing.complete:
             self._begin_work(self._arrival)
+
+    def _aim(self, begins: memoryview, size: int) -> Aimed | None:
+        """See `broker.parts.Aim`."""
+        return self._arrival.landing.aim(begins, size) if self._arrival else None
 
     async def _expect(self, task: Task, delivery: Delivery) -> None:
         """A task's header has come: make room for its parts, or refuse it at once."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from broker.errors import LearnerFailed, UsageError
 from broker.messages import Part, Payload
-from broker.parts import Assembly
+from broker.parts import Aimed, Assembly
 from workers.residuals import remove_left
 
 SMALL_BYTES = 64 * 1024
@@ -68,6 +68,10 @@ class Landing:
     def complete(self) -> bool:
         """Whether every part has landed."""
         return self._assembly.complete
+
+    def aim(self, begins: memoryview, size: int) -> Aimed | None:
+        """See `broker.parts.Aim`."""
+        return self._assembly.aim(begins, size)
 
     def add(self, part: Part) -> None:
         """Let a part land, unless it is of another payload, or a copy of one that has landed.

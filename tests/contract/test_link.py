@@ -6,8 +6,8 @@ import uuid
 import pytest
 
 from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
-from broker.link import BROADCAST_MAX, Lane, Outgoing, publish_parts
-from broker.messages import PART_BYTES_MIN, Part, Payload, decode
+from broker.link import BROADCAST_MAX, Lane, Outgoing, publish_parts, read
+from broker.messages import PART_BYTES_MIN, Part, Payload
 from broker.parts import PART_BYTES, Assembly, split
 from broker.tensors import TensorSpec
 from broker.topology import FEDERATION, UP, Binding, Exchange, Topology, hello_key, inbox_key, of_run, of_worker
@@ -116,17 +116,19 @@ async def test_parts_reach_more_receivers_than_one_publish_can_name(ground: Grou
     assert [await link.depth(name) for name in ("0", "1500", "2099")] == [1, 1, 1]
 
 
-async def test_parts_of_a_large_payload_make_the_same_bytes(ground: Ground) -> None:
+@pytest.mark.parametrize("aimed", [False, True])
+async def test_parts_of_a_large_payload_make_the_same_bytes(ground: Ground, *, aimed: bool) -> None:
     link = await ground.link()
     await link.declare(direct(queue("a")))
     payload, data = _payload(20 * MIB)
     assembly = Assembly(payload)
+    aim = assembly.aim if aimed else None
 
     async def receive() -> None:
-        async with link.consume("a", lane=Lane.UP, prefetch=8) as deliveries:
+        async with link.consume("a", lane=Lane.UP, prefetch=8, aim=aim) as deliveries:
             while not assembly.complete:
                 delivery = await anext(deliveries)
-                part = decode(delivery.body)
+                part = read(delivery)
                 assert isinstance(part, Part)
                 assert assembly.add(part)
                 await delivery.ack()

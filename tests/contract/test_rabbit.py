@@ -11,9 +11,12 @@ import pytest
 from yarl import URL
 
 from broker.errors import BrokerRefused, LinkClosed, LinkError, UsageError
-from broker.link import Lane, Outgoing
+from broker.link import Lane, Outgoing, publish_parts
+from broker.messages import PART_BYTES_MIN, Payload
 from broker.node import Node
+from broker.parts import Assembly, split
 from broker.rabbit import connect
+from broker.tensors import TensorSpec
 from tests.contract.ground import RabbitGround, direct, hold, queue, take, to
 
 
@@ -38,6 +41,23 @@ async def test_a_url_that_is_none_is_refused_without_repeating_it(url: str) -> N
     with pytest.raises(UsageError, match="must look like amqp://") as told:
         await connect(url, name="w1")
     assert "secret" not in str(told.value)
+
+
+async def test_what_is_awaited_is_received_into_its_place(rabbit_ground: RabbitGround) -> None:
+    link = await rabbit_ground.link()
+    await link.declare(direct(queue("a")))
+    size = 4 * PART_BYTES_MIN
+    payload = Payload("p", PART_BYTES_MIN, (TensorSpec("w", "uint8", (size,)),))
+    data, assembly = memoryview(bytes(range(256)) * (size // 256)), Assembly(payload)
+    await publish_parts(link, split(payload, data), "post", ("a",), lane=Lane.DOWN)
+    async with link.consume("a", lane=Lane.UP, aim=assembly.aim) as deliveries:
+        while not assembly.complete:
+            delivery = await anext(deliveries)
+            assert delivery.part is not None
+            assert not delivery.body
+            assembly.add(delivery.part)
+            await delivery.ack()
+    assert assembly.data == data
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid:5672"])

@@ -28,6 +28,7 @@ from broker.formats import FORMATS, format_of
 from broker.link import PUBLISH_S, Delivery, Lane, Outgoing
 from broker.memory import MemoryBroker, MemoryLink
 from broker.messages import PART_BYTES_MIN, Message, decode
+from broker.parts import Aim
 from broker.tensors import Layout, TensorSpec, view
 from coordinator import plan as plans
 from coordinator.aggregation import RULES, finished
@@ -188,9 +189,15 @@ class Wire:
 
     @asynccontextmanager
     async def consume(
-        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False
-    ) -> AsyncIterator[AsyncIterator[Delivery]]:
-        async with self.link.consume(queue, lane=lane, prefetch=prefetch, alone=alone) as deliveries:
+        self,
+        queue: str,
+        *,
+        lane: Lane = Lane.CONTROL,
+        prefetch: int = 64,
+        alone: bool = False,
+        aim: Aim | None = None,
+    ) -> AsyncIterator[AsyncIterator[Delivery]]:  # fmt: skip
+        async with self.link.consume(queue, lane=lane, prefetch=prefetch, alone=alone, aim=aim) as deliveries:
             yield _Shown(deliveries, self)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import pamqp.frame
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp import commands
 from pamqp.header import ContentHeader
@@ -15,7 +15,19 @@ from pamqp.heartbeat import Heartbeat
 from broker import frames
 from broker.errors import WireError
 from broker.frames import DIRECT_BYTES, HEADER, METHOD, SCRATCH_BYTES, Inflow, Inlet
-from broker.messages import Buffer
+from broker.messages import (
+    PART_BYTES_MIN,
+    Attempt,
+    Buffer,
+    Closed,
+    Part,
+    Payload,
+    decode,
+    encode,
+    encode_part,
+)
+from broker.parts import Aim, Aimed, Assembly, split
+from broker.tensors import TensorSpec
 
 KEEP_MAX = 3 * SCRATCH_BYTES
 
@@ -23,8 +35,10 @@ KEEP_MAX = 3 * SCRATCH_BYTES
 class Reader:
     """Takes what an inlet finds: methods by channel, and the bodies that landed."""
 
-    def __init__(self) -> None:
+    def __init__(self, aim: Aim | None = None) -> None:
         self.methods: list[tuple[int, bytes]] = []
+        self.parts: list[Part] = []
+        self._aim = aim
         self.bodies: list[tuple[int, bytes]] = []
         self._inflows: dict[int, Inflow] = {}
 
@@ -32,7 +46,7 @@ class Reader:
         if kind == METHOD:
             self.methods.append((channel, payload))
         elif kind == HEADER:
-            self._inflows[channel] = Inflow(KEEP_MAX)
+            self._inflows[channel] = Inflow(KEEP_MAX, aim=self._aim)
             self._inflows[channel].begin(payload)
             self.landed(channel)
 
@@ -43,12 +57,19 @@ class Reader:
         inflow = self._inflows.get(channel)
         if inflow is not None and inflow.whole:
             del self._inflows[channel]
-            self.bodies.append((channel, bytes(inflow.body)))
+            if inflow.part is None:
+                self.bodies.append((channel, bytes(inflow.body)))
+            else:
+                self.parts.append(inflow.part)
+
+    def divert(self) -> None:
+        for inflow in self._inflows.values():
+            inflow.divert()
 
 
-def read(stream: bytes, sizes: Iterable[int]) -> Reader:
+def read(stream: bytes, sizes: Iterable[int], reader: Reader | None = None) -> Reader:
     """What an inlet makes of a stream that comes in pieces of at most these sizes, over and over."""
-    reader = Reader()
+    reader = reader or Reader()
     inlet, at = Inlet(reader), 0
     for size in itertools.cycle(sizes):
         if at == len(stream):
@@ -82,6 +103,10 @@ def some(size: int, seed: int) -> bytes:
     return (bytes(range(251)) * (size // 251 + 1))[seed % 200 :][:size].ljust(size, b"!")
 
 
+def payload_of(name: str, size: int) -> Payload:
+    return Payload(name, PART_BYTES_MIN, (TensorSpec("w", "uint8", (size,)),))
+
+
 SIZES = st.integers(0, 2000) | st.integers(DIRECT_BYTES - 9, 3 * DIRECT_BYTES)
 
 
@@ -101,6 +126,58 @@ def test_messages_come_out_as_they_went_in_however_the_bytes_come(
     found = read(mixed, steps if max(steps) > 500 else [*steps, 4096])
     assert sorted(found.bodies) == [(n + 1, b"".join(pieces)) for n, pieces in enumerate(sent)]
     assert found.methods == [(9, b"\0\x3c\0\x50")] * len(sent)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3 * PART_BYTES_MIN), min_size=1, max_size=3),
+    frame_bytes=st.sampled_from([4096, 131_072, 1_114_112]),
+    steps=st.lists(st.integers(500, 400_000), min_size=1, max_size=4),
+)
+@settings(deadline=None)
+def test_parts_land_in_their_place_however_the_bytes_come(
+    lengths: list[int], frame_bytes: int, steps: list[int]
+) -> None:
+    sent = [some(length, n) for n, length in enumerate(lengths)]
+    payloads = [payload_of(f"p{n}", size) for n, size in enumerate(lengths)]
+    awaited = [Assembly(payload) for payload in payloads]
+    small = encode(Closed(Attempt("run", 1, 1), "x" * 4000))
+    streams = []
+    for n, payload in enumerate(payloads, 1):
+        bodies = [encode_part(part) for part in split(payload, memoryview(sent[n - 1]))]
+        streams.append([frame for body in (*bodies, (small,)) for frame in content(n, body, frame_bytes)])
+    mixed = b"".join(frame for row in itertools.zip_longest(*streams, fillvalue=b"") for frame in row)
+
+    def aim(begins: memoryview, size: int) -> Aimed | None:
+        return next((aimed for each in awaited if (aimed := each.aim(begins, size))), None)
+
+    found = read(mixed, steps, Reader(aim))
+    assert [body for _, body in found.bodies if body == small] == [small] * len(sent)
+    others = [decode(body) for _, body in found.bodies if body != small]
+    for part in [*found.parts, *others]:
+        assert isinstance(part, Part)
+        for assembly in awaited:
+            assembly.add(part)
+    assert [bytes(assembly.data) for assembly in awaited] == sent
+    assert all(assembly.complete for assembly in awaited)
+
+
+def test_what_is_diverted_writes_nowhere_any_more() -> None:
+    data = some(PART_BYTES_MIN, 1)
+    assembly = Assembly(payload := payload_of("p", len(data)))
+    (part,) = split(payload, memoryview(data))
+    stream = b"".join(content(1, encode_part(part), 1_114_112))
+    reader = Reader(assembly.aim)
+    inlet, at = Inlet(reader), 0
+    while at < len(stream):
+        room = inlet.room()[: len(stream) - at]
+        room[:] = stream[at : at + len(room)]
+        inlet.take(len(room))
+        at += len(room)
+        if at > 40_000:
+            reader.divert()
+    assert any(assembly.data)
+    assert not any(assembly.data[150_000:])
+    assert not assembly.complete
 
 
 def test_what_is_larger_than_wanted_is_let_go_and_the_next_message_is_whole() -> None:

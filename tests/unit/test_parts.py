@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from broker.errors import WireError
-from broker.messages import PART_BYTES_MIN, Part, Payload
+from broker.messages import PART_BYTES_MIN, Attempt, Closed, Part, Payload, encode, encode_part
 from broker.parts import Assembly, part_count, split
 from broker.tensors import TensorSpec
 
@@ -35,6 +35,55 @@ def test_parts_in_any_order_and_any_number_make_the_payload(size_bytes: int, dic
     assert sum(news) == len(parts)
     assert assembly.complete
     assert assembly.data == data
+
+
+def test_a_part_is_received_where_it_belongs_and_counts_when_it_is_added() -> None:
+    payload, data, parts = cut(2 * PART_BYTES_MIN + 5)
+    assembly = Assembly(payload)
+    for part in parts:
+        head, tail = encode_part(part)
+        aimed = assembly.aim(memoryview(head + bytes(tail[:9])), len(head) + len(tail))
+        assert aimed is not None
+        assert aimed.at == len(head)
+        aimed.place[:] = tail
+        assert not assembly.complete
+        assert assembly.add(aimed.part)
+    assert assembly.complete
+    assert assembly.data == data
+
+
+def test_what_landed_in_its_place_and_lies_does_not_count() -> None:
+    payload, data, (part, *_) = cut(PART_BYTES_MIN)
+    assembly = Assembly(payload)
+    head, tail = encode_part(part)
+    aimed = assembly.aim(memoryview(head), len(head) + len(tail))
+    assert aimed is not None
+    aimed.place[:] = bytes(PART_BYTES_MIN)
+    with pytest.raises(WireError, match="does not match its checksum"):
+        assembly.add(aimed.part)
+    assert assembly.missing == 1
+    assert assembly.add(part)  # the true one comes another way
+    assert assembly.data == data
+
+
+def test_only_a_part_that_is_awaited_is_given_a_place_and_only_once() -> None:
+    payload, _, (first, second) = cut(PART_BYTES_MIN + 100)
+    assembly = Assembly(payload)
+
+    def aim(part: Part, *, more: int = 0, cut_at: int | None = None) -> object:
+        head, tail = encode_part(part)
+        return assembly.aim(memoryview(head[:cut_at]), len(head) + len(tail) + more)
+
+    assert aim(replace(first, payload="q")) is None
+    assert aim(replace(first, index=2)) is None
+    assert aim(replace(second, data=bytes(101))) is None
+    assert aim(first, more=1) is None
+    assert aim(first, cut_at=20) is None
+    assert assembly.aim(memoryview(encode(Closed(Attempt("r", 1, 1), ""))), 100) is None
+    assert assembly.add(second)
+    assert aim(second) is None
+    assert aim(first) is not None
+    assert aim(first) is None
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, name: str) -> None:
         self.name = name
         self.frame_bytes = 4096
+        self._numbers = range(0)  # that channels may have; 0 is the connection's own
         self.spares = Spares()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
         self._inlet = Inlet(self)
@@ -139,6 +140,7 @@ class Connection(asyncio.BufferedProtocol):
             raise WireError("RabbitMQ's greeting is not AMQP 0-9-1.")
         self.frame_bytes = min(tune.frame_max or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
         channels = min(tune.channel_max or CHANNELS_MAX, CHANNELS_MAX)
+        self._numbers = range(1, channels + 1)
         zero.send(commands.Connection.TuneOk(channels, self.frame_bytes, heartbeat_s))
         await zero.ask(commands.Connection.Open(_vhost(url)))
         if heartbeat_s:
@@ -154,9 +156,9 @@ class Connection(asyncio.BufferedProtocol):
             channel = kept.pop()
             if channel.ended is None:
                 return channel
-        number = next((n for n in range(1, CHANNELS_MAX) if n not in self._channels), None)
+        number = next((n for n in self._numbers if n not in self._channels), None)
         if number is None:
-            raise LinkError(f"{self.name} has {CHANNELS_MAX} channels already.")
+            raise LinkError(f"{self.name} has {len(self._numbers)} channels already, as many as RabbitMQ grants it.")
         channel = self._channels[number] = Channel(self, number)
         wishes: list[Frame] = [commands.Channel.Open()]
         if confirms:

@@ -6,16 +6,14 @@ holds the two together. Does not know queues, clocks, rounds' rules or what a te
 The decoder trusts nothing: msgpack under limits, then every field against the dataclass's own annotations.
 """
 
-import math
-import re
 import struct
-import types
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, get_args
 
 import msgpack
 
 from broker.errors import WireError
+from broker.fields import NAME, Within, build, in_short
 from broker.tensors import TENSORS_MAX, Layout, TensorSpec
 
 PROTOCOL = 1
@@ -38,22 +36,11 @@ _LIMITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Within:
-    """Bounds of an annotated field: of the value for a number, of the length for anything else."""
-
-    low: float
-    high: float
-
-
-NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # spliced into routing keys and, later, broker rights
-NAME_RULE = "1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
-
 Name = Annotated[str, NAME]
 Text = Annotated[str, Within(0, TEXT_MAX)]
 COUNT_MAX = 2**53
 Count = Annotated[int, Within(0, COUNT_MAX)]
-Number = float  # finite: `_check_plain` sees to it
+Number = float  # finite: `fields` sees to it
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
 Key = Annotated[str, Within(0, KEY_MAX)]
 Scalar = bool | int | float | str
@@ -132,6 +119,7 @@ class Task:
     format: Literal["float32", "bfloat16", "int8", "top-k"] = "float32"
     keep: Annotated[float, Within(0, 1)] = 1.0
     down: Literal["full", "bfloat16", "int8"] = "full"
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +173,7 @@ class Answer:
     of: Attempt
     verdict: Literal["accepted", "late", "stranger", "duplicate", "invalid", "resend"]
     reason: Text
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +182,19 @@ class Closed:
 
     of: Attempt
     reason: Text
+    epoch: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Coordinator → cohort: I have taken up this run; say again what you have for it and I have not answered.
+
+    Every coordinator of a run has a higher `epoch` than the one before, and says it in all that it sends: whoever has
+    heard of a higher one ignores what comes from a lower.
+    """
+
+    run: Name
+    epoch: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +210,9 @@ class Part:
     data: Buffer = field(repr=False)
 
 
-Small = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed
+Small = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed | Resumed
 Message = Small | Part
 KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
-_HINTS: dict[type[Any], dict[str, Any]] = {
-    kind: get_type_hints(kind, include_extras=True) for kind in (*KINDS.values(), Attempt, Payload, TensorSpec)
-}
 
 
 def encode(message: Message) -> bytes:
@@ -260,13 +259,13 @@ def decode(body: Buffer) -> Message:
     version = raw.pop("v", None)
     if type(version) is not int or version != PROTOCOL:
         raise WireError(
-            f"the message speaks protocol {_in_short(version)}, this side speaks {PROTOCOL}: "
+            f"the message speaks protocol {in_short(version)}, this side speaks {PROTOCOL}: "
             "install the same version of fluffle on both sides."
         )
     kind = raw.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise WireError(f"unknown kind of message {_in_short(kind)}.")
-    message: Message = _build(KINDS[kind], raw, kind)
+        raise WireError(f"unknown kind of message {in_short(kind)}.")
+    message: Message = build(KINDS[kind], raw, kind)
     if isinstance(message, Task | Update):
         message.payload.layout.check()
     return message
@@ -317,81 +316,3 @@ def _unpack(body: Buffer) -> Any:
         # one class covers most, but which one depends on where the bytes go wrong
         why = type(problem).__name__
         raise WireError(f"a message of {len(body)} bytes is not msgpack within the limits ({why}).") from None
-
-
-def _in_short(value: Any) -> str:
-    """`value` for a sentence; of anything but a number or a text only its type, for it may be nested too deep."""
-    return repr(value)[:40] if isinstance(value, int | float | str) else type(value).__name__
-
-
-def _build(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
-    hints = _HINTS[kind]
-    unknown = [name for name in raw if name not in hints]
-    missing = [f.name for f in fields(kind) if f.name not in raw]
-    if unknown or missing:
-        names = f"an unknown field {unknown[0][:40]!r}" if unknown else f"no field {missing[0]!r}"
-        raise WireError(f"{where} has {names}.")
-    return kind(**{name: _check(hints[name], value, f"{where}.{name}") for name, value in raw.items()})
-
-
-def _check(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotation `hint` wants it, or WireError naming `where`."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        plain, *rules = get_args(hint)
-        checked = _check(plain, value, where)
-        for rule in rules:
-            _keep(rule, checked, where)
-        return checked
-    if origin is Literal:
-        if isinstance(value, str) and value in get_args(hint):
-            return value
-        raise WireError(f"{where} must be one of {', '.join(get_args(hint))}.")
-    if hint == Buffer and isinstance(value, bytes | memoryview):
-        return value
-    if origin in (Union, types.UnionType):
-        return _check_union(get_args(hint), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_check(get_args(hint)[0], item, where) for item in value)
-    if origin is dict and isinstance(value, dict):
-        key_hint, value_hint = get_args(hint)
-        return {_check(key_hint, k, where): _check(value_hint, v, where) for k, v in value.items()}
-    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return _build(hint, value, where)
-    return _check_plain(hint, value, where)
-
-
-def _check_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    last = WireError(f"{where} has the wrong type.")
-    for option in options:
-        try:
-            return _check(option, value, where)
-        except WireError as problem:
-            last = problem
-    raise last
-
-
-def _check_plain(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise WireError(f"{where} must be a finite number.")
-        return number
-    if hint in (bool, int, str) and type(value) is hint:
-        return value
-    raise WireError(f"{where} has the wrong type.")
-
-
-def _keep(rule: Any, value: Any, where: str) -> None:
-    if isinstance(rule, re.Pattern):
-        if rule.fullmatch(value) is None:
-            raise WireError(f"{where} must be {NAME_RULE}.")
-    elif isinstance(rule, Within):
-        measured = value if isinstance(value, int | float) else len(value)
-        if not rule.low <= measured <= rule.high:
-            raise WireError(f"{where} must be within {rule.low:g} and {rule.high:g}.")

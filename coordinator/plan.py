@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from broker.errors import UsageError
+from broker.fields import NAME, NAME_RULE
 from broker.formats import KEEP
-from broker.messages import KEY_MAX, MAP_MAX, NAME, NAME_RULE, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
+from broker.messages import KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
 from broker.parts import PART_BYTES
 from coordinator.aggregation import RULES
 

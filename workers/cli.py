@@ -16,8 +16,8 @@ from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.errors import UsageError
+from broker.fields import NAME, NAME_RULE
 from broker.files import read_version
-from broker.messages import NAME, NAME_RULE
 from broker.options import BrokerUrl, SettingPairs, parse_settings, state_folder
 from workers import host
 from workers import learner as learners

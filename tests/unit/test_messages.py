@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from broker import messages
 from broker.errors import WireError
+from broker.fields import NAME, Within
 from broker.messages import (
     COLLECTIONS_MAX,
     KINDS,
     MAP_MAX,
     MESSAGE_BYTES_MAX,
-    NAME,
     PART_BYTES_MAX,
     PART_BYTES_MIN,
     TEXT_MAX,
@@ -35,11 +35,11 @@ from broker.messages import (
     Part,
     Payload,
     Refusal,
+    Resumed,
     Score,
     Seconds,
     Task,
     Update,
-    Within,
     decode,
     encode,
 )
@@ -58,6 +58,7 @@ ONE_OF_EACH: tuple[Message, ...] = (
     Refusal(OF, "ada", "no room"),
     Answer(OF, "accepted", "counted"),
     Closed(OF, "it is closed"),
+    Resumed("run-1", 3),
     Part("run-1/7/1", 3, 123, b"data"),
 )
 
@@ -232,8 +233,8 @@ def test_numbers_that_are_not_finite_are_refused_wherever_they_stand(number: flo
         (ONE_OF_EACH[5], {"metrics": {"x" * 201: 1.0}}, "update.metrics must be within 0 and 200"),
         (ONE_OF_EACH[2], {"settings": {"x" * 201: 1}}, "task.settings must be within 0 and 200"),
         (ONE_OF_EACH[2], {"work": "rest"}, "task.work must be one of train, evaluate"),
-        (ONE_OF_EACH[9], {"index": -1}, "part.index must be within"),
-        (ONE_OF_EACH[9], {"checksum": -1}, "part.checksum must be within"),
+        (ONE_OF_EACH[10], {"index": -1}, "part.index must be within"),
+        (ONE_OF_EACH[10], {"checksum": -1}, "part.checksum must be within"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused(message: Message, changed: dict[str, Any], said: str) -> None:

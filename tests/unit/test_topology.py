@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from broker import messages, topology
+from broker import fields, messages, topology
 from broker.topology import Queue, Topology
 
 PAGE = (files(messages.__package__) / "PROTOCOL.md").read_text("utf-8")
@@ -94,7 +94,7 @@ def test_what_a_worker_says_reaches_every_run_or_the_run_that_is_meant_and_its_p
 
 def test_names_fit_into_what_amqp_allows_and_stay_out_of_rabbitmqs_own() -> None:
     longest = "w" * 63
-    assert re.fullmatch(messages.NAME, longest)
+    assert re.fullmatch(fields.NAME, longest)
     keys = [topology.inbox_key(longest, longest)]
     for part in (topology.FEDERATION, topology.of_worker(longest), topology.of_run(longest)):
         keys += [exchange.name for exchange in part.exchanges] + [queue.name for queue in part.queues]

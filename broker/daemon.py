@@ -45,6 +45,12 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def mind_parent() -> None:
+    """From now on, do not outlive the process that PARENT names, if it names one."""
+    if os.environ.get(PARENT):
+        die_with(int(os.environ[PARENT]))
+
+
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     """Run a daemon until it returns.
 
@@ -53,8 +59,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     Raises:
         StoppedEarly: it was cancelled by the second signal.
     """
-    if os.environ.get(PARENT):
-        die_with(int(os.environ[PARENT]))
+    mind_parent()
 
     async def under_signals() -> None:
         stop = asyncio.Event()

@@ -49,7 +49,9 @@ def in_order(pieces: Iterable[memoryview]) -> Callable[[Put], None]:
     return fill
 
 
-def draft_version(path: Path, layout: Layout, fill: Callable[[Put], None], about: dict[str, str]) -> memoryview:
+def draft_version(
+    path: Path, layout: Layout, fill: Callable[[Put], None], about: dict[str, str], *, tag: str = ""
+) -> memoryview:
     """Write named tensors beside `path`, where nobody looks, until `seal(path)` makes them the file there.
 
     Args:
@@ -57,6 +59,7 @@ def draft_version(path: Path, layout: Layout, fill: Callable[[Put], None], about
         layout: the tensors' places.
         fill: puts their bytes, all of them, in any order.
         about: notes for the header.
+        tag: tells this draft from others for the same path.
 
     Returns:
         The bytes of the draft as they lie in the system's cache, at no cost in memory of our own. They may be changed
@@ -69,7 +72,7 @@ def draft_version(path: Path, layout: Layout, fill: Callable[[Put], None], about
     if not layout.specs:
         raise UsageError("the model has no tensors, so there is nothing to learn: give it parameters.")
     header = _header(layout, about)
-    with _written(path) as file:
+    with _written(path, tag) as file:
         number = file.fileno()
 
         def put(start: int, piece: memoryview) -> None:
@@ -83,17 +86,26 @@ def draft_version(path: Path, layout: Layout, fill: Callable[[Put], None], about
         return memoryview(_mapped(number))[len(header) :]
 
 
-def seal(path: Path, *, durable: bool = True) -> None:
+def seal(
+    path: Path,
+    *,
+    durable: bool = True,
+    tag: str = "",
+    guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
     """Let what was written beside `path` take its place at once; `durable`: also after a power failure.
+
+    What takes long comes first; the step itself is taken within `guard`, which may refuse it.
 
     Raises:
         OSError: the disk is full or broken.
     """
-    beside = _beside(path)
+    beside = _beside(path, tag)
     try:
         if durable:
             _sync(beside)
-        beside.replace(path)
+        with guard():
+            beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)  # what a disk has failed to keep once, it may claim to have kept the next time
         raise
@@ -192,14 +204,14 @@ def _mapped(number: int) -> mmap.mmap:
     return mmap.mmap(number, 0, flags=mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if small else 0))
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
+def _beside(path: Path, tag: str = "") -> Path:
+    return path.with_name(f".{path.name}{tag}.new")
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[IO[bytes]]:
+def _written(path: Path, tag: str = "") -> Iterator[IO[bytes]]:
     """A new file beside `path`; gone again if something is raised."""
-    beside = _beside(path)
+    beside = _beside(path, tag)
     beside.unlink(missing_ok=True)  # a crash may have left it; or it is an older draft, which may still be in use
     try:
         with beside.open("x+b") as file:

@@ -67,6 +67,11 @@ class Assembly:
         """How many parts have not landed yet."""
         return len(self._missing)
 
+    @property
+    def arriving(self) -> bool:
+        """Whether a part is being received into its place."""
+        return any(index in self._missing for index in self._aimed)
+
     def aim(self, begins: memoryview, size: int) -> Aimed | None:
         """See `Aim`. What lands there counts when it is added; one place is never given twice."""
         head = part_head(begins)

@@ -16,7 +16,7 @@ from rich.table import Table
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
 from broker.options import BrokerUrl, SettingPairs, parse_settings
-from coordinator import history, service
+from coordinator import history, service, standby
 from coordinator import plan as plans
 from coordinator.store import Store
 
@@ -46,7 +46,10 @@ def coordinator(
     ] = service.DRAINS,
     settings: SettingPairs = None,
 ) -> None:
-    """Make versions until the plan's rounds are done. Options change the plan until version 1 is made."""
+    """Make versions until the plan's rounds are done. Options change the plan until version 1 is made.
+
+    Where another coordinator is at work on the run, stand by, and take over when it is gone.
+    """
     store = Store.open(run)
     given = {
         "rounds": rounds,
@@ -64,14 +67,16 @@ def coordinator(
     if settings:
         changes["settings"] = {**store.plan.settings, **parse_settings(settings)}
     daemon.start_log()
-    with store.locked():
+    daemon.mind_parent()
+    with standby.turn(run) as forced:
+        store = Store.open(run)  # as it is now
         store.adopt(plans.change(store.plan, changes))
-        daemon.run(lambda stop: _serve(store, broker, drains, stop))
+        daemon.run(lambda stop: _serve(store, broker, stop, drains=drains, forced=forced))
 
 
-async def _serve(store: Store, broker: str, drains: int, stop: asyncio.Event) -> None:
+async def _serve(store: Store, broker: str, stop: asyncio.Event, *, drains: int, forced: bool) -> None:
     link = await rabbit.connect(broker, name=f"coordinator-{store.plan.run}")
-    work = asyncio.create_task(service.serve(store, link, drains=drains))
+    work = asyncio.create_task(service.serve(store, link, drains=drains, forced=forced))
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)

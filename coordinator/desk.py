@@ -43,6 +43,7 @@ class Open:
     returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent
     held: list[Delivery] = field(default_factory=list)  # accepted updates, acknowledged when the version is safe
     untidy: set[str] = field(default_factory=set)  # sent parts that nobody will drain
+    left_s: float | None = None  # taken up again: how long its turn has left
 
 
 class Desk:
@@ -137,7 +138,12 @@ class Desk:
             here.returned.add(hello.worker)
 
     async def read(self, message: Message, delivery: Delivery) -> None:
-        """Take what a worker says to this run; updates are acknowledged when their version is safe, or at once."""
+        """Take what a worker says to this run; updates are acknowledged when their version is safe, or at once.
+
+        Raises:
+            RunEnded: this is another coordinator's to hear by now.
+        """
+        self.store.claim.check()
         match message:
             case Update():
                 await self._judge(message, delivery)

@@ -3,8 +3,10 @@
 Knows what settings there are, their bounds and which contradict each other. Does not know what they bring about.
 """
 
+import json
 import tomllib
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,6 +169,12 @@ def change(plan: Plan, changes: Mapping[str, Any]) -> Plan:
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain values; settings that are not given are left out."""
     return {k: v for k, v in _ADAPTER.dump_python(plan).items() if v is not None}
+
+
+def digest(plan: Plan) -> str:
+    """Of all that decides what a round's updates are made of, and who is asked."""
+    settled = {key: value for key, value in as_dict(plan).items() if key not in ("rounds", "round_s", "gather_s")}
+    return sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read(path: Path) -> Plan:

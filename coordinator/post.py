@@ -7,18 +7,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 from broker import topology
 from broker.errors import LinkError, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
-from broker.messages import Answer, Closed, Message, Part, Task, Update, encode
+from broker.messages import Answer, Closed, Message, Part, Resumed, Task, Update, encode
 from broker.parts import Assembly, split
 
 log = logging.getLogger(__name__)
 
 STALL_S = 20.0
 """How long the next missing part of an upload that was said to be complete may keep the coordinator waiting."""
+LOOK_S = 2.0
+"""After so long without a part we look whether there is one."""
 RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 FORGET_PARTS = 32
@@ -34,9 +37,10 @@ Take = Callable[[Message, Delivery], Awaitable[None]]
 class Post:
     """One run's coordinator, as the federation hears it."""
 
-    def __init__(self, link: Link, run: str) -> None:
+    def __init__(self, link: Link, run: str, epoch: int) -> None:
         self.link = link
         self.run = run
+        self.epoch = epoch
 
     async def declare(self) -> None:
         """Make sure that the run's queues and the federation's exchanges exist."""
@@ -108,8 +112,9 @@ class Post:
         parts = forgetting(split(task.payload, weights), weights, lambda part: len(part.data))
         return len(header) + await publish_parts(self.link, parts, topology.DOWN, keys, lane=Lane.DOWN)
 
-    async def tell(self, workers: Iterable[str], message: Answer | Closed) -> None:
+    async def tell(self, workers: Iterable[str], message: Answer | Closed | Resumed) -> None:
         """Send a small message to these workers. One that cannot be reached will hear it by asking again."""
+        message = replace(message, epoch=self.epoch)
         for batch in batches(tuple(workers)):
             try:
                 await self.link.publish(Outgoing(topology.CONTROL, batch, encode(message)))
@@ -150,8 +155,14 @@ class Post:
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
             due_at = min(now() + STALL_S, end_at)
             while not assembly.complete:
-                async with asyncio.timeout_at(due_at):
-                    delivery = await anext(deliveries)
+                try:
+                    async with asyncio.timeout_at(min(due_at, now() + LOOK_S)):
+                        delivery = await anext(deliveries)
+                except TimeoutError:
+                    # all have been in the queue: what is neither there nor half here is lost
+                    if now() < due_at and (assembly.arriving or await self.link.depth(queue)):
+                        continue
+                    raise
                 message = read(delivery)
                 if not isinstance(message, Part):
                     raise WireError("something that is not a part lies in the upload queue.")

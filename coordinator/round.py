@@ -71,11 +71,11 @@ class Round:
         """The workers of the present turn."""
         return self._asked
 
-    def begin_turn(self, now: float) -> tuple[str, ...]:
-        """Go on to the next turn; who is to be asked."""
+    def begin_turn(self, now: float, *, turn_s: float | None = None) -> tuple[str, ...]:
+        """Go on to the next turn, which has `turn_s`, or as long as any; who is to be asked."""
         self._closed_turns.update(self._asked)
         self._asked = self._turns.pop(0)
-        self.deadline_at = now + self._turn_s
+        self.deadline_at = now + (self._turn_s if turn_s is None else turn_s)
         self.outcome = None
         return self._asked
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,12 +20,16 @@ from broker.errors import LinkError, Unroutable, WireError
 from broker.files import forget
 from broker.formats import FORMATS
 from broker.link import Link, first_of
-from broker.messages import Answer, Attempt, Closed, Payload, Task
+from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
 from coordinator import history
+from coordinator import plan as plans
+from coordinator.claim import beat
 from coordinator.desk import Desk, Open
+from coordinator.journal import Try
 from coordinator.post import Post
 from coordinator.roster import choose_cohort, may_begin
 from coordinator.round import Phase, Round
+from coordinator.standby import BEAT_S
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -34,6 +39,8 @@ FINAL_S_MAX = 120.0
 TICK_S_MAX = 3600.0
 NOW_S = 0.2
 """How far `now.json` may lag behind an open round."""
+LEFT_S_MIN = 60.0
+"""How long a round that is taken up waits at least, if its plan would: its workers may have been cut off, too."""
 DRAINS = 2
 """Uploads received at once, each into a room of its own of the update's size."""
 
@@ -43,9 +50,10 @@ class Coordinator:
 
     def __init__(self, store: Store, link: Link, *, drains: int = DRAINS) -> None:
         self.store = store
+        epoch = store.begin_epoch()
         store.settle()
         self.plan = store.plan
-        self.post = Post(link, self.plan.run)
+        self.post = Post(link, self.plan.run, epoch)
         version = store.latest() or 0
         self.layout, self.weights = store.load(version)
         self.change: memoryview | None = None  # from the version before, as the plan wants it sent
@@ -57,12 +65,19 @@ class Coordinator:
         self._now: dict[str, Any] = {}
         self._writing: asyncio.TimerHandle | None = None
 
-    async def serve(self) -> None:
+    async def serve(self, *, forced: bool = False) -> None:
         """Make the versions that the plan still asks for.
+
+        Args:
+            forced: the coordinator before this one may be there still, and hold what was sent to the run's queues.
+                They are made anew, and everyone who was asked is asked to say again what they have.
 
         Raises:
             UsageError: the run's folder cannot be written, or the broker refuses.
+            RunEnded: another coordinator has taken over.
         """
+        if forced:
+            await self.post.retire()
         if self.desk.version >= self.plan.rounds:
             log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
             await self.post.retire()  # the coordinator before this one may have died before it could
@@ -74,6 +89,7 @@ class Coordinator:
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
                     group.create_task(self.post.read_inbox(self.desk.read)),
                     group.create_task(self.desk.drain_uploads()),
+                    group.create_task(self._beat()),
                 ]
                 await self._make_versions()
                 await self._sealed()
@@ -82,17 +98,26 @@ class Coordinator:
                     ear.cancel()
         except* Exception as several:  # noqa: BLE001 - whichever part failed first is the reason
             raise first_of(several) from None
+        self.store.claim.check()
         await self.post.retire()
         self._say("done", f"version {self.desk.version} is made")
+
+    async def _beat(self) -> None:
+        """Show those who stand by that we are here, for as long as we are the ones to be."""
+        while True:
+            self.store.claim.check()
+            beat(self.store.folder)
+            await asyncio.sleep(BEAT_S)
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
     async def _make_versions(self) -> None:
         gather_s, failures = self.plan.gather_s, 0
+        begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
         while self.desk.version < self.plan.rounds:
-            cohort = await self._gather(gather_s)
-            gather_s = 0.0
-            if await self._try_round(cohort):
+            here = self._take_up(begun) if begun else self._open(await self._gather(gather_s))
+            gather_s, begun = 0.0, None
+            if await self._try_round(here):
                 failures = 0
                 continue
             failures += 1
@@ -115,15 +140,32 @@ class Coordinator:
             await self._wait(until=began_at + gather_s if waited_s < gather_s else None)
         return choose_cohort(here, plan.cohort, random.Random(f"{plan.seed}/{self.desk.version + 1}"))
 
-    async def _try_round(self, cohort: list[str]) -> bool:
-        """One attempt at the next version; whether it was made."""
-        number, began_at = self.desk.version + 1, time.monotonic()
-        of = Attempt(self.plan.run, number, self.store.begin_attempt(number))
+    def _open(self, cohort: list[str]) -> Open:
+        """A new attempt at the next version, put down before anybody hears of it."""
+        number, until = self.desk.version + 1, time.time() + self.plan.round_s
+        attempt = self.store.journal.begin(number, plans.digest(self.plan), tuple(cohort), until)
+        here = self._round(Attempt(self.plan.run, number, attempt), cohort)
+        log.info("%s begins with %s", here.round.of, ", ".join(cohort))
+        return here
+
+    def _take_up(self, begun: Try) -> Open:
+        """The attempt that was open when the coordinator before this one ended.
+
+        Whoever was asked may still be at it, or may have done it: nobody is asked again who does not ask for it.
+        """
+        here = self._round(Attempt(self.plan.run, begun.round, begun.attempt), begun.cohort)
+        here.left_s = max(min(begun.until - time.time(), self.plan.round_s), min(self.plan.round_s, LEFT_S_MIN))
+        self.roster.expect(begun.cohort, time.monotonic())
+        log.info("%s goes on with %s", here.round.of, ", ".join(begun.cohort))
+        return here
+
+    def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:
         turns = [cohort] if self.plan.schedule == "parallel" else [[worker] for worker in cohort]
-        trying = Round(of, turns, quorum=self.plan.least, turn_s=self.plan.round_s)
-        self.desk.open = here = Open(trying, self.weights)
-        log.info("%s begins with %s", of, ", ".join(cohort))
-        trouble = ""
+        return Open(Round(of, turns, quorum=self.plan.least, turn_s=self.plan.round_s), self.weights)
+
+    async def _try_round(self, here: Open) -> bool:
+        """One attempt at the next version; whether it was made."""
+        self.desk.open, trying, began_at, trouble = here, here.round, time.monotonic(), ""
         try:
             while trying.has_turn:
                 await self._take_turn(here)
@@ -139,11 +181,15 @@ class Coordinator:
         return False
 
     async def _take_turn(self, here: Open) -> None:
-        asked = here.round.begin_turn(time.monotonic())
+        left_s, here.left_s = here.left_s, None
+        asked = here.round.begin_turn(time.monotonic(), turn_s=left_s)
         here.turn += 1
         first = here.round.cohort[: len(asked)] == asked
         await self.desk.begin_turn()
-        await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
+        if left_s is None:
+            await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
+        else:
+            await self.post.tell(asked, Resumed(self.plan.run, self.post.epoch))
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
@@ -176,7 +222,7 @@ class Coordinator:
         """The round has made a version. The next one may begin while it is written to the disk."""
         done = here.round
         line = history.round_line(done, here.facts, why=why, seconds=seconds, at=time.time())
-        self.store.intend(line)
+        self.store.journal.made(line)
         self.weights = here.weights
         self.desk.made(done)
         await self._drop_uploads(here)
@@ -185,6 +231,7 @@ class Coordinator:
     async def _seal(self, here: Open, line: history.Line, why: str) -> None:
         """Make the version safe first, tell everyone after."""
         done = here.round
+        self.store.journal.flush()  # unless the next round has begun, which was put down together with this
         await asyncio.to_thread(self.store.seal, done.of.round)
         self.store.note(line)
         self.desk.safe(done)
@@ -204,6 +251,7 @@ class Coordinator:
 
     async def _abandon(self, here: Open, why: str, seconds: float) -> None:
         given_up, self.desk.open = here.round, None
+        self.store.journal.abandon(given_up.of.round)
         self.store.note(history.abandoned_line(given_up, here.facts, why=why, seconds=seconds, at=time.time()))
         log.warning("%s abandoned: %s", given_up.of, why)
         await self.post.tell(list(given_up.cohort), Closed(given_up.of, f"it was abandoned: {why}"[:1000]))
@@ -269,7 +317,7 @@ class Coordinator:
         payload = Payload(f"{of.run}/{of.round}/{of.attempt}/{turn}", plan.part_bytes, self.layout.specs)
         return Task(
             of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
-            format=plan.format, keep=plan.kept,
+            format=plan.format, keep=plan.kept, epoch=self.post.epoch,
         )  # fmt: skip
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:
@@ -315,6 +363,6 @@ class Coordinator:
         self.store.say_now(self._now)
 
 
-async def serve(store: Store, link: Link, *, drains: int = DRAINS) -> None:
+async def serve(store: Store, link: Link, *, drains: int = DRAINS, forced: bool = False) -> None:
     """Be the coordinator of a run until its plan is done; see `Coordinator.serve`."""
-    await Coordinator(store, link, drains=drains).serve()
+    await Coordinator(store, link, drains=drains).serve(forced=forced)

@@ -4,7 +4,6 @@ Knows files: every one is whole or absent, whatever dies when. Does not know rou
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -16,9 +15,11 @@ from broker.errors import UsageError
 from broker.files import Put, draft_version, in_order, read_version, seal, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
+from coordinator.claim import Claim
+from coordinator.journal import Journal
 from coordinator.plan import Plan
 
-VERSIONS, HISTORY, ROUND, NOW, LOCK = "versions", "history.jsonl", "round.json", "now.json", ".lock"
+VERSIONS, HISTORY, NOW = "versions", "history.jsonl", "now.json"
 
 
 class Store:
@@ -27,13 +28,15 @@ class Store:
     Attributes:
         folder: where it is.
         plan: the plan as it stands in the folder.
+        claim: whether it is ours to change.
+        journal: the rounds in the making.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
-        self._trying: dict[str, Any] = {}  # what ROUND holds, or would, of the round that is open
-        self._spoken_for: int | None = None  # the round of which the next try is noted already
+        self.claim = Claim(folder)
+        self.journal = Journal(folder, self._write)
 
     @classmethod
     def create(cls, folder: Path, plan: Plan, layout: Layout, weights: memoryview) -> "Store":
@@ -67,22 +70,6 @@ class Store:
             raise UsageError(f"{folder} has a plan but no version 0: make the run anew with `fluffle init`.")
         return store
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Nobody else changes this run in the meantime.
-
-        Raises:
-            UsageError: another coordinator is at work on it.
-        """
-        with _disk(self.folder):
-            file = (self.folder / LOCK).open("w")
-        with file:  # outside of _disk: what goes wrong while it is locked need not be the disk
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another coordinator is at work on {self.folder}: stop it first.") from None
-            yield
-
     def adopt(self, plan: Plan) -> None:
         """Take another plan, unless versions have been made under the present one.
 
@@ -96,8 +83,7 @@ class Store:
         if self.latest() and changed != ["rounds"]:
             names = ", ".join(key for key in changed if key != "rounds")
             raise UsageError(f"the plan of {self.folder} is frozen since version 1 (you would change {names}).")
-        with _disk(self.folder):
-            write_whole(self.folder / plans.FILE, plans.to_toml(plan))
+        self._write(self.folder / plans.FILE, plans.to_toml(plan))
         self.plan = plan
 
     def path(self, version: int) -> Path:
@@ -126,16 +112,22 @@ class Store:
         """
         about = {"fluffle_run": self.plan.run, "fluffle_version": str(version), "learner": self.plan.learner}
         with _disk(self.folder):
-            return draft_version(self.path(version), layout, fill, about)
+            return draft_version(self.path(version), layout, fill, about, tag=self._tag)
+
+    @property
+    def _tag(self) -> str:
+        """Drafts of two coordinators have different names."""
+        return f".{self.claim.epoch}" if self.claim.epoch else ""
 
     def seal(self, version: int) -> None:
         """Make the draft of a version the version; when this returns it survives a power failure.
 
         Raises:
             UsageError: the disk is full or broken; the draft is gone then.
+            RunEnded: another coordinator has taken over.
         """
         with _disk(self.folder):
-            seal(self.path(version))
+            seal(self.path(version), tag=self._tag, guard=self.claim.acting)
 
     def save(self, version: int, layout: Layout, weights: memoryview) -> None:
         """Draft and seal a version.
@@ -161,7 +153,7 @@ class Store:
 
     def note(self, line: dict[str, Any]) -> None:
         """Add a line to the history; it survives a power failure."""
-        with _disk(self.folder), (self.folder / HISTORY).open("ab+") as file:
+        with self._acting(), (self.folder / HISTORY).open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a crash tore the last line: let it stand alone, unreadable
@@ -182,41 +174,45 @@ class Store:
                 lines.append(json.loads(line))
         return [line for line in lines if isinstance(line, dict)]
 
-    def begin_attempt(self, number: int) -> int:
-        """Note that a try at round `number` begins; which try it is, counting those that crashed."""
-        before = self._json(ROUND)
-        if self._spoken_for == number:  # noted with the version before
-            self._trying = {"round": number, "attempt": before["next"]}
-            self._spoken_for = None
-            return int(before["next"])
-        self._trying = {"round": number, "attempt": 1}
-        if before.get("round") == number:
-            self._trying = {**before, "attempt": before.get("attempt", 0) + 1}
-        elif before.get("round") == number - 1:
-            self._trying["attempt"] = before.get("next", 0) + 1
-        with _disk(self.folder):
-            write_whole(self.folder / ROUND, json.dumps(self._trying).encode())
-        return int(self._trying["attempt"])
+    def begin_epoch(self) -> int:
+        """Become the one who may change this run; what others write from now on is refused. Our number.
 
-    def intend(self, line: dict[str, Any]) -> None:
-        """Keep the line of a version that is about to be saved: a crash between the two must not lose it.
-
-        The next round may begin before the version is safe. So one try at it is noted as begun, too: should the
-        version be lost and made again of other updates, what was trained on the lost one is of another try.
+        Raises:
+            UsageError: the folder cannot be written.
         """
-        self._trying |= {"line": line, "next": self._trying.get("next", 0) + 1}
         with _disk(self.folder):
-            write_whole(self.folder / ROUND, json.dumps(self._trying).encode())
-        self._spoken_for = line["version"] + 1
+            epoch = self.claim.begin()
+        for left in (self.folder / VERSIONS).glob(".*.new"):  # drafts of those who are gone
+            left.unlink(missing_ok=True)
+        self.journal = Journal(self.folder, self._write)  # as whoever acted before has left it
+        return epoch
+
+    @contextlib.contextmanager
+    def _acting(self) -> Iterator[None]:
+        """Change the run, if that is still ours to do.
+
+        Raises:
+            RunEnded: another coordinator has taken over.
+            UsageError: the disk is full or not writable.
+        """
+        with _disk(self.folder), self.claim.acting():
+            yield
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with self._acting():
+            write_whole(path, data)
 
     def settle(self) -> None:
         """Note the line of a version that was saved just before a crash, if it was."""
-        line = self._json(ROUND).get("line")
-        if isinstance(line, dict) and line.get("version") == self.latest() and line not in self.history():
-            self.note(line)
+        noted = [line for line in self.history() if line.get("event") == "round"]
+        for line in self.journal.lines():
+            if line["version"] <= (self.latest() or 0) and line not in noted:
+                self.note(line)
 
     def say_now(self, now: dict[str, Any]) -> None:
         """Leave word of what is happening, for `fluffle status`; may be lost in a crash."""
+        if not self.claim.ours():  # another's word is newer
+            return
         with _disk(self.folder):
             write_whole(self.folder / NOW, json.dumps(now).encode(), durable=False)
 

@@ -31,6 +31,7 @@ class Sent:
     task: Task
     done: Done
     over: bool = False
+    unsent: bool = True  # its parts are to be sent, for the first time or again
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
     bell: asyncio.TimerHandle | None = None
     work: asyncio.Task[None] | None = None
@@ -95,10 +96,14 @@ class Outbox:
                 why = f"no verdict within {VERDICT_S:.0f} s of the next task"
                 sent.bell = asyncio.get_running_loop().call_later(VERDICT_S, self._give_up, sent, why)
 
-    def ask_again(self) -> None:
-        """Parts that were sent, or the answers to them, may be lost."""
+    def ask_again(self, run: str = "") -> None:
+        """What was said, or the answer to it, may be lost: say it again, of one run or of all.
+
+        Parts that are lost, too, will be asked for.
+        """
         for sent in self._sent:
-            sent.news.set()
+            if run in ("", sent.task.of.run):
+                sent.news.set()
 
     def hear(self, message: Answer | Closed) -> None:
         """What has become of an update."""
@@ -141,22 +146,24 @@ class Outbox:
         if done.delta is None or done.examples is None:
             await self._post.say(score)
             return
-        scored = asyncio.create_task(self._try_to_say(score)) if done.scores else None
         # a training that was repeated may differ; its parts must not be mixed with those of the one before
         payload_id = f"{task.payload.id}/{who}/{secrets.token_hex(4)}"
         payload = Payload(payload_id, task.payload.part_bytes, done.layout.specs)
         update = Update(task.of, who, task.version, done.examples, done.metrics, payload)
-        try:
-            while not sent.over:
-                sent.news.clear()
-                await self._post.upload(payload, done.delta.data)
+        while not sent.over:
+            sent.news.clear()
+            scored = asyncio.create_task(self._try_to_say(score)) if done.scores else None
+            try:
+                if sent.unsent:
+                    sent.unsent = False
+                    await self._post.upload(payload, done.delta.data)
                 if scored:
                     await scored  # before the update, which may end the round
                 await self._post.say(update)
                 await sent.news.wait()
-        finally:
-            if scored:
-                scored.cancel()
+            finally:
+                if scored:
+                    scored.cancel()
 
     async def _try_to_say(self, message: Score | Refusal) -> None:
         """Say what changes nothing for us if it is not heard."""
@@ -170,6 +177,7 @@ class Outbox:
         of: Attempt = sent.task.of
         if answer.verdict == "resend":
             self._tell(f"{of}: sending again: {answer.reason}", logging.INFO)
+            sent.unsent = True
         elif answer.verdict == "accepted":
             self._tell(f"{of}: the update is accepted: {answer.reason}", logging.DEBUG)
             if sent.owes:

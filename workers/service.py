@@ -21,7 +21,7 @@ from broker.changes import apply_change
 from broker.errors import LearnerFailed, LinkError, UsageError, WireError
 from broker.formats import FORMATS, Format
 from broker.link import Delivery, first_of, read
-from broker.messages import TEXT_MAX, Answer, Claim, Closed, Hello, Message, Part, Task
+from broker.messages import TEXT_MAX, Answer, Claim, Closed, Hello, Message, Part, Resumed, Task
 from broker.parts import Aimed
 from broker.tensors import Layout
 from workers.outbox import Outbox
@@ -32,6 +32,9 @@ from workers.training import Seat
 from workers.work import Done, Who, Work, task_seed
 
 log = logging.getLogger(__name__)
+
+RUNS_MAX = 256
+"""Of how many runs a worker remembers who speaks for them."""
 
 _Result = TypeVar("_Result")
 
@@ -76,6 +79,7 @@ class Worker:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heard = True
+        self._epochs: dict[str, int] = {}  # run → the highest that was heard
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what is in hand, if `drain_s` allows, and leave.
@@ -151,6 +155,16 @@ class Worker:
             self._tell("a coordinator is listening" if heard else "no coordinator is listening yet")
         self._heard = heard
 
+    def _outdated(self, run: str, epoch: int) -> bool:
+        """Whether another coordinator has taken over the run since this one spoke."""
+        if epoch < self._epochs.get(run, 0):
+            self._tell(f"heard from a former coordinator of {run}, and do not listen", logging.DEBUG)
+            return True
+        self._epochs[run] = epoch
+        while len(self._epochs) > RUNS_MAX:
+            del self._epochs[next(iter(self._epochs))]
+        return False
+
     # -- receiving ----------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
@@ -166,7 +180,7 @@ class Worker:
     async def _take(self, delivery: Delivery) -> None:
         try:
             message = read(delivery)
-            if isinstance(message, Task):
+            if isinstance(message, Task) and not self._outdated(message.of.run, message.epoch):
                 await self._expect(message, delivery)
             else:
                 if isinstance(message, Part) and self._arrival:
@@ -326,9 +340,17 @@ class Worker:
     # -- answers ------------------------------------------------------------------------------------------------
 
     def _hear(self, message: Message) -> None:
-        if not isinstance(message, Answer | Closed):
+        if not isinstance(message, Answer | Closed | Resumed):
             kind = type(message).__name__.lower()
             self._tell(f"a {kind} does not belong into the control queue", logging.WARNING)
+            return
+        run = message.run if isinstance(message, Resumed) else message.of.run
+        if self._outdated(run, message.epoch):
+            return
+        if isinstance(message, Resumed):
+            self._tell(f"the run {run} is taken up again")
+            self._outbox.ask_again(run)
+            self._start(self._say_hello())
             return
         self._outbox.hear(message)
         if not isinstance(message, Closed):

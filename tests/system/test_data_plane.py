@@ -89,5 +89,5 @@ async def test_a_version_that_was_sent_and_lost_before_it_was_safe_is_made_again
         monkeypatch.setattr(Store, "seal", seal)
         dead.set()
         await run.end()
-        assert [(line["round"], line["attempt"]) for line in run.lines("round")] == [(1, 2), (2, 2), (3, 1)]
+        assert [(line["round"], line["attempt"]) for line in run.lines("round")] == [(1, 1), (2, 2), (3, 1)]
         assert run.weights() == expected(run.store.plan, [["a", "b"]] * 3)

@@ -205,34 +205,6 @@ def test_a_plan_that_changes_nothing_is_not_written(store: Store) -> None:
     assert (store.folder / plans.FILE).read_text() == by_hand
 
 
-# -- the lock -------------------------------------------------------------------------------------------------------
-
-
-def test_two_coordinators_cannot_be_at_work_on_one_run(store: Store) -> None:
-    again = Store.open(store.folder)
-    with (
-        store.locked(),
-        pytest.raises(UsageError, match=r"another coordinator is at work on .*: stop it first"),
-        again.locked(),
-    ):
-        pytest.fail("both have it")
-    with again.locked():
-        pass
-
-
-def test_what_goes_wrong_while_the_run_is_locked_is_not_blamed_on_the_disk(store: Store) -> None:
-    with pytest.raises(ConnectionResetError, match="the network"), store.locked():
-        raise ConnectionResetError("the network")
-    with store.locked():
-        pass
-
-
-def test_a_lock_that_cannot_be_written_is_reported_in_a_sentence(store: Store) -> None:
-    (store.folder / ".lock").mkdir()
-    with pytest.raises(UsageError, match=r"cannot be written \(Is a directory\)"), store.locked():
-        pass
-
-
 # -- the history ----------------------------------------------------------------------------------------------------
 
 
@@ -272,20 +244,7 @@ def test_numbers_that_json_does_not_have_never_get_into_the_history(store: Store
     assert store.history() == []
 
 
-# -- attempts, and now ----------------------------------------------------------------------------------------------
-
-
-def test_attempts_at_a_round_are_counted_across_crashes_and_begin_anew_with_the_next(store: Store) -> None:
-    again = Store.open(store.folder)
-    assert [store.begin_attempt(1), again.begin_attempt(1), store.begin_attempt(1)] == [1, 2, 3]
-    assert [store.begin_attempt(2), again.begin_attempt(2)] == [1, 2]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"round": 1}', b'{"attempt": 5}', b"\xff"])
-def test_an_attempt_counter_that_was_damaged_begins_anew(store: Store, content: bytes) -> None:
-    (store.folder / "round.json").write_bytes(content)
-    assert store.begin_attempt(1) == 1
-    assert store.begin_attempt(1) == 2
+# -- now -------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_happening_is_what_was_said_last(store: Store) -> None:
@@ -296,14 +255,24 @@ def test_what_is_happening_is_what_was_said_last(store: Store) -> None:
     assert store.now() == {}
 
 
-def test_a_try_at_the_next_round_is_noted_with_a_version_that_may_still_be_lost(store: Store) -> None:
-    assert store.begin_attempt(1) == 1
-    store.intend({"version": 1})
-    assert store.begin_attempt(2) == 1  # begun while version 1 is on its way to the disk
-    lost = Store(store.folder, store.plan)
-    assert lost.begin_attempt(1) == 2  # version 1 never got there: it is made again
-    lost.intend({"version": 1})
-    assert lost.begin_attempt(2) == 2
-    lost.intend({"version": 2})
-    assert lost.begin_attempt(3) == 1
-    assert Store(store.folder, store.plan).begin_attempt(3) == 2
+def test_the_line_of_a_version_that_was_saved_just_before_a_crash_is_noted_once(store: Store) -> None:
+    lines = [{"event": "round", "round": number, "version": number} for number in (1, 2)]
+    for number in (1, 2):
+        store.journal.begin(number, "plan", ("a",), 0.0)
+        store.journal.made(lines[number - 1])
+        store.save(number, LAYOUT, ONE)
+    store.note(lines[0])
+    store.journal.flush()
+    for _ in range(2):
+        again = Store.open(store.folder)
+        again.settle()
+        assert again.history() == lines
+
+
+def test_the_line_of_a_version_that_was_lost_is_not_noted(store: Store) -> None:
+    store.journal.begin(1, "plan", ("a",), 0.0)
+    store.journal.made({"event": "round", "round": 1, "version": 1})
+    store.journal.flush()
+    again = Store.open(store.folder)
+    again.settle()
+    assert again.history() == []

@@ -1,0 +1,112 @@
+"""Who may act for a run: one coordinator at a time, on one machine or on several that share a disk.
+
+Knows three small files of the run's folder. Does not know what is done under a claim, nor how to wait for one
+(`standby.py`).
+
+`epoch` holds a number that every coordinator raises before it does anything else. Whatever changes the run is done
+within `acting`, under a lock that the next coordinator must take to raise the number: a coordinator that was stopped,
+or cut off, and comes back when another has taken over finds that out before it has changed anything. Workers are told
+the number in all that they are sent, and ignore a lower one than they have heard.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from broker.errors import RunEnded
+from broker.files import write_whole
+
+EPOCH, LOCK = "epoch", ".epoch.lock"
+
+
+class Claim:
+    """The right to act for the run in a folder, from `begin` on, until another coordinator begins.
+
+    Attributes:
+        epoch: our number; 0 before `begin`, when nobody is asked whether we may act.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.epoch = 0
+        self._folder = folder
+        self._mark: tuple[int, int] | None = None
+
+    def begin(self) -> int:
+        """Raise the epoch; it is ours, and that of whoever acted before is over.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._locked():
+            self.epoch = read_epoch(self._folder) + 1
+            write_whole(self._folder / EPOCH, str(self.epoch).encode())
+            self._mark = self._looks()
+        return self.epoch
+
+    def ours(self) -> bool:
+        """Whether nobody else has begun since; costs a look at one file."""
+        return self.epoch == 0 or self._looks() == self._mark
+
+    def check(self) -> None:
+        """Go on only if nobody else has begun since.
+
+        Raises:
+            RunEnded: somebody has.
+        """
+        if not self.ours():
+            raise RunEnded(
+                f"another coordinator has taken over the run in {self._folder}: this one has changed nothing since, "
+                "and ends."
+            )
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[None]:
+        """Nobody else begins meanwhile; for what takes no longer than a disk takes.
+
+        Raises:
+            RunEnded: somebody has begun before.
+        """
+        if self.epoch == 0:
+            yield
+            return
+        with self._locked():
+            self.check()
+            yield
+
+    def _looks(self) -> tuple[int, int] | None:
+        """What tells one epoch's file from another's: it is never written over, but replaced."""
+        try:
+            seen = (self._folder / EPOCH).stat()
+        except FileNotFoundError:
+            return None
+        return seen.st_ino, seen.st_mtime_ns
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self._folder / LOCK).open("w") as file:
+            with contextlib.suppress(OSError):  # some network disks know no locks; the look at the file is left then
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def read_epoch(folder: Path) -> int:
+    """The number of whoever acts for a run, or has acted last; 0 if nobody has, or if the file is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return max(0, int((folder / EPOCH).read_text()))
+    return 0
+
+
+def beat(folder: Path) -> None:
+    """Show whoever waits that somebody acts; may be lost in a crash."""
+    with contextlib.suppress(OSError):
+        (folder / LOCK).touch()
+        os.utime(folder / LOCK)
+
+
+def last_beat(folder: Path) -> int:
+    """What changes with every beat; 0 when there was none."""
+    with contextlib.suppress(OSError):
+        return (folder / LOCK).stat().st_mtime_ns
+    return 0

@@ -1,0 +1,123 @@
+"""What must not be forgotten of the rounds in the making, in one small file that is whole or absent: `round.json`.
+
+Knows that file, and which attempts have been used. Does not know how a round goes, nor when it is asked.
+
+Two tries are kept at the most: the open one, and the one before, whose version may not be on the disk yet. Should
+that version be lost, its round is made again by the same attempt, and the open one, which was asked for something
+that never came to be, by another.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64_hexdigest
+
+log = logging.getLogger(__name__)
+
+FILE = "round.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """A try at a round.
+
+    Attributes:
+        round: which version it is to make.
+        attempt: its number; no two tries at a round have the same.
+        plan: a digest of the plan's settings that decide what updates are made of.
+        cohort: who was asked, in order; empty when the try is over without a version.
+        until: when its (first) turn stops waiting, in seconds since 1970.
+        line: the history's, once the version has been made of what was counted.
+    """
+
+    round: int
+    attempt: int
+    plan: str
+    cohort: tuple[str, ...]
+    until: float
+    line: dict[str, Any] | None = None
+
+
+class Journal:
+    """A run's, as it was when the last coordinator wrote it.
+
+    Args:
+        folder: the run's.
+        write: writes a file that is whole or absent, and survives a power failure.
+    """
+
+    def __init__(self, folder: Path, write: Callable[[Path, bytes], None]) -> None:
+        self._path = folder / FILE
+        self._write = write
+        self._first = 1
+        self._written = True
+        self.tries: list[Try] = []
+        try:
+            self.tries = _read(self._path)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            log.warning("%s is damaged (%r): a round that was open is begun anew", self._path, problem)
+            self._first = int(
+                time.time()
+            )  # whatever has been used is lower: nothing that comes late is taken for new
+
+    def resume(self, number: int, plan: str) -> Try | None:
+        """The try at a round that was open, if it was asked for what this plan would ask for."""
+        found = self._at(number)
+        return found if found and found.cohort and found.plan == plan else None
+
+    def begin(self, number: int, plan: str, cohort: tuple[str, ...], until: float) -> int:
+        """A new try at a round; its attempt."""
+        before, last = self._at(number - 1), self._at(number)
+        attempt = last.attempt + 1 if last else self._first
+        begun = Try(number, attempt, plan, cohort, until)
+        self.tries = [each for each in (before, begun) if each]
+        self._save()
+        return attempt
+
+    def made(self, line: dict[str, Any]) -> None:
+        """The try at the line's round has made its version; `flush` before that is safe, or begin the next one."""
+        self._change(line["round"], line=line)
+
+    def abandon(self, number: int) -> None:
+        """The try at a round is over without a version."""
+        self._change(number, cohort=())
+        self.flush()
+
+    def flush(self) -> None:
+        """See to it that all this is on the disk."""
+        if not self._written:
+            self._save()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Lines of versions that may have been saved without having been noted."""
+        return [each.line for each in self.tries if each.line]
+
+    def _at(self, number: int) -> Try | None:
+        return next((each for each in self.tries if each.round == number), None)
+
+    def _change(self, number: int, **changes: Any) -> None:
+        self.tries = [replace(each, **changes) if each.round == number else each for each in self.tries]
+        self._written = False
+
+    def _save(self) -> None:
+        tries = [asdict(each) for each in self.tries]
+        self._write(self._path, json.dumps({"check": _digest(tries), "tries": tries}).encode())
+        self._written = True
+
+
+def _read(path: Path) -> list[Try]:
+    found = json.loads(path.read_bytes())
+    if found["check"] != _digest(found["tries"]):
+        raise ValueError("it does not match its checksum")
+    return [Try(**{**each, "cohort": tuple(each["cohort"])}) for each in found["tries"]]
+
+
+def _digest(tries: list[dict[str, Any]]) -> str:
+    return xxh3_64_hexdigest(json.dumps(tries, sort_keys=True).encode())

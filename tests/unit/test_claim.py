@@ -1,0 +1,175 @@
+"""Who may act for a run: whoever has begun last, and nobody else, however late the others notice."""
+
+import fcntl
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from broker.daemon import StoppedEarly
+from broker.errors import RunEnded, UsageError
+from broker.files import in_order
+from broker.tensors import Layout, TensorSpec
+from coordinator import plan as plans
+from coordinator import standby
+from coordinator.claim import EPOCH, Claim, beat, last_beat, read_epoch
+from coordinator.store import Store
+
+LAYOUT = Layout.of([TensorSpec("w", "float32", (2,))])
+ZERO, ONE = memoryview(bytes(8)), memoryview(bytes(range(8)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Store.create(tmp_path / "run", plans.make({"run": "r", "learner": "x"}), LAYOUT, ZERO).folder
+
+
+def test_every_one_that_begins_has_a_higher_number(tmp_path: Path) -> None:
+    assert [Claim(tmp_path).begin() for _ in range(3)] == [1, 2, 3]
+    assert read_epoch(tmp_path) == 3
+
+
+@pytest.mark.parametrize("content", ["", "x", "-5", "\x00"])
+def test_a_damaged_number_does_not_keep_anybody_from_beginning(tmp_path: Path, content: str) -> None:
+    (tmp_path / EPOCH).write_text(content)
+    assert read_epoch(tmp_path) == 0
+    assert Claim(tmp_path).begin() == 1
+
+
+def test_whoever_has_been_followed_may_not_act(tmp_path: Path) -> None:
+    former, latter = Claim(tmp_path), Claim(tmp_path)
+    former.begin()
+    with former.acting():
+        pass
+    latter.begin()
+    assert not former.ours()
+    assert latter.ours()
+    with pytest.raises(RunEnded, match="another coordinator has taken over the run"), former.acting():
+        pytest.fail("it may not")
+    with latter.acting():
+        pass
+
+
+def test_nobody_begins_while_somebody_acts(tmp_path: Path) -> None:
+    former, latter, began = Claim(tmp_path), Claim(tmp_path), threading.Event()
+    former.begin()
+
+    def begin() -> None:
+        latter.begin()
+        began.set()
+
+    following = threading.Thread(target=begin)
+    with former.acting():
+        following.start()
+        assert not began.wait(0.1)
+        former.check()
+    following.join(20)
+    assert began.is_set()
+
+
+def test_a_store_that_has_been_followed_changes_nothing_more(folder: Path) -> None:
+    former, latter = Store.open(folder), Store.open(folder)
+    former.begin_epoch()
+    former.draft(1, LAYOUT, in_order([ONE]))
+    latter.begin_epoch()
+    latter.save(1, LAYOUT, ZERO)
+    latter.note({"event": "round", "version": 1})
+    latter.say_now({"phase": "theirs"})
+    former.say_now({"phase": "ours"})
+    before = sorted((file, file.read_bytes()) for file in folder.rglob("*") if file.is_file())
+    for act in (
+        lambda: former.seal(1),
+        lambda: former.note({"event": "round", "version": 1}),
+        lambda: former.journal.begin(2, "plan", ("a",), 0.0),
+        lambda: former.adopt(plans.make({"run": "r", "learner": "x", "rounds": 99})),
+    ):
+        with pytest.raises((RunEnded, UsageError)):
+            act()
+    assert former.now() == {"phase": "theirs"}
+    assert sorted((file, file.read_bytes()) for file in folder.rglob("*") if file.is_file()) == before
+
+
+def test_two_never_write_the_same_draft(folder: Path) -> None:
+    former, latter = Store.open(folder), Store.open(folder)
+    former.begin_epoch()
+    latter.begin_epoch()
+    theirs = latter.draft(1, LAYOUT, in_order([ZERO]))
+    former.draft(1, LAYOUT, in_order([ONE]))  # it has not noticed yet
+    latter.seal(1)
+    assert latter.load(1)[1] == theirs == ZERO
+
+
+# -- waiting --------------------------------------------------------------------------------------------------------
+
+
+def test_the_turn_comes_at_once_where_nobody_acts(folder: Path) -> None:
+    for _ in range(2):
+        with standby.turn(folder) as forced:
+            assert forced is False
+
+
+def test_the_turn_comes_as_soon_as_the_one_before_is_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    held = (folder / standby.LOCK).open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    looks: list[float] = []
+
+    def look(pause_s: float) -> None:
+        looks.append(pause_s)
+        beat(folder)
+        if len(looks) == 3:
+            held.close()
+
+    monkeypatch.setattr("coordinator.standby.time.sleep", look)
+    with standby.turn(folder) as forced:
+        assert forced is False
+    assert len(looks) == 3
+    assert caplog.text.count("standing by until it is gone") == 1
+
+
+def test_whoever_gives_no_sign_of_life_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("coordinator.standby.time.monotonic", lambda: now[0])
+    with (folder / standby.LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        beat(folder)
+
+        def look(_: float) -> None:
+            now[0] += 1.0
+            if now[0] == 5.0:
+                beat(folder)
+
+        monkeypatch.setattr("coordinator.standby.time.sleep", look)
+        with standby.turn(folder) as forced:
+            assert forced is True
+    assert 5.0 + standby.STALE_S < now[0] <= 5.0 + standby.STALE_S + 2.0
+
+
+def test_waiting_can_be_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coordinator.standby.time.sleep", interrupted)
+    with (folder / standby.LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoppedEarly, match="stopped while another coordinator"), standby.turn(folder):
+            pytest.fail("it has no turn")
+
+
+def test_a_folder_that_cannot_be_written_is_reported_in_a_sentence(folder: Path) -> None:
+    (folder / standby.LOCK).mkdir()
+    with pytest.raises(UsageError, match=r"cannot be written \(Is a directory\)"), standby.turn(folder):
+        pytest.fail("it has no turn")
+
+
+def test_beats_can_be_told_apart(tmp_path: Path) -> None:
+    assert last_beat(tmp_path) == 0
+    seen = set()
+    for _ in range(3):
+        beat(tmp_path)
+        seen.add(last_beat(tmp_path))
+        time.sleep(0.02)  # a disk's clock is coarse
+    assert len(seen) == 3

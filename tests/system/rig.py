@@ -50,7 +50,7 @@ LEASE_S = 0.3
 BOUND_S = 20.0
 """No run of these tests takes longer, on however slow a machine; a hang ends here."""
 QUICK = {
-    coordinator.post: {"STALL_S": 0.1, "RETRY_S": 0.005},
+    coordinator.post: {"STALL_S": 0.1, "LOOK_S": 0.02, "RETRY_S": 0.005},
     coordinator.service: {"BACKOFF_S_MAX": 0.01, "FINAL_S_MAX": 5.0},
     workers.post: {"RETRY_S": 0.005},
 }

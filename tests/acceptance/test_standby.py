@@ -1,0 +1,94 @@
+"""Two real coordinators of one run: the second waits, takes over, and the first can do no harm any more."""
+
+import signal
+import time
+
+import pytest
+
+from tests.acceptance.federation import Federation
+
+pytestmark = pytest.mark.timeout(180)
+ROUNDS = 8
+PLAN = ("--rounds", str(ROUNDS), "--cohort", "2", "--quorum", "2")
+
+
+def begin(f: Federation, name: str) -> None:
+    f.run = f.folder / name
+    f.fluffle("init", str(f.learner), str(f.run), "--seed", "3", "--set", "nap=0.3")
+
+
+def undisturbed(f: Federation) -> bytes:
+    for name in ("w1", "w2"):
+        f.worker(name)
+    begin(f, "undisturbed")
+    f.coordinator(*PLAN)
+    assert f.wait("coordinator") == 0
+    return f.version(ROUNDS)
+
+
+def second(f: Federation) -> None:
+    """A second coordinator stands by, when the first is at work."""
+    f.until(lambda: "connected to" in f.log("coordinator"))
+    f.start("second", "coordinator", str(f.run), *PLAN)
+    f.until(lambda: "standing by until it is gone" in f.log("second"))
+
+
+def assert_whole(f: Federation, bits: bytes) -> None:
+    assert f.version(ROUNDS) == bits
+    assert [(line["round"], sorted(line["counted"])) for line in f.rounds()] == [
+        (number, ["w1", "w2"]) for number in range(1, ROUNDS + 1)
+    ]
+
+
+def test_a_standby_takes_over_from_a_coordinator_that_is_killed(federation: Federation) -> None:
+    f = federation
+    bits = undisturbed(f)
+    begin(f, "killed")
+    f.coordinator(*PLAN)
+    second(f)
+    f.until(lambda: len(f.rounds()) >= 2)
+    made = len(f.rounds())
+    f.kill("coordinator")
+    killed_at = time.monotonic()
+    f.until(lambda: len(f.rounds()) > made)
+    assert time.monotonic() - killed_at < 15.0
+    assert f.wait("second") == 0
+    assert "goes on with w1, w2" in f.log("second")
+    assert all(line["attempt"] == 1 for line in f.rounds() if line["round"] <= made)
+    assert_whole(f, bits)
+
+
+def test_a_coordinator_that_was_stopped_and_has_been_followed_ends_and_does_no_harm(federation: Federation) -> None:
+    f = federation
+    bits = undisturbed(f)
+    begin(f, "stopped")
+    f.coordinator(*PLAN)
+    second(f)
+    f.until(lambda: len(f.rounds()) >= 2)
+    first = f.processes["coordinator"]
+    first.send_signal(signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    made = len(f.rounds())
+    try:
+        f.until(lambda: len(f.rounds()) > made)
+        assert time.monotonic() - stopped_at < 30.0
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert f.wait("coordinator") == 1
+    assert "another coordinator has taken over the run" in f.log("coordinator").splitlines()[-1]
+    assert f.wait("second") == 0
+    assert "no sign of life of the coordinator" in f.log("second")
+    assert_whole(f, bits)
+
+
+def test_a_standby_ends_well_when_there_is_nothing_left_to_do(federation: Federation) -> None:
+    f = federation
+    for name in ("w1", "w2"):
+        f.worker(name)
+    begin(f, "run")
+    f.coordinator(*PLAN)
+    second(f)
+    assert f.wait("coordinator") == 0
+    assert f.wait("second") == 0
+    assert f"all {ROUNDS} rounds" in f.log("second")
+    assert len(f.rounds()) == ROUNDS

@@ -1,0 +1,242 @@
+"""A coordinator that dies at any step of a round goes on inside it; one that is followed does no harm.
+
+Each step is found by what happens there, not by the clock. A worker that has finished is never asked to train again.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker import topology
+from broker.errors import RunEnded
+from broker.link import Delivery, Outgoing
+from broker.messages import Answer, Claim, Part, Score, Task, Update
+from coordinator.journal import Journal
+from coordinator.service import Coordinator
+from coordinator.store import Store
+from tests.system.rig import Federation, Wire, expected, federation, read
+
+NAMES = ("a", "b", "c")
+ROUNDS = 3
+AT = 2  # the round in which it dies
+
+Point = Callable[[Outgoing | Delivery], bool]
+
+
+def published(kind: type[Any], count: int = 1, **fields: Any) -> Callable[[], Point]:
+    return lambda: nth(count, lambda what: isinstance(what, Outgoing) and is_a(what, kind, fields))
+
+
+def delivered(kind: type[Any], count: int = 1, **fields: Any) -> Callable[[], Point]:
+    return lambda: nth(count, lambda what: not isinstance(what, Outgoing) and is_a(what, kind, fields))
+
+
+def nth(count: int, point: Point) -> Point:
+    seen = 0
+
+    def look(what: Outgoing | Delivery) -> bool:
+        nonlocal seen
+        seen += point(what)
+        return seen == count
+
+    return look
+
+
+def is_a(what: Outgoing | Delivery, kind: type[Any], fields: dict[str, Any]) -> bool:
+    message = read(what)
+    if isinstance(message, Part):
+        _, number, *others = message.payload.split("/")  # going up, the worker's name and a word of chance follow
+        return kind is Part and int(number) == AT and ("up" in fields) == (len(others) > 2)
+    if not isinstance(message, kind) or message.of.round != AT:
+        return False
+    return all(getattr(message, name) == value for name, value in fields.items())
+
+
+# what happens in the course of a round, in order
+POINTS = {
+    "the task is sent": published(Task),
+    "the first part of the version is sent": published(Part),
+    "the last part of the version is sent": published(Part, 3),
+    "a worker has claimed": delivered(Claim),
+    "all workers have claimed": delivered(Claim, 3),
+    "a score has come": delivered(Score),
+    "the first update has come": delivered(Update),
+    "a part of an update has come": delivered(Part, up=True),
+    "the last part of an update has come": delivered(Part, 3, up=True),
+    "an update is added and the next one comes": delivered(Part, 5, up=True),
+    "the last update has come": delivered(Update, 3),
+    "all parts of all updates have come": delivered(Part, 9, up=True),
+    "it is said that updates are accepted": published(Answer, verdict="accepted"),
+}
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda name: name.replace(" ", "-"))
+async def test_a_coordinator_killed_when(tmp_path: Path, point: str) -> None:
+    async with federation(tmp_path, rounds=ROUNDS) as fed:
+        reached, killed, safe = POINTS[point](), False, 0
+
+        def look(what: Outgoing | Delivery) -> None:
+            nonlocal killed, safe
+            if not killed and reached(what):
+                killed = True
+                fed.kill()
+                safe = fed.store.latest() or 0
+
+        fed.hook = look
+        await run_through(fed)
+        assert killed
+        assert_as_undisturbed(fed, lost=safe < AT - 1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(Journal, "begin"), (Store, "draft"), (Journal, "flush"), (Store, "seal"), (Store, "note")],
+    ids=lambda each: each if isinstance(each, str) else each.__name__.lower(),
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_coordinator_killed_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, owner: type[Any], method: str, when: str
+) -> None:
+    """It dies right before or right after it writes; what it has written by then stands."""
+    original, loop, calls = getattr(owner, method), asyncio.get_running_loop(), 0
+
+    async with federation(tmp_path, rounds=ROUNDS) as fed:
+
+        def dying(*arguments: Any, **words: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls != AT:
+                return original(*arguments, **words)
+            if when == "after":
+                original(*arguments, **words)
+            loop.call_soon_threadsafe(fed.kill)
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(owner, method, dying)
+        await run_through(fed)
+        assert calls > AT
+        assert_as_undisturbed(fed, lost=True)
+
+
+def assert_as_undisturbed(fed: Federation, *, lost: bool = False) -> None:
+    """`lost`: a version may have been sent before it was safe, and been made again.
+
+    What had been asked of it is asked of its like by another try then, and trained again.
+    """
+    assert fed.weights() == expected(fed.store.plan, [NAMES] * ROUNDS)
+    attempts = [(line["round"], line["attempt"]) for line in fed.lines("round")]
+    allowed = [[(1, 1), (2, second), (3, third)] for second, third in ((1, 1), (1, 2), (2, 1))]
+    assert attempts in (allowed if lost else allowed[:1])
+    assert fed.counted() == [list(NAMES)] * ROUNDS
+    assert all(len(line["scored"]) for line in fed.lines("round"))
+    for place in fed.places.values() if attempts == allowed[0] and not lost else ():
+        assert [number for train, number in place.lesson.done if train] == [1, 2, 3], place.name
+
+
+async def run_through(fed: Federation) -> None:
+    fed.begin()
+    for name in NAMES:
+        fed.join(name)
+    await fed.end()
+
+
+async def test_whoever_was_asked_is_waited_for_after_a_restart_and_nobody_else_is_asked(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=1, cohort=2, quorum=2) as fed:
+        a, b = fed.join("a"), fed.join("b")
+        for place in (a, b):
+            place.lesson.gate.clear()
+        fed.begin()
+        await asyncio.gather(a.lesson.began.wait(), b.lesson.began.wait())
+        await b.die()
+        fed.kill()
+        await asyncio.wait([fed._serving] if fed._serving else [])
+        await fed._bury()
+        fed.join("c")
+        a.lesson.gate.set()
+        fed.begin()
+        await fed.until(lambda: "c" in fed.here() and bool(fed.coordinator and fed.coordinator.desk.open))
+        assert fed.coordinator is not None
+        assert fed.coordinator.desk.open is not None
+        await fed.until(lambda: list(fed.coordinator.desk.open.round.counted) == ["a"])  # type: ignore[union-attr]
+        fed.join("b")
+        await fed.end()
+        assert fed.counted() == [["a", "b"]]
+        assert fed.weights() == expected(fed.store.plan, [["a", "b"]])
+
+
+async def test_a_round_that_asked_for_something_else_is_begun_anew(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=1) as fed:
+        for name in NAMES:
+            fed.join(name).lesson.gate.clear()
+        fed.begin()
+        await asyncio.gather(*(place.lesson.began.wait() for place in fed.places.values()))
+        fed.kill()
+        await asyncio.wait([fed._serving] if fed._serving else [])
+        await fed._bury()
+        store = fed.store
+        store.adopt(type(store.plan)(**{**vars(store.plan), "seed": 8}))
+        for place in fed.places.values():
+            place.lesson.gate.set()
+        await fed.end()
+        assert fed.lines("round")[0]["attempt"] == 2
+        assert fed.weights() == expected(fed.store.plan, [NAMES])
+
+
+async def test_a_coordinator_that_has_been_followed_ends_and_does_no_harm(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=ROUNDS) as fed:
+        followed = asyncio.Event()
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(message, Update) and message.of.round == AT and not followed.is_set():
+                followed.set()
+
+        fed.hook = look
+        first = fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        await followed.wait()
+        wire = Wire(fed.broker)
+        second = Coordinator(fed.store, wire)
+        serving = asyncio.create_task(second.serve(forced=True))
+        with pytest.raises(RunEnded, match="another coordinator has taken over"):
+            await first
+        await fed._bury()
+        await asyncio.wait_for(serving, 20)
+        await wire.close()
+        assert second.post.epoch == 2
+        assert_as_undisturbed(fed)
+
+
+async def test_workers_do_not_listen_to_a_coordinator_that_has_been_followed(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=1) as fed:
+        for name in NAMES:
+            fed.join(name)
+        await run_through_as(fed, epoch=5)
+        done = {name: list(place.lesson.done) for name, place in fed.places.items()}
+        wire = Wire(fed.broker)
+        former = Coordinator(fed.store, wire)
+        former.post.epoch = 4
+        await former.post.declare()
+        here = former._open(list(NAMES))
+        await former._send(here, list(NAMES))
+        await fed.until(lambda: all(not place.worker._arrival for place in fed.places.values()))
+        await fed.until(lambda: not any(waiting(fed, name) for name in NAMES))
+        await wire.close()
+        assert {name: place.lesson.done for name, place in fed.places.items()} == done
+
+
+def waiting(fed: Federation, name: str) -> int:
+    """How many messages a worker has not settled yet."""
+    queue = fed.broker.queue(topology.down_queue(name))
+    return len(queue.ready) + sum(len(consumer.unacked) for consumer in queue.consumers) if queue else 0
+
+
+async def run_through_as(fed: Federation, *, epoch: int) -> None:
+    """A run whose coordinator is the so-and-so-many-th."""
+    (fed.run / "epoch").write_text(str(epoch - 1))
+    fed.begin()
+    await fed.end()

@@ -7,15 +7,19 @@ of the worker meanwhile: it goes on with the next task.
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from broker.errors import LinkError
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Closed, Payload, Refusal, Score, Task, Update
+from workers.journal import Kept, Place, checked, forget, keep
 from workers.post import SAY_S, Post
 from workers.residuals import Residuals
+from workers.spool import Slot
 from workers.work import Done
 
 VERDICT_S = 10.0
@@ -30,6 +34,7 @@ class Sent:
 
     task: Task
     done: Done
+    payload: Payload | None = None  # as it was named when the update was first said
     over: bool = False
     unsent: bool = True  # its parts are to be sent, for the first time or again
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
@@ -48,6 +53,7 @@ class Outbox:
     Args:
         worker: its name.
         post: its end of the wire.
+        folder: where finished updates are kept until they have a verdict.
         residuals: what its updates have left out.
         tell: writes a line into the log, at a level.
         rest: called when something is done with.
@@ -58,12 +64,14 @@ class Outbox:
         worker: str,
         post: Post,
         *,
+        folder: Path,
         residuals: Residuals,
         tell: Callable[[str, int], None],
         rest: Callable[[], None],
     ) -> None:
         self._worker = worker
         self._post = post
+        self._folder = folder
         self._residuals = residuals
         self._tell = tell
         self._rest = rest
@@ -83,6 +91,20 @@ class Outbox:
             self._give_up(former, "newer ones are on their way")
             if former.work:
                 former.work.cancel()
+
+    def restore(
+        self, kept: Kept, delta: Slot, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+    ) -> None:
+        """Send what an earlier process of this worker has finished; its parts only if they are asked for."""
+        update, left_s = kept.update, max(kept.until - time.time() - SAY_S, 0.0)
+        task = Task(
+            update.of, "train", update.version, left_s, 0, {}, update.payload, format=cast(Any, kept.format)
+        )  # fmt: skip
+        done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, update.payload.layout)
+        sent = Sent(task, done, update.payload, unsent=False)
+        self._tell(f"{update.of} of {update.of.run} was finished before: sending it again", logging.INFO)
+        self._sent.append(sent)
+        sent.work = start(self._send(sent))
 
     async def settle(self, run: str) -> None:
         """Wait until nothing of a run is on its way."""
@@ -123,10 +145,13 @@ class Outbox:
     # -- one of them --------------------------------------------------------------------------------------------
 
     async def _send(self, sent: Sent) -> None:
-        task = sent.task
+        task, ended = sent.task, True
         try:
             async with asyncio.timeout(task.deadline_s + SAY_S):
                 await self._send_all(sent)
+        except asyncio.CancelledError:
+            ended = sent.over  # else this process ends, and the next one goes on
+            raise
         except TimeoutError:
             self._tell(f"{task.of}: no verdict has come", logging.WARNING)
         except LinkError as problem:
@@ -136,8 +161,10 @@ class Outbox:
                 sent.bell.cancel()
             self._sent.remove(sent)
             sent.work = None
-            if sent.owes:
+            if ended and sent.owes:
                 self._residuals.forget(task.of)
+            if ended and sent.done.delta is not None:
+                forget(self._folder, self._worker, task.of)
             self._rest()
 
     async def _send_all(self, sent: Sent) -> None:
@@ -148,8 +175,9 @@ class Outbox:
             return
         # a training that was repeated may differ; its parts must not be mixed with those of the one before
         payload_id = f"{task.payload.id}/{who}/{secrets.token_hex(4)}"
-        payload = Payload(payload_id, task.payload.part_bytes, done.layout.specs)
+        payload = sent.payload or Payload(payload_id, task.payload.part_bytes, done.layout.specs)
         update = Update(task.of, who, task.version, done.examples, done.metrics, payload)
+        keeping = None if sent.payload else asyncio.create_task(self._keep(sent, update))
         while not sent.over:
             sent.news.clear()
             scored = asyncio.create_task(self._try_to_say(score)) if done.scores else None
@@ -159,11 +187,30 @@ class Outbox:
                     await self._post.upload(payload, done.delta.data)
                 if scored:
                     await scored  # before the update, which may end the round
+                if keeping:
+                    await keeping
                 await self._post.say(update)
                 await sent.news.wait()
             finally:
                 if scored:
                     scored.cancel()
+        if keeping:
+            await keeping  # or it would be written after it is forgotten
+
+    async def _keep(self, sent: Sent, update: Update) -> None:
+        """Keep the update for the process after this one; if the disk will not, it would be trained again."""
+        task, done, delta = sent.task, sent.done, sent.done.delta
+        assert delta is not None
+        where: bytes | Place = bytes(delta.data) if delta.file is None else b""
+        try:
+            if delta.file is not None:
+                path, at = delta.file
+                where = Place(path.name, at, len(delta.data), await asyncio.to_thread(checked, delta.data))
+            until = time.time() + task.deadline_s + SAY_S
+            keep(self._folder, Kept(update, done.scores, task.format, until, where))
+        except OSError as problem:
+            said = f"{task.of}: the update cannot be kept on the disk ({problem.strerror}); it is sent all the same"
+            self._tell(said, logging.WARNING)
 
     async def _try_to_say(self, message: Score | Refusal) -> None:
         """Say what changes nothing for us if it is not heard."""

@@ -51,7 +51,9 @@ class Residuals:
         self.of(of).left.unlink(missing_ok=True)
 
 
-def remove_left(folder: Path) -> None:
-    """Forget what updates of an earlier process have left."""
+def remove_left(folder: Path, but: set[tuple[str, str]]) -> None:
+    """Forget what updates of an earlier process have left, but those of some workers to some runs."""
+    kept = {f"{worker}.{run}{LEFT}" for worker, run in but}
     for file in folder.glob(f"*{LEFT}"):
-        file.unlink()
+        if file.name not in kept:
+            file.unlink()

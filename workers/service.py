@@ -69,7 +69,10 @@ class Worker:
         self.layout = Layout(())
         self._rest = asyncio.Event()  # something is done with
         self._residuals = Residuals(shared.spool.folder, who.name)
-        self._outbox = Outbox(who.name, self.post, residuals=self._residuals, tell=self._tell, rest=self._rest.set)
+        self._outbox = Outbox(
+            who.name, self.post, folder=shared.spool.folder, residuals=self._residuals, tell=self._tell,
+            rest=self._rest.set,
+        )  # fmt: skip
         self._incarnation = ""  # empty while we do not listen
         self._arrival: Arrival | None = None
         self._next: Job | None = None
@@ -92,6 +95,8 @@ class Worker:
         await self.post.declare()
         try:
             async with self._group as group:
+                for kept, delta in self.spool.kept.pop(self.who.name, []):
+                    self._outbox.restore(kept, delta, self._start)
                 receiving = group.create_task(self.post.receive_tasks(self._begin, self._take, self._lose, self._aim))
                 self._start(self._beat())
                 self._start(self.post.hear_answers(self._hear, self._outbox.ask_again))

@@ -21,6 +21,7 @@ import numpy as np
 from broker.errors import LearnerFailed, UsageError
 from broker.messages import Part, Payload
 from broker.parts import Aimed, Assembly
+from workers.journal import Kept, Place, all_kept
 from workers.residuals import remove_left
 
 SMALL_BYTES = 64 * 1024
@@ -101,7 +102,7 @@ class Held(NamedTuple):
 
 
 class Spool:
-    """One process's folder of models. What an earlier process left there is removed.
+    """One process's folder of models. What an earlier process left there is removed, but for finished updates.
 
     Args:
         folder: where.
@@ -109,6 +110,7 @@ class Spool:
 
     Attributes:
         in_use: how many slots of files somebody looks at.
+        kept: worker → finished updates of an earlier process, and their bytes.
 
     Raises:
         UsageError: the folder cannot be used, or another process uses it.
@@ -125,7 +127,7 @@ class Spool:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _locked(folder)
-            self._remove_files()
+            self.kept = self._recover(all_kept(folder))
         except OSError as problem:
             raise UsageError(
                 f"{folder} cannot be used for this worker's files ({problem.strerror}): choose another with --state."
@@ -143,11 +145,14 @@ class Spool:
         if not free:
             self._make_file(size_bytes, free)
         path, mapped, at = free.pop()
+        return self._slot(path, mapped, Place(path.name, at, size_bytes, b""))
+
+    def _slot(self, path: Path, mapped: mmap.mmap, place: Place) -> Slot:
         # whoever looks at the bytes keeps this array alive, also a transport that has not let go of them yet
-        room = np.frombuffer(mapped, np.uint8, count=size_bytes, offset=at)
+        room = np.frombuffer(mapped, np.uint8, count=place.size_bytes, offset=place.at)
         self.in_use += 1
-        finalize(room, self._put_back, size_bytes, (path, mapped, at)).atexit = False
-        return Slot(room.data, (path, at))
+        finalize(room, self._put_back, place.size_bytes, (path, mapped, place.at)).atexit = False
+        return Slot(room.data, (path, place.at))
 
     def expect(self, payload: Payload) -> Landing:
         """Where the parts of a payload land: the same place for all that expect the same payload at the same time.
@@ -171,8 +176,12 @@ class Spool:
         return Held(name, ref(landing))
 
     def remove(self) -> None:
-        """Remove all models, and the folder if nothing else is in it; whoever looks at a model may go on looking."""
-        self._remove_files()
+        """Remove all models, and the folder if nothing else is in it; whoever looks at a model may go on looking.
+
+        Finished updates that have no verdict stay, for the next process.
+        """
+        self._remove_files(all_kept(self.folder))
+        self.kept.clear()
         self._free.clear()
         self._held.clear()
         self._slots.clear()
@@ -188,7 +197,7 @@ class Spool:
 
     def _make_file(self, size_bytes: int, free: list[tuple[Path, mmap.mmap, int]]) -> None:
         """As many slots more as there are already, so that many need few files and a few no more than they use."""
-        pitch = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+        pitch = _pitch(size_bytes)
         count = max(1, min(self._slots.get(size_bytes, 0), FILE_BYTES // pitch))
         path = self.folder / f"{self._files}{SUFFIX}"
         self._files += 1
@@ -205,10 +214,47 @@ class Spool:
         self._slots[size_bytes] = self._slots.get(size_bytes, 0) + count
         free.extend((path, mapped, at) for at in range(0, count * pitch, pitch))
 
-    def _remove_files(self) -> None:
+    def _remove_files(self, but: list[Kept]) -> None:
+        """All that only this process can use, but for finished updates."""
+        needed = {kept.delta.file for kept in but if isinstance(kept.delta, Place)}
         for left in self.folder.glob(f"*{SUFFIX}"):
-            left.unlink()
-        remove_left(self.folder)
+            if left.name not in needed:
+                left.unlink()
+        remove_left(self.folder, {(kept.update.worker, kept.update.of.run) for kept in but})
+
+    def _recover(self, found: list[Kept]) -> dict[str, list[tuple[Kept, Slot]]]:
+        """Finished updates by worker, each in a slot as when it was made; what else is in their files is free."""
+        self._remove_files(found)
+        places = [kept.delta for kept in found if isinstance(kept.delta, Place)]
+        files = {place.file: self._opened(place) for place in places}
+        recovered: dict[str, list[tuple[Kept, Slot]]] = {}
+        for kept in found:
+            if isinstance(kept.delta, bytes):
+                slot = Slot(memoryview(bytearray(kept.delta)))
+            else:
+                slot = self._slot(self.folder / kept.delta.file, files[kept.delta.file], kept.delta)
+            recovered.setdefault(kept.update.worker, []).append((kept, slot))
+        taken = {(place.file, place.at) for place in places}
+        for place in places:
+            rooms = self._free.setdefault(place.size_bytes, [])
+            for at in range(0, len(files[place.file]), _pitch(place.size_bytes)):
+                if (place.file, at) not in taken:
+                    taken.add((place.file, at))
+                    rooms.append((self.folder / place.file, files[place.file], at))
+        return recovered
+
+    def _opened(self, place: Place) -> mmap.mmap:
+        path = self.folder / place.file
+        self._files = max(self._files, 1 + int(path.stem))
+        with path.open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)
+        self._slots[place.size_bytes] = self._slots.get(place.size_bytes, 0) + len(mapped) // _pitch(place.size_bytes)
+        return mapped
+
+
+def _pitch(size_bytes: int) -> int:
+    """From one slot to the next: whole pages."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def _locked(folder: Path) -> int | None:

@@ -251,6 +251,7 @@ class Federation:
     hook: Hook | None = None
     names: set[str] = field(default_factory=set)
     drains: int = 2
+    lasting: bool = False  # a worker that returns finds the files of the one before
     coordinator: Coordinator | None = None
     _serving: asyncio.Task[None] | None = None
     _wire: Wire | None = None
@@ -268,7 +269,7 @@ class Federation:
 
     def join(self, name: str, **of_who: Any) -> Place:
         """One more worker; it is started at once."""
-        spool = Spool(self.folder / f"spool-{name}-{next(self._spools)}")
+        spool = Spool(self.folder / (f"spool-{name}" if self.lasting else f"spool-{name}-{next(self._spools)}"))
         lesson, wire, stop = Lesson(spool), Wire(self.broker, self.hook), asyncio.Event()
         who = Who(name, "lesson", **{"lease_s": LEASE_S, "drain_s": 5.0, **of_who})
         # it asks for the class, and uses these methods

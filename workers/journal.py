@@ -1,0 +1,129 @@
+"""Finished updates that have no verdict yet, kept on the disk: a worker that died sends them again untrained.
+
+Knows one small file for each, and where the update's bytes lie: in the file itself, or in a slot that the spool maps.
+Does not know when an update is sent, nor what becomes of it.
+
+A killed process loses nothing of what it has written or mapped: the system has it. A power failure may; nothing is
+synced here, because whatever does not match its checksum afterwards is trained again, to the same bits.
+"""
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from xxhash import xxh3_64_digest
+
+from broker.errors import WireError
+from broker.files import write_whole
+from broker.messages import Attempt, Metrics, Update, decode, encode
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".update"
+CHECK_BYTES = 8
+FILE = re.compile(r"[0-9]{1,9}\.models")
+"""What files of slots are called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a folder's file an update's bytes lie, and their XXH3."""
+
+    file: str
+    at: int
+    size_bytes: int
+    check: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A finished update.
+
+    Attributes:
+        update: what is said of it.
+        scores: what evaluate said of the version that it was made from.
+        format: how it is written.
+        until: when nobody will wait for it any more, in seconds since 1970.
+        delta: its bytes, or where they are.
+    """
+
+    update: Update
+    scores: Metrics
+    format: str
+    until: float
+    delta: bytes | Place
+
+
+def keep(folder: Path, kept: Kept) -> None:
+    """Write it down.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    where = kept.delta
+    record = {
+        "update": encode(kept.update), "scores": kept.scores, "format": kept.format, "until": kept.until,
+        "delta": where if isinstance(where, bytes) else [where.file, where.at, where.size_bytes, where.check],
+    }  # fmt: skip
+    packed: bytes = msgpack.packb(record)
+    path = _path(folder, kept.update.worker, kept.update.of)
+    write_whole(path, xxh3_64_digest(packed) + packed, durable=False)
+
+
+def forget(folder: Path, worker: str, of: Attempt) -> None:
+    """It has its verdict, or nobody waits for it."""
+    _path(folder, worker, of).unlink(missing_ok=True)
+
+
+def all_kept(folder: Path) -> list[Kept]:
+    """What an earlier process has kept here and may still be waited for; the rest is removed, and why is logged."""
+    return [kept for path in sorted(folder.glob(f"*{SUFFIX}")) for kept in _looked_at(path)]
+
+
+def _looked_at(path: Path) -> Iterator[Kept]:
+    try:
+        kept = _read(path)
+    except (OSError, ValueError, KeyError, TypeError, WireError, msgpack.UnpackException) as problem:
+        log.warning("%s is damaged (%s): what it held will be trained again", path, problem)
+    else:
+        if time.time() < kept.until:
+            yield kept
+            return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _read(path: Path) -> Kept:
+    data = path.read_bytes()
+    if xxh3_64_digest(data[CHECK_BYTES:]) != data[:CHECK_BYTES]:
+        raise ValueError("it does not match its checksum")
+    record: dict[str, Any] = msgpack.unpackb(data[CHECK_BYTES:])
+    update, where = decode(record["update"]), record["delta"]
+    if not isinstance(update, Update) or path != _path(path.parent, update.worker, update.of):
+        raise ValueError("it is another worker's")
+    if isinstance(where, bytes):
+        place: bytes | Place = where
+    else:
+        place = Place(*where)
+        if FILE.fullmatch(place.file) is None:
+            raise ValueError("it names a file that is none of ours")
+        with (path.parent / place.file).open("rb") as file:
+            file.seek(place.at)
+            if checked(file.read(place.size_bytes)) != place.check:
+                raise ValueError("its bytes do not match their checksum")
+    return Kept(update, record["scores"], record["format"], record["until"], place)
+
+
+def checked(data: bytes | memoryview) -> bytes:
+    """What tells these bytes from damaged ones."""
+    return xxh3_64_digest(data)
+
+
+def _path(folder: Path, worker: str, of: Attempt) -> Path:
+    return folder / f"{worker}.{of.run}.{of.round}.{of.attempt}{SUFFIX}"

@@ -251,7 +251,7 @@ class Federation:
     hook: Hook | None = None
     names: set[str] = field(default_factory=set)
     drains: int = 2
-    lasting: bool = False  # a worker that returns finds the files of the one before
+    lasting: bool = True  # a worker that returns finds the files of the one before
     coordinator: Coordinator | None = None
     _serving: asyncio.Task[None] | None = None
     _wire: Wire | None = None

@@ -13,6 +13,7 @@ async def test_the_second_of_two_workers_with_one_name_is_told_so_and_the_run_go
 ) -> None:
     monkeypatch.setattr("workers.post.NAMESAKE_S", 0.05)
     async with federation(tmp_path, rounds=3, cohort=1, quorum=1) as fed:
+        fed.lasting = False
         first = fed.join("ada")
         first.lesson.gate.clear()
         fed.begin()

@@ -37,7 +37,6 @@ def kept(fed: Federation) -> list[str]:
 @pytest.mark.parametrize("away", ["at once", "after the coordinator was killed, too"], ids=["alone", "both"])
 async def test_a_worker_killed_when(tmp_path: Path, point: str, away: str) -> None:
     async with federation(tmp_path, rounds=ROUNDS, cohort=2, quorum=2) as fed, asyncio.TaskGroup() as group:
-        fed.lasting = True
         lessons: list[Lesson] = []
         died = False
 
@@ -76,7 +75,6 @@ async def test_a_worker_killed_when(tmp_path: Path, point: str, away: str) -> No
 
 async def test_a_worker_that_leaves_with_a_pending_update_keeps_it(tmp_path: Path) -> None:
     async with federation(tmp_path, rounds=2, cohort=2, quorum=2) as fed:
-        fed.lasting = True
         a, b = fed.join("a", drain_s=0.05), fed.join("b")
         b.lesson.gate.clear()
         fed.begin()

@@ -122,6 +122,7 @@ class Spool:
         self._free: dict[int, list[tuple[Path, mmap.mmap, int]]] = {}
         self._slots: dict[int, int] = {}
         self._files = 0
+        self._removed = False
         self._landings: WeakValueDictionary[str, Landing] = WeakValueDictionary()
         self._held: deque[Landing] = deque(maxlen=min(workers, HELD_MAX))
         try:
@@ -178,8 +179,12 @@ class Spool:
     def remove(self) -> None:
         """Remove all models, and the folder if nothing else is in it; whoever looks at a model may go on looking.
 
-        Finished updates that have no verdict stay, for the next process.
+        Finished updates that have no verdict stay, for the next process. May be called twice, also when another has
+        the folder by then.
         """
+        if self._removed:
+            return
+        self._removed = True
         self._remove_files(all_kept(self.folder))
         self.kept.clear()
         self._free.clear()

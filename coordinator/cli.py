@@ -6,6 +6,8 @@ Knows options and what is printed. Does not know how a version is made.
 import asyncio
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,9 @@ def coordinator(
     broker: BrokerUrl,
     rounds: Annotated[int | None, typer.Option(help="Versions to make.")] = None,
     cohort: Annotated[int | None, typer.Option(help="Workers chosen for a round.")] = None,
+    over_select: Annotated[
+        float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
+    ] = None,
     quorum: Annotated[int | None, typer.Option(help="Fewest updates that make a version.")] = None,
     round_s: Annotated[float | None, typer.Option(help="Seconds until a round stops waiting.")] = None,
     gather_s: Annotated[float | None, typer.Option(help="Seconds to wait at first for a full cohort.")] = None,
@@ -54,6 +59,7 @@ def coordinator(
     given = {
         "rounds": rounds,
         "cohort": cohort,
+        "over_select": over_select,
         "quorum": quorum,
         "round_s": round_s,
         "gather_s": gather_s,
@@ -97,11 +103,14 @@ def status(
     """What has happened in a run, and what is happening."""
     store = Store.open(run)
     lines, now = store.history(), store.now()
+    if (left_s := now.get("deadline_s")) is not None:  # when that was written
+        now["deadline_s"] = round(left_s - (time.time() - now["at"]), 1)
+    abandoned = history.last_abandoned(lines)
     points = history.curve(lines)
     if as_json:
         shown = [{"version": p.version, "scored": p.scored, "held_out": p.held_out} for p in points]
         found = {"run": store.plan.run, "version": store.latest(), "rounds": store.plan.rounds, "now": now}
-        json.dump({**found, "versions": shown, "history": lines}, sys.stdout)
+        json.dump({**found, "abandoned": abandoned, "versions": shown, "history": lines}, sys.stdout)
         sys.stdout.write("\n")
         return
     console = Console()
@@ -109,6 +118,8 @@ def status(
     console.print(
         f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}", highlight=False
     )
+    for said in [*_said_now(now), *_said_last(abandoned)]:
+        console.print(said, markup=False, highlight=False)
     rounds = {line["version"]: line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
     for point in points:
@@ -129,10 +140,36 @@ def status(
         for worker, reason in line.get("refused", {}).items():
             console.print(f"round {line['round']}: {worker} gave nothing: {reason}", markup=False)
         for other in line.get("others", []):
-            verdict, reason = other["verdict"], other["reason"]
+            verdict, reason, times = other["verdict"], other["reason"], other.get("times", 1)
+            how = f"an update of {other['worker']} was {verdict}" + (f" {times} times" if times > 1 else "")
+            console.print(f"round {line['round']}: {how}: {reason}", markup=False)
+        for worker, rest in line.get("rested", {}).items():
             console.print(
-                f"round {line['round']}: an update of {other['worker']} was {verdict}: {reason}", markup=False
+                f"round {line['round']}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}",
+                markup=False,
             )
+
+
+def _said_now(now: dict[str, Any]) -> Iterator[str]:
+    """The round that is open: how it stands, who is waited for and why; and who rests, and why."""
+    if "round" in now:
+        left_s = now.get("deadline_s") or 0.0
+        when = f"the deadline is in {left_s:.0f} s" if left_s > 0 else "the deadline has passed"
+        counted, target, quorum = len(now["counted"]), now["target"], now["quorum"]
+        yield (
+            f"round {now['round']}, attempt {now['attempt']}: {counted} updates of {len(now['cohort'])} asked are "
+            f"counted, target {target}, quorum {quorum}; {when}"
+        )
+        yield from (f"  waits for {worker}: {why}" for worker, why in now["waiting"].items())
+        yield from (f"  {worker} gives nothing: {reason}" for worker, reason in now["refused"].items())
+    for worker, rest in now.get("resting", {}).items():
+        asked = ", but is asked: there is no quorum without" if worker in now.get("cohort", ()) else ""
+        yield f"  {worker} rests for {rest['rounds']} more rounds{asked}: {rest['why']}"
+
+
+def _said_last(abandoned: history.Line | None) -> Iterator[str]:
+    if abandoned:
+        yield f"  attempt {abandoned['attempt']} at round {abandoned['round']} was abandoned: {abandoned['why']}"
 
 
 def _metrics(metrics: history.Metrics) -> str:

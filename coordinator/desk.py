@@ -79,6 +79,9 @@ class Desk:
         self._spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone
         self._rooms = [Room(store.folder) for _ in range(drains)]
         self._adding = asyncio.Lock()  # one update is added at a time
+        self._receiving: set[asyncio.Timeout] = set()
+        self._received = asyncio.Event()
+        self._between = Facts()  # what was heard while no round was open, for the next one's line
         self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
         self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
@@ -102,6 +105,20 @@ class Desk:
         """Add up anew; what was being added for a turn that is over comes to its end first, and is void."""
         async with self._adding:
             self.sums.clear()
+        if self.open:
+            self.open.facts.follow(self._between)
+            self._between = Facts()
+
+    async def end_turn(self) -> None:
+        """A turn is over: what is being added comes to its end, what is only being received is left where it is."""
+        for receiving in self._receiving:
+            if not receiving.expired():
+                receiving.reschedule(asyncio.get_running_loop().time())
+        while self._receiving:
+            self._received.clear()
+            await self._received.wait()
+        async with self._adding:
+            pass
 
     def _add(self, examples: int, data: memoryview) -> None:
         self.rule.add(self.sums, examples, data, spread=self._spread)
@@ -117,7 +134,7 @@ class Desk:
             self._greet(message, now)
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)
-            self._withdraw(message.worker, f"it left: {message.reason}")
+            self._withdraw(message.worker, f"it left: {message.reason}", leaves=True)
         await delivery.ack()
         self.changed.set()
 
@@ -133,7 +150,10 @@ class Desk:
             return
         if hello.doing == here.round.of:
             here.sent_to[hello.worker] = hello.incarnation
-        if here.round.find(hello.worker) and here.sent_to.get(hello.worker) != hello.incarnation:
+            here.round.claimed.add(hello.worker)
+        if not here.round.find(hello.worker) or here.sent_to.get(hello.worker) == hello.incarnation:
+            return
+        if hello.worker not in here.returned and here.round.reissue(hello.worker):
             log.info("%s is back and has lost its task: sending it again", hello.worker)
             here.returned.add(hello.worker)
 
@@ -154,6 +174,8 @@ class Desk:
                 self._refused(message)
             case Claim():
                 if self.open and message.of == self.open.round.of:
+                    if self.roster.has(message.worker):
+                        self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
@@ -183,12 +205,10 @@ class Desk:
     async def _turn_down(self, update: Update, verdict: Verdict, reason: str) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
         await self._leave_parts(update.worker)
-        if self.open:
-            if verdict is Verdict.INVALID:
-                self.open.round.refuse(update.worker, reason)
-            line = {"worker": update.worker, "verdict": verdict.value, "reason": reason}
-            if len(self.open.facts.others) < 2 * len(self.open.round.cohort) + 16:  # a flood must not fill the disk
-                self.open.facts.others.append(line)
+        if self.open and verdict is Verdict.INVALID:
+            self.open.round.refuse(update.worker, reason)
+        facts = self.open.facts if self.open else self._between
+        facts.note_other(update.worker, verdict.value, reason, most=2 * self.plan.asks + 16)
         if verdict is not Verdict.DUPLICATE:  # the first copy will be answered
             await self.post.tell([update.worker], Answer(update.of, verdict.value, reason[:1000]))
 
@@ -212,13 +232,13 @@ class Desk:
     def _refused(self, refusal: Refusal) -> None:
         log.warning("%s: %s refused: %s", refusal.of, refusal.worker, refusal.reason)
         if self.open and refusal.of == self.open.round.of:
-            self._withdraw(refusal.worker, refusal.reason)
+            self._withdraw(refusal.worker, refusal.reason, leaves=False)
         elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
             self.final.setdefault(refusal.worker, {})
 
-    def _withdraw(self, worker: str, reason: str) -> None:
+    def _withdraw(self, worker: str, reason: str, *, leaves: bool) -> None:
         if self.open and worker not in self.open.round.refused:  # the first reason is the one to read
-            self.open.round.withdraw(worker, reason)
+            (self.open.round.leave if leaves else self.open.round.withdraw)(worker, reason)
 
     async def drain_uploads(self) -> None:
         """Drain accepted updates, as many at once as there are rooms; while one is added, others are on their way."""
@@ -232,21 +252,45 @@ class Desk:
     async def _drain_uploads(self, room: Room) -> None:
         while True:
             here, update = await self._uploads.get()
-            if here is not self.open or update.worker in here.round.counted:
-                continue
             data = room.clear(self.payload_layout.size_bytes)
             try:
-                await self.post.drain(update, data, within_s=self.plan.round_s)
-                async with self._adding:
-                    if here is self.open:
-                        await asyncio.to_thread(self._add, update.examples, data)
+                if await self._receive(here, update, data):
+                    await self._add_up(here, update, data)
             except WireError as problem:
                 await self._turn_out(here, update, problem)
-            else:
-                here.round.count(update.worker, update.examples)
-                here.facts.trained[update.worker] = update.metrics
-                here.facts.bytes_up += len(data)
-                self.changed.set()
+
+    async def _receive(self, here: Open, update: Update, data: memoryview) -> bool:
+        """Let an update land in `data`; False if its turn has ended before it was there.
+
+        Raises:
+            WireError: its parts lie, or do not come.
+        """
+        if not self._wanted(here, update):
+            return False
+        try:
+            async with asyncio.timeout(None) as receiving:  # until the turn ends
+                self._receiving.add(receiving)
+                await self.post.drain(update, data, within_s=self.plan.round_s)
+        except TimeoutError:
+            log.info("%s: what %s has sent is left: the turn is over", update.of, update.worker)
+            return False
+        finally:
+            self._receiving.discard(receiving)
+            self._received.set()
+        return True
+
+    async def _add_up(self, here: Open, update: Update, data: memoryview) -> None:
+        async with self._adding:
+            if not self._wanted(here, update):  # any more
+                return
+            await asyncio.to_thread(self._add, update.examples, data)
+            here.round.count(update.worker, update.examples)
+        here.facts.trained[update.worker] = update.metrics
+        here.facts.bytes_up += len(data)
+        self.changed.set()
+
+    def _wanted(self, here: Open, update: Update) -> bool:
+        return here is self.open and here.round.takes(update.worker)
 
     async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
         if here is self.open:

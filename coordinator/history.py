@@ -23,8 +23,24 @@ class Facts:
     trained: dict[str, Metrics] = field(default_factory=dict)
     scored: dict[str, Metrics] = field(default_factory=dict)
     others: list[Line] = field(default_factory=list)
+    rested: dict[str, Line] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+    _noted: dict[tuple[str, str, str], Line] = field(default_factory=dict)
+
+    def note_other(self, worker: str, verdict: str, reason: str, *, most: int) -> None:
+        """An update was not counted; what happens again is tallied, and a flood does not fill the disk."""
+        if line := self._noted.get((worker, verdict, reason)):
+            line["times"] = line.get("times", 1) + 1
+        elif len(self.others) < most:
+            line = {"worker": worker, "verdict": verdict, "reason": reason}
+            self._noted[worker, verdict, reason] = line
+            self.others.append(line)
+
+    def follow(self, before: "Facts") -> None:
+        """What was noted before the round began is told with it."""
+        self.others += before.others
+        self._noted |= before._noted  # noqa: SLF001 - of the same class
 
 
 def mean_metrics(weighted: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
@@ -67,6 +83,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         },
         "refused": dict(sorted(done.refused.items())),
         "others": facts.others,
+        "rested": facts.rested,
         "metrics": mean_metrics((n, facts.trained.get(worker, {})) for worker, n in sorted(done.counted.items())),
         "scored": scores({w: facts.scored[w] for w in sorted(facts.scored) if w in done.cohort}),
         "seconds": round(seconds, 3),
@@ -97,6 +114,17 @@ def final_line(version: int, scored: Mapping[str, Metrics], *, seconds: float, a
         "seconds": round(seconds, 3),
         "at": round(at, 3),
     }
+
+
+def last_abandoned(lines: Iterable[Line]) -> Line | None:
+    """The last try at a version that was given up, unless that version has been made since."""
+    last = None
+    for line in lines:
+        if line.get("event") == "abandoned":
+            last = line
+        elif line.get("event") == "round":
+            last = None
+    return last
 
 
 @dataclass(frozen=True, slots=True)

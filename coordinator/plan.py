@@ -4,6 +4,7 @@ Knows what settings there are, their bounds and which contradict each other. Doe
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from hashlib import sha256
@@ -71,6 +72,8 @@ class Plan:
         learner: what is learned; a name for people, the coordinator never loads it.
         rounds: versions to make.
         cohort: workers chosen for a round.
+        over_select: so many times `cohort` workers are asked, rounded up, or as many as are here; the round closes
+            when `cohort` updates are counted. Which these are depends on who was first.
         quorum: fewest updates that make a version; two thirds of the cohort, rounded up, unless given.
         round_s: seconds until a round (in a cyclic one: a turn) stops waiting.
         gather_s: seconds that a coordinator which has just come up waits for a full cohort; later rounds do not.
@@ -90,6 +93,7 @@ class Plan:
     learner: Annotated[str, Field(min_length=1, max_length=4096)]
     rounds: Annotated[int, Field(ge=1, le=10**9)] = 10
     cohort: Annotated[int, Field(ge=1, le=10**6)] = 2
+    over_select: Annotated[float, Field(ge=1, le=3)] = 1.0
     quorum: Annotated[int, Field(ge=1, le=10**6)] | None = None
     round_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] = 600.0
     gather_s: Annotated[float, Field(ge=0, le=24 * 3600)] = 30.0
@@ -110,6 +114,16 @@ class Plan:
             raise ValueError(
                 f"the cohort ({self.cohort}) is larger than the list of workers ({len(self.workers)}): lower it"
             )
+        if self.over_select > 1 and self.schedule == "cyclic":
+            raise ValueError(
+                f"a cyclic round asks one worker after another, so that more of them (over_select is "
+                f"{self.over_select:g}) only take longer: set it to 1"
+            )
+        if self.over_select > 1 and len(self.workers) == self.cohort:
+            raise ValueError(
+                f"over_select ({self.over_select:g}) asks more workers than the cohort ({self.cohort}), and the list "
+                "of workers names no more: name more, lower the cohort or set over_select to 1"
+            )
         if len(set(self.workers)) != len(self.workers):
             raise ValueError("a worker is listed twice: name each once")
         if self.rule not in RULES:
@@ -125,6 +139,11 @@ class Plan:
     def least(self) -> int:
         """The quorum in force: as given, or two thirds of the cohort, rounded up."""
         return -(-2 * self.cohort // 3) if self.quorum is None else self.quorum
+
+    @property
+    def asks(self) -> int:
+        """How many workers are asked in a round, if they are here."""
+        return math.ceil(round(self.cohort * self.over_select, 6))  # 10 · 1.1 is 11, not the float above it
 
     @property
     def kept(self) -> float:

@@ -130,30 +130,32 @@ class Post:
         """Let the bytes of an update land in `room`, out of its worker's upload queue.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
-        asked to send them again. A worker that lets parts come one by one has `within_s` for all of them.
+        asked to send them again. All of it together takes at most `within_s`, whatever worker and broker do.
 
         Raises:
             WireError: the parts lie, or do not come.
         """
         assembly = Assembly(update.payload, room)
-        end_at = asyncio.get_running_loop().time() + within_s
-        for _ in range(RESENDS_MAX):
-            try:
-                await self._collect(assembly, topology.upload_queue(update.worker), end_at)
-            except (TimeoutError, LinkError) as problem:
-                log.info("%s: %d parts of %s are missing (%s)", update.of, assembly.missing, update.worker, problem)
-            if assembly.complete:
-                return
-            why = f"{assembly.missing} parts are missing"
-            await self.tell((update.worker,), Answer(update.of, "resend", why))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                for _ in range(RESENDS_MAX):
+                    try:
+                        await self._collect(assembly, topology.upload_queue(update.worker))
+                    except (TimeoutError, LinkError) as problem:
+                        missing, worker = assembly.missing, update.worker
+                        log.info("%s: %d parts of %s are missing (%s)", update.of, missing, worker, problem)
+                    if assembly.complete:
+                        return
+                    why = f"{assembly.missing} parts are missing"
+                    await self.tell((update.worker,), Answer(update.of, "resend", why))
         raise WireError(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str, end_at: float) -> None:
+    async def _collect(self, assembly: Assembly, queue: str) -> None:
         if assembly.complete:
             return
         now = asyncio.get_running_loop().time
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
-            due_at = min(now() + STALL_S, end_at)
+            due_at = now() + STALL_S
             while not assembly.complete:
                 try:
                     async with asyncio.timeout_at(min(due_at, now() + LOOK_S)):
@@ -167,7 +169,7 @@ class Post:
                 if not isinstance(message, Part):
                     raise WireError("something that is not a part lies in the upload queue.")
                 if assembly.add(message):
-                    due_at = min(now() + STALL_S, end_at)
+                    due_at = now() + STALL_S
                     if message.index % FORGET_PARTS == FORGET_PARTS - 1:
                         forget(assembly.data)
                 await delivery.ack()

@@ -1,10 +1,11 @@
-"""Who is here: workers' signs of life, their leases, and the choice of a cohort among them.
+"""Who is here: workers' signs of life, their leases, who rests, and the choice of a cohort among them.
 
-Pure: time and dice come in as arguments. Does not know rounds, messages' routes or what a worker trains.
+Pure: time and dice come in as arguments, rounds one after the other. Does not know how a round is made, messages'
+routes or what a worker trains.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -14,6 +15,10 @@ LEASE_S_MAX = 3600.0
 WORKERS_MAX = 20_000
 EXPECTED_S = 20.0
 """How long those are waited for who were here when the coordinator before this one ended."""
+FAILURES_MAX = 3
+"""After so many failures on end a worker rests."""
+REST_ROUNDS, REST_ROUNDS_MAX = 2, 64
+"""How long its first rest is; each further one is twice as long, up to the second number."""
 
 
 class News(Enum):
@@ -96,6 +101,65 @@ class Roster:
     def evaluators(self) -> list[str]:
         """Sorted names of those who only evaluate."""
         return sorted(p.worker for p in self._present.values() if not p.trains)
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """How many rounds a worker is not chosen for, and its last failure."""
+
+    rounds: int
+    why: str
+
+
+@dataclass(slots=True)
+class _Record:
+    """A worker that has failed and has not been counted since."""
+
+    failures: int = 0
+    why: str = ""
+    rest: int = 0  # the length of its last rest
+    until: int = 0  # so many rounds must be over
+
+
+class Rests:
+    """Who keeps failing, and is not chosen for a while.
+
+    A round is one try at a version here, whether it made one. One counted update clears a worker; one more failure
+    after a rest begins the next.
+    """
+
+    def __init__(self) -> None:
+        self._over = 0
+        self._records: dict[str, _Record] = {}
+
+    def note(self, fared: Mapping[str, str]) -> dict[str, Rest]:
+        """One more round is over, and its workers have fared so (see `Round.fared`); who begins to rest."""
+        self._over += 1
+        begun = {}
+        for worker, why in fared.items():
+            record = self._records.pop(worker, None) or _Record()
+            if not why:
+                continue
+            self._records[worker] = record
+            record.failures, record.why = record.failures + 1, why
+            if record.failures >= FAILURES_MAX:
+                record.rest = min(2 * record.rest, REST_ROUNDS_MAX) or REST_ROUNDS
+                record.until = self._over + record.rest
+                begun[worker] = Rest(record.rest, why)
+        while len(self._records) > WORKERS_MAX:  # whoever failed longest ago is forgotten
+            del self._records[next(iter(self._records))]
+        return begun
+
+    @property
+    def present(self) -> dict[str, Rest]:
+        """Who rests, for how many more rounds, and why."""
+        return {w: Rest(r.until - self._over, r.why) for w, r in self._records.items() if r.until > self._over}
+
+    def spare(self, trainers: Sequence[str], quorum: int) -> list[str]:
+        """The trainers without those who rest; all of them if there is no quorum without: nobody waits for ever."""
+        resting = self.present
+        fit = [worker for worker in trainers if worker not in resting]
+        return fit if len(fit) >= quorum else list(trainers)
 
 
 def choose_cohort(trainers: Sequence[str], size: int, dice: random.Random) -> list[str]:

@@ -6,12 +6,15 @@ files, nor what an update holds.
 A round has turns. A parallel round has one turn with the whole cohort; a cyclic one has a turn for each worker, which
 starts from the weights that the turn before left. Rules, all of them here:
 
-    open       somebody who was asked in this turn may still answer, and the turn's deadline has not passed; or an
-               upload that was accepted is still being drained; or turns remain
+    open       somebody who was asked in this turn may still answer, the target is not reached, and the turn's
+               deadline has not passed; or an upload that was accepted is still being drained; or turns remain
     closed     no turn remains and the counted updates reach the quorum
     abandoned  no turn remains and they do not
 
 A worker whose lease has ended is waited for only while the quorum is missing: it may return before the deadline.
+**A turn always ends**: at its deadline, or, while something is being drained, `turn_s` after that and no later (a
+minute if that is more: a deadline of seconds need not cut off those who have kept it). When it has ended nothing
+more is taken into its sum; what was being added counts, what was only being received does not.
 """
 
 from collections.abc import Sequence
@@ -19,6 +22,11 @@ from enum import Enum
 
 from broker.messages import Attempt, Update
 from broker.tensors import Layout
+
+DRAIN_S_MIN = 60.0
+"""How long what was accepted before the deadline may be received after it, if `turn_s` is less."""
+REISSUES_MAX = 32
+"""So often a worker may lose its task in one turn and be sent it again."""
 
 
 class Phase(Enum):
@@ -46,15 +54,21 @@ class Round:
         of: run, round and attempt.
         cohort: everyone chosen, in order.
         quorum: fewest counted updates that make a version.
+        target: most of them; when they are there, nobody else is waited for.
         counted: worker → examples, for every update in the sum.
         refused: worker → reason, for everyone who will not contribute any more.
-        outcome: what the round had come to when the present turn ended; None while it goes on.
+        claimed: those who have said that the whole task is with them; decides nothing.
+        deadline_at: when the present turn stops waiting for answers.
+        ends_at: when it stops waiting for uploads that were accepted before.
     """
 
-    def __init__(self, of: Attempt, turns: Sequence[Sequence[str]], *, quorum: int, turn_s: float) -> None:
+    def __init__(
+        self, of: Attempt, turns: Sequence[Sequence[str]], *, quorum: int, turn_s: float, target: int | None = None
+    ) -> None:
         self.of = of
         self.cohort = tuple(worker for turn in turns for worker in turn)
         self.quorum = quorum
+        self.target = len(self.cohort) if target is None else target
         self.counted: dict[str, int] = {}
         self.refused: dict[str, str] = {}
         self._turns = [tuple(turn) for turn in turns]
@@ -63,8 +77,12 @@ class Round:
         self._closed_turns: set[str] = set()
         self._arriving: set[str] = set()
         self._lost: set[str] = set()
-        self.deadline_at = float("-inf")
-        self.outcome: tuple[Phase, str] | None = None
+        self._left: set[str] = set()
+        self._silent: dict[str, str] = {}  # worker → why its turn ended without it
+        self._losses: dict[str, int] = {}  # worker → how often it lost its task in this turn
+        self.claimed: set[str] = set()
+        self.deadline_at = self.ends_at = float("-inf")
+        self._over = ""  # why the present turn has ended, once it has
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -76,12 +94,25 @@ class Round:
         self._closed_turns.update(self._asked)
         self._asked = self._turns.pop(0)
         self.deadline_at = now + (self._turn_s if turn_s is None else turn_s)
-        self.outcome = None
+        self.ends_at = self.deadline_at + max(self._turn_s, DRAIN_S_MIN)
+        self._arriving.clear()
+        self._losses.clear()
+        self._over = ""
         return self._asked
 
     def end_turn(self, now: float) -> None:
-        """The turn is over: its outcome stands, and nobody is added to its sum, whoever comes or goes meanwhile."""
-        self.outcome = self.phase(now)
+        """The turn is over and stays so, whoever comes or goes meanwhile; what is being added may still be counted."""
+        self._over = self.turn_over(now)[1]
+        for worker in set(self.outstanding) - self._arriving:
+            if worker in self._lost:
+                self._silent[worker] = "it went away and owed an update"
+            elif now >= self.deadline_at and not self.full:
+                self._silent[worker] = f"nothing came from it within {self._turn_s:g} s"
+
+    @property
+    def outcome(self) -> tuple[Phase, str] | None:
+        """What the round has come to with the present turn; None while that goes on."""
+        return self.phase(self.ends_at) if self._over else None
 
     @property
     def has_turn(self) -> bool:
@@ -103,12 +134,18 @@ class Round:
         if worker not in self._asked:
             over = worker in self._closed_turns
             return Verdict.LATE, f"the turn of {worker} in {self.of} {'is over' if over else 'has not come'}"
+        if self.full:
+            return Verdict.LATE, f"the target of {self.of} is reached: {self.target} updates are counted"
         return Verdict.ACCEPTED, "in time"
 
     def accept(self, worker: str) -> None:
         """An update was judged ACCEPTED; its parts are on the way, and the round waits for them."""
         assert worker in self._asked
         self._arriving.add(worker)
+
+    def takes(self, worker: str) -> bool:
+        """Whether the accepted update of a worker is still wanted: if not when its adding begins, it is left."""
+        return worker in self._arriving and not self._over and not self.full
 
     def count(self, worker: str, examples: int) -> None:
         """The update is in the sum."""
@@ -119,6 +156,12 @@ class Round:
         """The worker says that it will not contribute; what is arriving already counts all the same."""
         if worker not in self._arriving:
             self.refuse(worker, reason)
+
+    def leave(self, worker: str, reason: str) -> None:
+        """The worker withdraws with a goodbye, which is no failure."""
+        if worker in self.outstanding:
+            self._left.add(worker)
+        self.withdraw(worker, reason)
 
     def refuse(self, worker: str, reason: str) -> None:
         """The worker will not contribute to this round, nor what is arriving; nobody waits for it any more."""
@@ -135,18 +178,69 @@ class Round:
         self._lost.discard(worker)
         return worker in self.outstanding and worker not in self._arriving
 
+    def reissue(self, worker: str) -> bool:
+        """The worker has lost its task; whether it is to be sent again. Too often, and it is out of the round."""
+        self.claimed.discard(worker)
+        self._losses[worker] = losses = self._losses.get(worker, 0) + 1
+        if losses > REISSUES_MAX:
+            self.refuse(worker, f"it has lost its task {losses} times")
+        return losses <= REISSUES_MAX
+
+    @property
+    def full(self) -> bool:
+        """Whether the target is reached."""
+        return len(self.counted) >= self.target
+
     @property
     def outstanding(self) -> tuple[str, ...]:
         """Those asked in this turn who have neither been counted nor refused."""
         return tuple(w for w in self._asked if w not in self.counted and w not in self.refused)
 
+    @property
+    def waits_for(self) -> dict[str, str]:
+        """Worker → what is waited for, for everyone outstanding."""
+
+        def awaited(worker: str) -> str:
+            if worker in self._arriving:
+                return "its update is being received"
+            if worker in self._lost:
+                return "it is away and may return"
+            return "it trains or uploads" if worker in self.claimed else "it has not got the whole task yet"
+
+        return {worker: awaited(worker) for worker in self.outstanding}
+
+    @property
+    def picture(self) -> dict[str, object]:
+        """How it stands, for people."""
+        return {
+            "round": self.of.round, "attempt": self.of.attempt, "cohort": self.cohort, "quorum": self.quorum,
+            "target": self.target, "counted": sorted(self.counted), "waiting": self.waits_for,
+            "refused": dict(self.refused),
+        }  # fmt: skip
+
+    @property
+    def fared(self) -> dict[str, str]:
+        """Worker → why it failed this round, empty for those who were counted.
+
+        Without those of whom the round can say neither: they said goodbye, were not needed any more, or were cut off.
+        """
+        refused = {worker: reason for worker, reason in self.refused.items() if worker not in self._left}
+        return self._silent | refused | dict.fromkeys(self.counted, "")
+
     def turn_over(self, now: float) -> tuple[bool, str]:
         """Whether the present turn waits for nobody any more, and why."""
+        if self._over:
+            return True, self._over
         waiting = self.outstanding
         if not waiting:
             return True, "everyone who was asked has answered"
+        if self.full:
+            return True, "the target is reached"
         if self._arriving:
-            return False, f"receiving from {', '.join(sorted(self._arriving))}"
+            names = ", ".join(sorted(self._arriving))
+            if now >= self.ends_at:
+                return True, f"the time for uploads has passed without {names}"
+            return False, f"receiving from {names}"
         if now >= self.deadline_at:
             return True, f"the deadline has passed without {', '.join(waiting)}"
         here = [w for w in waiting if w not in self._lost]
@@ -165,7 +259,7 @@ class Round:
             return Phase.OPEN, f"next is the turn of {', '.join(self._turns[0])}"
         tally = f"{len(self.counted)}/{len(self.cohort)} updates, quorum {self.quorum}"
         if len(self.counted) >= self.quorum:
-            return Phase.CLOSED, tally
+            return Phase.CLOSED, f"{tally}: {why}" if self.full and self.outstanding else tally
         refusals = "".join(f"; {worker}: {reason}" for worker, reason in self.refused.items())
         return Phase.ABANDONED, f"{tally}: {why}{refusals}"
 

@@ -27,7 +27,7 @@ from coordinator.claim import beat
 from coordinator.desk import Desk, Open
 from coordinator.journal import Try
 from coordinator.post import Post
-from coordinator.roster import choose_cohort, may_begin
+from coordinator.roster import Rests, choose_cohort, may_begin
 from coordinator.round import Phase, Round
 from coordinator.standby import BEAT_S
 from coordinator.store import Store
@@ -59,9 +59,10 @@ class Coordinator:
         self.change: memoryview | None = None  # from the version before, as the plan wants it sent
         self.desk = Desk(store, self.post, self.layout, version, drains=drains)
         self.roster = self.desk.roster
+        self.rests = Rests()
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
-        self._said = ""
+        self._said = "", ""  # phase and why
         self._now: dict[str, Any] = {}
         self._writing: asyncio.TimerHandle | None = None
 
@@ -131,14 +132,18 @@ class Coordinator:
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
-            here = self.roster.trainers(plan.workers)
+            here = self.rests.spare(self.roster.trainers(plan.workers), plan.least)
             waited_s = now - began_at
-            ready, why = may_begin(len(here), plan.cohort, plan.least, waited_s=waited_s, gather_s=gather_s)
+            ready, why = may_begin(len(here), plan.asks, plan.least, waited_s=waited_s, gather_s=gather_s)
             if ready:
                 break
-            self._say("gathering", why)
+            judges = self.roster.evaluators()
+            self._say("gathering", why if here or not judges else f"{why}; {', '.join(judges)} only evaluate")
             await self._wait(until=began_at + gather_s if waited_s < gather_s else None)
-        return choose_cohort(here, plan.cohort, random.Random(f"{plan.seed}/{self.desk.version + 1}"))
+        cohort = choose_cohort(here, plan.asks, random.Random(f"{plan.seed}/{self.desk.version + 1}"))
+        if tired := sorted(set(cohort) & self.rests.present.keys()):
+            log.warning("%s should rest, but there is no quorum without: asked all the same", ", ".join(tired))
+        return cohort
 
     def _open(self, cohort: list[str]) -> Open:
         """A new attempt at the next version, put down before anybody hears of it."""
@@ -161,7 +166,8 @@ class Coordinator:
 
     def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:
         turns = [cohort] if self.plan.schedule == "parallel" else [[worker] for worker in cohort]
-        return Open(Round(of, turns, quorum=self.plan.least, turn_s=self.plan.round_s), self.weights)
+        made = Round(of, turns, quorum=self.plan.least, turn_s=self.plan.round_s, target=self.plan.cohort)
+        return Open(made, self.weights)
 
     async def _try_round(self, here: Open) -> bool:
         """One attempt at the next version; whether it was made."""
@@ -174,11 +180,18 @@ class Coordinator:
         await self._sealed()  # the version before this one
         phase, why = trying.outcome or (Phase.OPEN, "")
         seconds = time.monotonic() - began_at
+        self._rest(here)
         if phase is Phase.CLOSED and not trouble:
             await self._close(here, why, seconds)
             return True
         await self._abandon(here, trouble or why, seconds)
         return False
+
+    def _rest(self, here: Open) -> None:
+        """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
+        for worker, rest in self.rests.note(here.round.fared).items():
+            log.warning("%s keeps failing and rests for %d rounds: %s", worker, rest.rounds, rest.why)
+            here.facts.rested[worker] = {"rounds": rest.rounds, "why": rest.why}
 
     async def _take_turn(self, here: Open) -> None:
         left_s, here.left_s = here.left_s, None
@@ -193,14 +206,17 @@ class Coordinator:
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
-            while here.returned:
-                await self._send(here, [here.returned.pop()])
             over, why = here.round.turn_over(now)
             self._say("open", f"{here.round.of}: {why}" if not over else f"{here.round.of}: summing up")
             if over:
                 here.round.end_turn(now)  # before the sum is taken
+                await self.desk.end_turn()
                 break
-            await self._wait(until=here.round.deadline_at)
+            if here.returned:  # all of them at once: it is one copy to the broker
+                again, here.returned = sorted(here.returned), set()
+                await self._send(here, again)
+                continue
+            await self._wait(until=here.round.deadline_at if now < here.round.deadline_at else here.round.ends_at)
         if self.desk.sums.updates:
             here.weights = await asyncio.to_thread(self._draft, here)
 
@@ -261,6 +277,7 @@ class Coordinator:
 
     async def _drop_uploads(self, here: Open) -> None:
         """Leave nothing of a round that is over in the queues of those who will upload for the next one."""
+        await self.desk.end_turn()  # it may have been given up in the midst of one
         for worker in here.untidy | (set(here.round.cohort) - set(here.round.counted)):
             await self.post.drop_upload(worker)
 
@@ -295,10 +312,14 @@ class Coordinator:
     # -- sending ------------------------------------------------------------------------------------------------
 
     async def _send(self, here: Open, workers: list[str]) -> None:
-        """Send the open round's task with the weights as they are in this turn."""
+        """Send the open round's task with the weights as they are in this turn; not longer than the turn takes."""
         here.sent_to |= {worker: self.roster.incarnation(worker) for worker in workers}
         task = self._task(here.round.of, "train", turn=here.turn)
-        here.facts.bytes_down += await self._send_version(task, here.weights, workers)
+        try:
+            async with asyncio.timeout(max(here.round.deadline_at - time.monotonic(), 0.0)):
+                here.facts.bytes_down += await self._send_version(task, here.weights, workers)
+        except TimeoutError:
+            log.warning("%s: the deadline has passed before the broker had taken all of the task", here.round.of)
 
     async def _send_version(self, task: Task, weights: memoryview, workers: list[str]) -> int:
         """Send these workers the weights, or their change if they have the version before; bytes sent."""
@@ -342,25 +363,34 @@ class Coordinator:
 
     def _say(self, phase: str, why: str) -> None:
         """Say what is happening when it changes: one line in the log, and soon the run's `now.json`."""
-        if why == self._said:
-            return
-        self._said = why
-        log.log(logging.INFO if phase != "open" else logging.DEBUG, "%s", why)
-        now: dict[str, Any] = {"phase": phase, "why": why, "version": self.desk.version, "rounds": self.plan.rounds}
-        if self.desk.open:
-            round_ = self.desk.open.round
-            now |= {"round": round_.of.round, "cohort": round_.cohort, "counted": sorted(round_.counted)}
-        self._now = now | {"here": [*self.roster.trainers(), *self.roster.evaluators()], "at": time.time()}
-        if phase != "open":
-            self._write_now()
-        elif self._writing is None:  # things change faster than anyone looks
+        if why != self._said[1]:
+            self._said = phase, why
+            log.log(logging.INFO if phase != "open" else logging.DEBUG, "%s", why)
+            if phase != "open":
+                self._write_now()
+        if phase == "open" and self._writing is None:  # things change faster than anyone looks
             self._writing = asyncio.get_running_loop().call_later(NOW_S, self._write_now)
 
     def _write_now(self) -> None:
         if self._writing:
             self._writing.cancel()
             self._writing = None
-        self.store.say_now(self._now)
+        if (now := self._picture()) != self._now:
+            self._now = now
+            left_s = self.desk.open.round.deadline_at - time.monotonic() if self.desk.open else None
+            self.store.say_now(now | {"at": time.time(), "deadline_s": left_s})
+
+    def _picture(self) -> dict[str, Any]:
+        """What is happening, for `now.json`, but for what the clock adds."""
+        (phase, why), resting = self._said, self.rests.present
+        now = {
+            "phase": phase, "why": why, "version": self.desk.version, "rounds": self.plan.rounds,
+            "here": [*self.roster.trainers(), *self.roster.evaluators()],
+            "resting": {worker: {"rounds": rest.rounds, "why": rest.why} for worker, rest in resting.items()},
+        }  # fmt: skip
+        if self.desk.open:
+            now |= self.desk.open.round.picture
+        return now
 
 
 async def serve(store: Store, link: Link, *, drains: int = DRAINS, forced: bool = False) -> None:

@@ -72,9 +72,31 @@ def test_the_deadline_waits_for_an_upload_that_is_arriving() -> None:
     here = parallel()
     count(here, "ada")
     here.accept("eve")
-    assert here.phase(10_000) == (Phase.OPEN, "receiving from eve")
+    assert here.phase(1199.9) == (Phase.OPEN, "receiving from eve")
     here.count("eve", 5)
-    assert here.phase(10_000) == (Phase.CLOSED, "2/3 updates, quorum 2")
+    assert here.phase(1199.9) == (Phase.CLOSED, "2/3 updates, quorum 2")
+
+
+def test_an_upload_that_is_still_arriving_as_long_again_after_the_deadline_is_left() -> None:
+    here = parallel()
+    count(here, "ada", "bob")
+    here.accept("eve")
+    assert here.ends_at == 1200
+    assert here.turn_over(1200) == (True, "the time for uploads has passed without eve")
+    assert here.takes("eve")
+    here.end_turn(1200)
+    assert not here.takes("eve")
+    assert here.outcome == (Phase.CLOSED, "2/3 updates, quorum 2")
+    assert here.outstanding == ("eve",)
+
+
+def test_a_deadline_of_seconds_leaves_a_minute_for_what_was_accepted_before_it() -> None:
+    here = Round(OF, [["ada"]], quorum=1, turn_s=0.5)
+    here.begin_turn(100)
+    here.accept("ada")
+    assert (here.deadline_at, here.ends_at) == (100.5, 160.5)
+    assert not here.turn_over(160)[0]
+    assert here.turn_over(160.5)[0]
 
 
 def test_an_upload_that_turns_out_to_be_invalid_is_waited_for_no_more() -> None:

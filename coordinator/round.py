@@ -101,7 +101,7 @@ class Round:
         return self._asked
 
     def end_turn(self, now: float) -> None:
-        """The turn is over and stays so, whoever comes or goes meanwhile; what is being added may still be counted."""
+        """The turn is over and stays so, whoever comes or goes; what is being added may still be counted."""
         self._over = self.turn_over(now)[1]
         for worker in set(self.outstanding) - self._arriving:
             if worker in self._lost:

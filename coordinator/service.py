@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from coordinator import plan as plans
 from coordinator.claim import beat
 from coordinator.desk import Desk, Open
 from coordinator.journal import Try
+from coordinator.now import Now
 from coordinator.post import Post
 from coordinator.roster import Rests, choose_cohort, may_begin
 from coordinator.round import Phase, Round
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 BACKOFF_S_MAX = 30.0
 FINAL_S_MAX = 120.0
 TICK_S_MAX = 3600.0
-NOW_S = 0.2
-"""How far `now.json` may lag behind an open round."""
 LEFT_S_MIN = 60.0
 """How long a round that is taken up waits at least, if its plan would: its workers may have been cut off, too."""
 DRAINS = 2
@@ -62,9 +61,7 @@ class Coordinator:
         self.rests = Rests()
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
-        self._said = "", ""  # phase and why
-        self._now: dict[str, Any] = {}
-        self._writing: asyncio.TimerHandle | None = None
+        self._say = Now(store, self.desk, self.rests).say
 
     async def serve(self, *, forced: bool = False) -> None:
         """Make the versions that the plan still asks for.
@@ -350,7 +347,7 @@ class Coordinator:
                     self.desk.open.round.lose(worker)
             return 0
 
-    # -- waiting and saying -------------------------------------------------------------------------------------
+    # -- waiting ------------------------------------------------------------------------------------------------
 
     async def _wait(self, until: float | None) -> None:
         """Until something was heard, or a lease ends, or the given instant."""
@@ -360,37 +357,6 @@ class Coordinator:
             async with asyncio.timeout(max(bound_s, 0.001)):
                 await self.desk.changed.wait()
         self.desk.changed.clear()
-
-    def _say(self, phase: str, why: str) -> None:
-        """Say what is happening when it changes: one line in the log, and soon the run's `now.json`."""
-        if why != self._said[1]:
-            self._said = phase, why
-            log.log(logging.INFO if phase != "open" else logging.DEBUG, "%s", why)
-            if phase != "open":
-                self._write_now()
-        if phase == "open" and self._writing is None:  # things change faster than anyone looks
-            self._writing = asyncio.get_running_loop().call_later(NOW_S, self._write_now)
-
-    def _write_now(self) -> None:
-        if self._writing:
-            self._writing.cancel()
-            self._writing = None
-        if (now := self._picture()) != self._now:
-            self._now = now
-            left_s = self.desk.open.round.deadline_at - time.monotonic() if self.desk.open else None
-            self.store.say_now(now | {"at": time.time(), "deadline_s": left_s})
-
-    def _picture(self) -> dict[str, Any]:
-        """What is happening, for `now.json`, but for what the clock adds."""
-        (phase, why), resting = self._said, self.rests.present
-        now = {
-            "phase": phase, "why": why, "version": self.desk.version, "rounds": self.plan.rounds,
-            "here": [*self.roster.trainers(), *self.roster.evaluators()],
-            "resting": {worker: {"rounds": rest.rounds, "why": rest.why} for worker, rest in resting.items()},
-        }  # fmt: skip
-        if self.desk.open:
-            now |= self.desk.open.round.picture
-        return now
 
 
 async def serve(store: Store, link: Link, *, drains: int = DRAINS, forced: bool = False) -> None:

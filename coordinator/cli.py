@@ -152,7 +152,7 @@ def status(
 
 def _said_now(now: dict[str, Any]) -> Iterator[str]:
     """The round that is open: how it stands, who is waited for and why; and who rests, and why."""
-    if "round" in now:
+    if "waiting" in now:  # a former fluffle did not say
         left_s = now.get("deadline_s") or 0.0
         when = f"the deadline is in {left_s:.0f} s" if left_s > 0 else "the deadline has passed"
         counted, target, quorum = len(now["counted"]), now["target"], now["quorum"]

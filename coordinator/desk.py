@@ -134,7 +134,8 @@ class Desk:
             self._greet(message, now)
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)
-            self._withdraw(message.worker, f"it left: {message.reason}", leaves=True)
+            if self.open:
+                self.open.round.leave(message.worker, f"it left: {message.reason}")
         await delivery.ack()
         self.changed.set()
 
@@ -232,13 +233,9 @@ class Desk:
     def _refused(self, refusal: Refusal) -> None:
         log.warning("%s: %s refused: %s", refusal.of, refusal.worker, refusal.reason)
         if self.open and refusal.of == self.open.round.of:
-            self._withdraw(refusal.worker, refusal.reason, leaves=False)
+            self.open.round.withdraw(refusal.worker, refusal.reason)
         elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
             self.final.setdefault(refusal.worker, {})
-
-    def _withdraw(self, worker: str, reason: str, *, leaves: bool) -> None:
-        if self.open and worker not in self.open.round.refused:  # the first reason is the one to read
-            (self.open.round.leave if leaves else self.open.round.withdraw)(worker, reason)
 
     async def drain_uploads(self) -> None:
         """Drain accepted updates, as many at once as there are rooms; while one is added, others are on their way."""

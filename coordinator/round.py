@@ -154,14 +154,14 @@ class Round:
 
     def withdraw(self, worker: str, reason: str) -> None:
         """The worker says that it will not contribute; what is arriving already counts all the same."""
-        if worker not in self._arriving:
+        if worker not in self._arriving and worker not in self.refused:  # the first reason is the one to read
             self.refuse(worker, reason)
 
     def leave(self, worker: str, reason: str) -> None:
         """The worker withdraws with a goodbye, which is no failure."""
-        if worker in self.outstanding:
-            self._left.add(worker)
         self.withdraw(worker, reason)
+        if self.refused.get(worker) == reason:
+            self._left.add(worker)
 
     def refuse(self, worker: str, reason: str) -> None:
         """The worker will not contribute to this round, nor what is arriving; nobody waits for it any more."""

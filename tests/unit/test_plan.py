@@ -44,6 +44,20 @@ def test_the_quorum_is_two_thirds_of_the_cohort_rounded_up_unless_given(cohort: 
     assert plans.make({**LEAST, "cohort": cohort, "quorum": 1}).least == 1
 
 
+@pytest.mark.parametrize(
+    ("cohort", "over_select", "asks"),
+    [(4, 1, 4), (4, 1.0, 4), (4, 1.3, 6), (3, 1.1, 4), (10, 1.1, 11), (100, 1.1, 110), (100, 1.3, 130), (2, 3, 6)],
+)
+def test_over_selection_asks_so_many_times_the_cohort_rounded_up(cohort: int, over_select: float, asks: int) -> None:
+    plan = plans.make({**LEAST, "cohort": cohort, "over_select": over_select})
+    assert plan.asks == asks
+    assert plan.least == plans.make({**LEAST, "cohort": cohort}).least
+
+
+def test_a_list_that_has_at_least_one_to_spare_may_be_over_selected_from() -> None:
+    assert plans.make({**LEAST, "over_select": 3, "workers": ["a", "b", "c"]}).asks == 6
+
+
 def test_updates_and_versions_travel_as_they_are_unless_the_plan_says_otherwise() -> None:
     plan = plans.make(LEAST)
     assert (plan.format, plan.keep, plan.down) == ("float32", None, "full")
@@ -72,6 +86,20 @@ def test_a_plan_is_frozen() -> None:
     [
         ({"cohort": 3, "quorum": 4}, "the quorum (4) is above the cohort (3): lower it"),
         ({"cohort": 3, "workers": ["a"]}, "the cohort (3) is larger than the list of workers (1): lower it"),
+        (
+            {"over_select": 1.3, "schedule": "cyclic"},
+            (
+                "a cyclic round asks one worker after another, so that more of them (over_select is 1.3) only take "
+                "longer: set it to 1"
+            ),
+        ),
+        (
+            {"over_select": 1.5, "workers": ["a", "b"]},
+            (
+                "over_select (1.5) asks more workers than the cohort (2), and the list of workers names no more: "
+                "name more, lower the cohort or set over_select to 1"
+            ),
+        ),
         ({"workers": ["a", "b", "a"]}, "a worker is listed twice: name each once"),
         ({"rule": "median"}, "there is no rule 'median': choose one of mean"),
         ({"keep": 0.1}, "keep is for the format top-k, and the format is float32: leave keep out"),
@@ -99,6 +127,10 @@ def test_settings_that_contradict_each_other_are_refused(changes: Mapping[str, A
         ({"rounds": 1.5}, "rounds must be a whole number"),
         ({"rounds": True}, "rounds must be a whole number"),
         ({"cohort": "two"}, "cohort must be a whole number"),
+        ({"over_select": 0.9}, "over_select must be at least 1"),
+        ({"over_select": 3.1}, "over_select must be at most 3"),
+        ({"over_select": float("nan")}, "over_select must be at most 3"),
+        ({"over_select": "1.3"}, "over_select must be a number"),
         ({"quorum": 0}, "quorum must be at least 1"),
         ({"quorum": "x"}, "quorum must be a whole number"),
         ({"round_s": 0}, "round_s must be above 0"),
@@ -152,7 +184,8 @@ def test_settings_keep_their_types() -> None:
     rounds=st.integers(1, 10**9),
     quorum=st.none() | st.integers(1, 4),
     round_s=st.floats(1e-3, 30 * 24 * 3600),
-    workers=st.just(()) | st.just(("w-1", "a", "b", "z9")),
+    over_select=st.floats(1, 3),
+    workers=st.just(()) | st.just(("w-1", "a", "b", "z9", "c")),
     format=st.sampled_from(sorted(FORMATS)),
     down=st.sampled_from(["full", "bfloat16", "int8"]),
     values=st.dictionaries(

@@ -2,11 +2,12 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
 from broker.messages import Hello
-from coordinator.roster import LEASE_S_MAX, WORKERS_MAX, News, Roster, choose_cohort, may_begin
+from coordinator.roster import LEASE_S_MAX, WORKERS_MAX, News, Rest, Rests, Roster, choose_cohort, may_begin
 
 
 def hello(worker: str, *, incarnation: str = "1", trains: bool = True, lease_s: float = 15.0) -> Hello:
@@ -120,6 +121,72 @@ def test_every_worker_is_as_likely_to_be_chosen_as_any_other() -> None:
     expected = rounds * 3 / 10
     chi_squared = sum((times[worker] - expected) ** 2 / (expected * 0.7) for worker in WORKERS) * 0.9
     assert chi_squared < 27.9, times  # one in a thousand with 9 degrees of freedom
+
+
+# -- rest -----------------------------------------------------------------------------------------------------------
+
+
+def rests_after(*rounds: dict[str, str]) -> Rests:
+    rests = Rests()
+    for fared in rounds:
+        rests.note(fared)
+    return rests
+
+
+def asked(rests: Rests, rounds: int, *, fails: bool = True) -> Iterator[bool]:
+    """For so many rounds, whether eve was chosen; whenever she is, she fails, or not."""
+    for _ in range(rounds):
+        chosen = "eve" in rests.spare(["ada", "bob", "eve"], 2)
+        rests.note({"ada": "", "bob": ""} | ({"eve": "no rows" if fails else ""} if chosen else {}))
+        yield chosen
+
+
+def test_who_fails_three_times_on_end_rests_for_two_rounds_with_the_last_reason() -> None:
+    rests = rests_after({"eve": "no data"}, {"eve": "no room"})
+    assert rests.present == {}
+    assert rests.note({"ada": "", "eve": "no time"}) == {"eve": Rest(2, "no time")}
+    assert rests.present == {"eve": Rest(2, "no time")}
+    assert rests.spare(["ada", "bob", "eve"], 2) == ["ada", "bob"]
+    rests.note({"ada": "", "bob": ""})
+    assert rests.present == {"eve": Rest(1, "no time")}
+    rests.note({"ada": "", "bob": ""})
+    assert rests.present == {}
+    assert rests.spare(["ada", "bob", "eve"], 2) == ["ada", "bob", "eve"]
+
+
+def test_one_more_failure_after_a_rest_begins_the_next_twice_as_long_up_to_64_rounds() -> None:
+    rests = rests_after(*[{"eve": "no rows"}] * 3)
+    line = "".join(
+        "x" if chosen else "." for chosen in asked(rests, 2 + 1 + 4 + 1 + 8 + 1 + 16 + 1 + 32 + 1 + 64 + 1 + 64 + 1)
+    )
+    assert line == "x".join("." * rest for rest in (2, 4, 8, 16, 32, 64, 64)) + "x"
+
+
+def test_one_counted_update_clears_a_worker_entirely() -> None:
+    rests = rests_after(*[{"eve": "no rows"}] * 3)
+    assert list(asked(rests, 3, fails=False)) == [False, False, True]
+    assert rests.note({"eve": "no rows"}) == rests.note({"eve": "no rows"}) == {}
+    assert rests.note({"eve": "no rows"}) == {"eve": Rest(2, "no rows")}
+
+
+def test_failures_on_both_sides_of_an_update_or_of_rounds_without_it_do_and_do_not_add_up() -> None:
+    assert rests_after(*[{"eve": "x"}] * 2, {"eve": ""}, *[{"eve": "x"}] * 2).present == {}
+    assert rests_after({"eve": "x"}, {"ada": ""}, {"eve": "x"}, {}, {"eve": "x"}).present == {"eve": Rest(2, "x")}
+
+
+def test_who_rests_is_chosen_all_the_same_if_there_is_no_quorum_without() -> None:
+    rests = rests_after(*[{"eve": "no rows", "bob": "no rows"}] * 3)
+    assert rests.spare(["ada", "bob", "eve", "zoe"], 2) == ["ada", "zoe"]
+    assert rests.spare(["ada", "bob", "eve"], 2) == ["ada", "bob", "eve"]
+    assert rests.spare(["bob"], 2) == ["bob"]
+
+
+def test_no_more_workers_are_remembered_than_a_roster_holds() -> None:
+    rests = rests_after(
+        {"first": "no"}, {f"w{n}": "no" for n in range(WORKERS_MAX)}, {"first": "no"}, {"first": "no"}
+    )
+    assert len(rests._records) == WORKERS_MAX
+    assert rests.present == {}
 
 
 # -- whether to begin -----------------------------------------------------------------------------------------------

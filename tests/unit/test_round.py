@@ -1,10 +1,14 @@
 """A round's decisions: time goes in, and out comes a phase or a verdict, with its reason in words."""
 
+from collections.abc import Iterator
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from broker.messages import PART_BYTES_MIN, Attempt, Payload, Update
 from broker.tensors import Layout, TensorSpec
-from coordinator.round import Phase, Round, Verdict, judge
+from coordinator.round import REISSUES_MAX, Phase, Round, Verdict, judge
 
 OF = Attempt("run", 7, 1)
 TURN_S = 600.0
@@ -184,6 +188,114 @@ def test_who_has_been_counted_cannot_be_refused_any_more_nor_strangers_ever() ->
     assert here.counted == {"ada": 10}
 
 
+# -- the target -----------------------------------------------------------------------------------------------------
+
+
+def over_selected() -> Round:
+    """Two are enough; three were asked at 0."""
+    begun = Round(OF, [["ada", "bob", "eve"]], quorum=1, turn_s=TURN_S, target=2)
+    begun.begin_turn(0)
+    return begun
+
+
+def test_it_closes_as_soon_as_the_target_is_reached() -> None:
+    here = over_selected()
+    count(here, "bob")
+    assert here.phase(1) == (Phase.OPEN, "waiting for ada, eve")
+    count(here, "eve")
+    assert here.turn_over(1) == (True, "the target is reached")
+    assert here.phase(1) == (Phase.CLOSED, "2/3 updates, quorum 1: the target is reached")
+    assert here.fared == {"bob": "", "eve": ""}
+
+
+def test_what_is_being_received_when_the_target_is_reached_is_not_counted() -> None:
+    here = over_selected()
+    here.accept("ada")
+    assert here.takes("ada")
+    count(here, "bob", "eve")
+    assert not here.takes("ada")
+    assert here.phase(1)[0] is Phase.CLOSED
+    here.end_turn(1)
+    assert here.outstanding == ("ada",)
+    assert "ada" not in here.fared
+
+
+def test_an_update_after_the_target_is_late_even_before_the_turn_has_ended() -> None:
+    here = over_selected()
+    count(here, "bob", "eve")
+    assert here.judge(OF, "ada") == (Verdict.LATE, "the target of round 7 is reached: 2 updates are counted")
+
+
+def test_fewer_workers_than_the_target_are_waited_for_as_ever() -> None:
+    here = Round(OF, [["ada", "bob"]], quorum=1, turn_s=TURN_S, target=4)
+    here.begin_turn(0)
+    count(here, "ada")
+    assert here.phase(1) == (Phase.OPEN, "waiting for bob")
+    count(here, "bob")
+    assert here.phase(1) == (Phase.CLOSED, "2/2 updates, quorum 1")
+
+
+# -- how everyone has fared -----------------------------------------------------------------------------------------
+
+
+def test_who_refuses_lies_goes_away_or_is_silent_has_failed_and_who_says_goodbye_has_not() -> None:
+    here = Round(OF, [["a", "b", "c", "d", "e", "f"]], quorum=1, turn_s=TURN_S)
+    here.begin_turn(0)
+    count(here, "a")
+    here.withdraw("b", "ValueError: no rows")
+    here.refuse("c", "part 3 does not match its checksum.")
+    here.lose("d")
+    here.leave("e", "it left: it was told to stop")
+    here.end_turn(600)
+    assert here.fared == {
+        "a": "",
+        "b": "ValueError: no rows",
+        "c": "part 3 does not match its checksum.",
+        "d": "it went away and owed an update",
+        "f": "nothing came from it within 600 s",
+    }
+
+
+def test_a_goodbye_after_a_refusal_does_not_undo_it() -> None:
+    here = parallel()
+    here.withdraw("eve", "no data")
+    here.leave("eve", "it left")
+    assert here.fared == {"eve": "no data"}
+
+
+def test_who_was_not_asked_yet_has_not_failed() -> None:
+    here = cyclic()
+    here.end_turn(600)
+    assert here.fared == {"ada": "nothing came from it within 600 s"}
+    here.begin_turn(600)
+    here.lose("bob")
+    here.end_turn(601)
+    assert here.fared["bob"] == "it went away and owed an update"
+    assert "eve" not in here.fared
+
+
+def test_who_is_waited_for_is_said_with_the_reason() -> None:
+    here = Round(OF, [["a", "b", "c", "d", "e"]], quorum=1, turn_s=TURN_S)
+    here.begin_turn(0)
+    count(here, "e")
+    here.accept("a")
+    here.lose("b")
+    here.claimed.add("c")
+    assert here.waits_for == {
+        "a": "its update is being received",
+        "b": "it is away and may return",
+        "c": "it trains or uploads",
+        "d": "it has not got the whole task yet",
+    }
+
+
+def test_a_worker_that_loses_its_task_again_and_again_is_sent_it_only_so_often() -> None:
+    here = parallel()
+    assert all(here.reissue("eve") for _ in range(REISSUES_MAX))
+    assert not here.reissue("eve")
+    assert here.refused == {"eve": "it has lost its task 33 times"}
+
+
 # -- turns ----------------------------------------------------------------------------------------------------------
 
 
@@ -276,3 +388,127 @@ def test_an_update_between_two_rounds_is_late() -> None:
 def test_an_update_that_is_late_is_not_called_invalid() -> None:
     other = Layout((TensorSpec("w", "float32", (3,)),))
     assert judge(update(other, Attempt("run", 6, 1)), parallel(), MODEL)[0] is Verdict.LATE
+
+
+def test_an_update_of_an_evaluation_is_late_whatever_is_open() -> None:
+    evaluation = Attempt("run", 6, 0)
+    assert judge(update(MODEL, evaluation), parallel(), MODEL)[0] is Verdict.LATE
+    assert judge(update(MODEL, evaluation), None, MODEL)[0] is Verdict.LATE
+
+
+def test_an_update_while_the_round_is_summed_up_is_late_and_a_second_copy_of_one_that_counts_a_duplicate() -> None:
+    here = parallel()
+    count(here, "ada")
+    here.accept("bob")
+    here.end_turn(1200)
+    said = (Verdict.LATE, "round 7 is being summed up")
+    assert judge(Update(OF, "eve", 6, 10, {}, Payload("p", PART_BYTES_MIN, MODEL.specs)), here, MODEL) == said
+    assert judge(update(MODEL), here, MODEL)[0] is Verdict.DUPLICATE
+
+
+# -- whatever happens, in whatever order ----------------------------------------------------------------------------
+
+COHORT = ("a", "b", "c", "d", "e")
+EVENTS = ("update", "add", "added", "lies", "refuses", "leaves", "lost", "back", "loses its task")
+STRAYS = (OF, OF, OF, Attempt("run", 7, 2), Attempt("run", 6, 1), Attempt("run", 6, 0), Attempt("other", 7, 1))
+STEP = st.tuples(
+    st.sampled_from(EVENTS), st.sampled_from((*COHORT, "stranger")), st.sampled_from(STRAYS), st.floats(0, 40)
+)
+
+
+class Desk:
+    """What the desk does with a round: it receives several, and adds one at a time if that is still wanted."""
+
+    def __init__(self, here: Round) -> None:
+        self.here = here
+        self.received: list[str] = []
+        self.adding = ""
+        self.sum: list[str] = []
+        self.now = 0.0
+
+    def step(self, event: str, worker: str, of: Attempt) -> None:
+        here = self.here
+        if event == "update":
+            verdict, reason = judge(
+                Update(of, worker, 6, 1, {}, Payload("p", PART_BYTES_MIN, MODEL.specs)), here, MODEL
+            )
+            assert isinstance(verdict, Verdict)
+            assert reason
+            if verdict is Verdict.ACCEPTED:
+                assert of == OF
+                assert worker in here.asked
+                here.accept(worker)
+                self.received.append(worker)
+        elif event == "add" and not self.adding and self.received:
+            worker = self.received.pop()
+            self.adding = worker if here.takes(worker) else ""
+        elif event in ("added", "lies"):
+            self.finish(lies=event == "lies")
+        elif event == "refuses":
+            here.withdraw(worker, "no rows")
+        elif event == "leaves":
+            here.leave(worker, "it left")
+        elif event == "lost":
+            here.lose(worker)
+        elif (event == "back" and here.find(worker)) or (event == "loses its task" and worker in here.outstanding):
+            here.reissue(worker)
+
+    def finish(self, *, lies: bool = False) -> None:
+        if self.adding and lies:
+            self.here.refuse(self.adding, "NaN")
+        elif self.adding:
+            self.here.count(self.adding, 1)
+            self.sum.append(self.adding)
+        self.adding = ""
+
+    def end_turn(self) -> None:
+        self.here.end_turn(self.now)
+        self.finish()
+        for worker in self.received:
+            assert not self.here.takes(worker)
+        self.received.clear()
+
+
+def holds(here: Round, desk: Desk) -> None:
+    counted, refused, owing = set(here.counted), set(here.refused), set(here.outstanding)
+    assert len(counted) <= here.target
+    assert not counted & refused
+    assert not (counted | refused) & owing
+    assert set(here.asked) <= counted | refused | owing
+    assert sorted(counted) == sorted(desk.sum)  # nothing is half counted
+
+
+def turns_of(cyclic_: bool) -> Iterator[list[str]]:
+    yield from ([worker] for worker in COHORT) if cyclic_ else [list(COHORT)]
+
+
+@given(st.lists(STEP, max_size=120), st.booleans(), st.integers(1, 5), st.integers(1, 5))
+@settings(max_examples=400, deadline=None)
+def test_a_round_always_ends_and_counts_whole_updates_no_more_than_its_target(
+    steps: list[tuple[str, str, Attempt, float]], cyclic_: bool, quorum: int, target: int
+) -> None:
+    target = len(COHORT) if cyclic_ else max(target, quorum)
+    here = Round(OF, list(turns_of(cyclic_)), quorum=quorum, turn_s=100.0, target=target)
+    desk, left = Desk(here), iter(steps)
+    while here.has_turn:
+        here.begin_turn(desk.now)
+        began_at = desk.now
+        while not here.turn_over(desk.now)[0]:
+            event, worker, of, passes_s = next(left, ("nothing", "a", OF, 40.0))
+            desk.step(event, worker, of)
+            holds(here, desk)
+            desk.now += passes_s
+            assert here.turn_over(desk.now)[1]
+            assert here.turn_over(desk.now)[0] or desk.now < began_at + 200  # twice `turn_s`, and no more
+        desk.end_turn()
+        holds(here, desk)
+        before = here.outcome, dict(here.counted)
+        for worker in COHORT:  # it has ended, whoever comes or goes
+            desk.step("update", worker, OF)
+            desk.step("add", worker, OF)
+            here.find(worker)
+            here.lose(worker)
+        assert (here.outcome, here.counted) == before
+    assert here.outcome is not None
+    assert here.outcome[0] is (Phase.CLOSED if len(here.counted) >= quorum else Phase.ABANDONED)
+    assert {worker for worker, why in here.fared.items() if not why} == set(here.counted)

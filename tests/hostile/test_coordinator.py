@@ -235,9 +235,13 @@ async def test_parts_in_any_order_and_number_count_once(tmp_path: Path, pieces: 
         assert await liar.left() == {}
 
 
-async def test_a_goodbye_while_parts_arrive_takes_nothing_back(tmp_path: Path) -> None:
+async def test_a_goodbye_while_parts_arrive_takes_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A liar announces an update, leaves, and only then uploads: it is in the sum or it is not, but never half."""
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
+        monkeypatch.setattr(coordinator.post, "STALL_S", 10.0)  # it has time to say so
+        monkeypatch.setattr(coordinator.post, "LOOK_S", 10.0)
         await liar.say(update())
         await liar.upload(parts()[:2])
         await fed.until(lambda: "liar" in fed.store.now()["why"] and "receiving" in fed.store.now()["why"])

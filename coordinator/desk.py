@@ -16,7 +16,7 @@ from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
 from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Refusal, Score, Update
 from broker.tensors import Layout
-from coordinator import history
+from coordinator import history, updates
 from coordinator.aggregation import RULES, Spread, alone
 from coordinator.hands import SEATS, Hands
 from coordinator.history import Facts
@@ -103,8 +103,10 @@ class Desk:
         async with self._adding:
             self.sums.clear()
 
-    def _add(self, examples: int, data: memoryview) -> None:
-        self.rule.add(self.sums, examples, data, spread=self._spread)
+    def _add(self, update: Update, data: memoryview) -> None:
+        if self.plan.keep_updates:
+            updates.keep(update, data, self.payload_layout, run=self.store.folder, claim=self.store.claim)
+        self.rule.add(self.sums, update.examples, data, spread=self._spread)
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
@@ -239,7 +241,7 @@ class Desk:
                 await self.post.drain(update, data, within_s=self.plan.round_s)
                 async with self._adding:
                     if here is self.open:
-                        await asyncio.to_thread(self._add, update.examples, data)
+                        await asyncio.to_thread(self._add, update, data)
             except WireError as problem:
                 await self._turn_out(here, update, problem)
             else:

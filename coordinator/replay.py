@@ -48,17 +48,16 @@ def replay(store: Store, version: int, start: int) -> Outcome:
     count = 0
     with tempfile.TemporaryDirectory(prefix="fluffle-replay-") as folder:
         for number in range(start + 1, version + 1):
-            kept = _kept(store, lines[number], fmt.layout(layout))
-            count += len(kept)
+            count += len(lines[number]["counted"])
             try:
-                weights = _made(store, lines[number], kept, sums, (weights, Path(folder)))
+                weights = _made(store, lines[number], sums, (weights, Path(folder)))
             except WireError as problem:
                 raise UsageError(f"the updates of version {number} do not add up: {problem}") from None
         return Outcome(count, list(_differences(store, version, layout, weights)))
 
 
-def _kept(store: Store, line: dict[str, Any], layout: Layout) -> dict[str, updates.Kept]:
-    """The updates of a round, each what was counted."""
+def _counted(store: Store, line: dict[str, Any]) -> list[str]:
+    """Who was counted in a round, in the cohort's order; their updates are there."""
     number, run = line["version"], store.folder
     missing = [worker for worker in line["counted"] if not updates.path(run, number, worker).is_file()]
     if missing or not line["counted"]:
@@ -67,24 +66,21 @@ def _kept(store: Store, line: dict[str, Any], layout: Layout) -> dict[str, updat
             f"version {number} cannot be made again: the updates of {whose} are not in "
             f"{updates.folder_of(run, number)}. A run keeps them if its coordinator is begun with --keep-updates."
         )
-    counted = [worker for worker in line["cohort"] if isinstance(worker, str) and worker in line["counted"]]
-    kept = {worker: updates.proven(run, line, worker) for worker in counted}
-    for worker, found in kept.items():
-        if differs := layout.difference(found.layout):
-            raise UsageError(f"{updates.path(run, number, worker)} has other tensors than this plan: {differs}.")
-    return kept
+    return [worker for worker in line["cohort"] if isinstance(worker, str) and worker in line["counted"]]
 
 
-def _made(
-    store: Store, line: dict[str, Any], kept: dict[str, updates.Kept], sums: Sums, at: tuple[memoryview, Path]
-) -> memoryview:
-    """The version that a round makes of these updates, turn by turn; see `service.Coordinator`."""
+def _made(store: Store, line: dict[str, Any], sums: Sums, at: tuple[memoryview, Path]) -> memoryview:
+    """The version that a round makes of its updates, turn by turn; see `service.Coordinator`."""
     (weights, folder), plan, number = at, store.plan, int(line["version"])
-    before, rule = weights, RULES[plan.rule]
-    for turn in [list(kept)] if plan.schedule == "parallel" else [[worker] for worker in kept]:
+    before, rule, counted = weights, RULES[plan.rule], _counted(store, line)
+    for turn in [counted] if plan.schedule == "parallel" else [[worker] for worker in counted]:
         sums.clear()
-        for worker in turn:
-            rule.add(sums, kept[worker].examples, kept[worker].data)
+        for worker in turn:  # one file at a time: there may be thousands
+            kept = updates.proven(store.folder, line, worker)
+            if differs := sums.fmt.layout(sums.layout).difference(kept.layout):
+                where = updates.path(store.folder, number, worker)
+                raise UsageError(f"{where} has other tensors than this run: {differs}.")
+            rule.add(sums, kept.examples, kept.data)
         began = weights
 
         def fill(put: Put, began: memoryview = began) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import safetensors
+from xxhash import xxh3_128
 
 from broker.errors import UsageError, WireError
 from broker.tensors import Layout, TensorSpec
@@ -160,6 +161,15 @@ def forgetting(items: Iterable[_Item], looked_at: memoryview, size: Callable[[_I
         if passed >= FORGET_BYTES:
             forget(looked_at)
             passed = 0
+
+
+def checksum(data: memoryview) -> str:
+    """XXH3-128 of some bytes, in hex; of a large file that is mapped, nothing stays in memory."""
+    found = xxh3_128()
+    pieces = (data[at : at + FORGET_BYTES] for at in range(0, len(data), FORGET_BYTES))
+    for piece in forgetting(pieces, data, len):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:

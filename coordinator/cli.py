@@ -1,4 +1,4 @@
-"""The coordinator's commands: `fluffle coordinator` and `fluffle status`.
+"""The coordinator's commands: `fluffle coordinator`, `fluffle status`, `fluffle verify` and `fluffle replay`.
 
 Knows options and what is printed. Does not know how a version is made.
 """
@@ -18,8 +18,10 @@ from rich.table import Table
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
 from broker.options import BrokerUrl, SettingPairs, parse_settings
-from coordinator import history, service, standby
+from coordinator import history, service, standby, updates
 from coordinator import plan as plans
+from coordinator import replay as replaying
+from coordinator import verify as verifying
 from coordinator.store import Store
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder; `fluffle init` makes one.")]
@@ -46,6 +48,9 @@ def coordinator(
     down: Annotated[
         str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")
     ] = None,
+    keep_updates: Annotated[
+        bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
+    ] = None,
     drains: Annotated[
         int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")
     ] = service.DRAINS,
@@ -68,6 +73,7 @@ def coordinator(
         "format": how,
         "keep": keep,
         "down": down,
+        "keep_updates": keep_updates,
     }
     changes: PlanOptions = {name: value for name, value in given.items() if value is not None}
     if settings:
@@ -106,11 +112,12 @@ def status(
     if (left_s := now.get("deadline_s")) is not None:  # when that was written
         now["deadline_s"] = round(left_s - (time.time() - now["at"]), 1)
     abandoned = history.last_abandoned(lines)
-    points = history.curve(lines)
+    points, kept = history.curve(lines), list(updates.sizes(run))
     if as_json:
         shown = [{"version": p.version, "scored": p.scored, "held_out": p.held_out} for p in points]
         found = {"run": store.plan.run, "version": store.latest(), "rounds": store.plan.rounds, "now": now}
-        json.dump({**found, "abandoned": abandoned, "versions": shown, "history": lines}, sys.stdout)
+        found |= {"updates_bytes": sum(kept), "abandoned": abandoned}
+        json.dump({**found, "versions": shown, "history": lines}, sys.stdout)
         sys.stdout.write("\n")
         return
     console = Console()
@@ -120,6 +127,8 @@ def status(
     )
     for said in [*_said_now(now), *_said_last(abandoned)]:
         console.print(said, markup=False, highlight=False)
+    if kept:
+        console.print(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all", highlight=False)
     rounds = {line["version"]: line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
     for point in points:
@@ -170,6 +179,41 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
 def _said_last(abandoned: history.Line | None) -> Iterator[str]:
     if abandoned:
         yield f"  attempt {abandoned['attempt']} at round {abandoned['round']} was abandoned: {abandoned['why']}"
+
+
+def verify(
+    run: RunFolder,
+    remembered: Annotated[
+        str, typer.Option("--chain", help="A chain that was printed before, which the history must still contain.")
+    ] = "",
+) -> None:
+    """Whether a run is still what was written: plan, history, versions, kept updates. Exit status 1 if not."""
+    findings, found = verifying.verify(run, remembered=remembered)
+    for finding in findings:
+        sys.stdout.write(f"{finding.said}\n")
+    bad = sum(finding.bad for finding in findings)
+    sys.stdout.write(f"{f'{bad} things are not as they were written' if bad else 'all is well'}: {found}\n")
+    if bad:
+        raise typer.Exit(1)
+
+
+def replay(
+    run: RunFolder,
+    to: Annotated[int, typer.Option(min=1, help="The version to make again.")],
+    start: Annotated[
+        int | None, typer.Option("--from", min=0, help="The version to begin with; default: the one before.")
+    ] = None,
+) -> None:
+    """Make a version again from the updates that were kept, and say whether the bits agree. Exit status 1 if not."""
+    begin = to - 1 if start is None else start
+    done = replaying.replay(Store.open(run), to, begin)
+    of = f"from version {begin} and {done.updates} {'updates' if done.updates > 1 else 'update'}"
+    if not done.differences:
+        sys.stdout.write(f"version {to} made again {of} is the same, bit for bit\n")
+        return
+    sys.stdout.write(f"version {to} made again {of} is not the one in {run}:\n")
+    sys.stdout.writelines(f"  {difference}\n" for difference in done.differences)
+    raise typer.Exit(1)
 
 
 def _metrics(metrics: history.Metrics) -> str:

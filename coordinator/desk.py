@@ -16,7 +16,7 @@ from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
 from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Refusal, Score, Update
 from broker.tensors import Layout
-from coordinator import history
+from coordinator import history, updates
 from coordinator.aggregation import RULES, Spread, alone
 from coordinator.hands import SEATS, Hands
 from coordinator.history import Facts
@@ -120,8 +120,10 @@ class Desk:
         async with self._adding:
             pass
 
-    def _add(self, examples: int, data: memoryview) -> None:
-        self.rule.add(self.sums, examples, data, spread=self._spread)
+    def _add(self, update: Update, data: memoryview) -> None:
+        if self.plan.keep_updates:
+            updates.keep(update, data, self.payload_layout, run=self.store.folder, claim=self.store.claim)
+        self.rule.add(self.sums, update.examples, data, spread=self._spread)
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
@@ -280,7 +282,7 @@ class Desk:
         async with self._adding:
             if not self._wanted(here, update):  # any more
                 return
-            await asyncio.to_thread(self._add, update.examples, data)
+            await asyncio.to_thread(self._add, update, data)
             here.round.count(update.worker, update.examples)
         here.facts.trained[update.worker] = update.metrics
         here.facts.bytes_up += len(data)

@@ -6,10 +6,11 @@ a version), `final` (the last version, scored by everyone).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.fields import NAME
 from coordinator.round import Round
 
 Metrics = Mapping[str, float]
@@ -96,6 +97,32 @@ def abandoned_line(given_up: Round, facts: Facts, *, why: str, seconds: float, a
     """The line of a round that made no version."""
     line = round_line(given_up, facts, why=why, seconds=seconds, at=at)
     return {**{key: value for key, value in line.items() if key != "version"}, "event": "abandoned"}
+
+
+def rounds(lines: Iterable[Line]) -> dict[int, Line]:
+    """The line of each version: the last one, should it have been made anew. What is no round's line is left out."""
+    return {line["version"]: line for line in lines if line.get("event") == "round" and _tells_its_round(line)}
+
+
+def _tells_its_round(line: Line) -> bool:
+    """Whether a line that anybody may have written has what is needed to make the version again, in sane types."""
+    kinds = {"version": int, "attempt": int, "cohort": list, "counted": dict, "weights": str}
+    if not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return isinstance(line.get("updates", {}), dict) and all(
+        NAME.fullmatch(worker) and worker in line["cohort"] and isinstance(told, dict) and "examples" in told
+        for worker, told in line["counted"].items()
+    )
+
+
+def checksum_of(lines: Sequence[Line], version: int) -> str | None:
+    """The checksum that the history has of a version's bytes; None if it has none."""
+    for line in reversed(lines):
+        if line.get("event") == "round" and line.get("version") in (version, version + 1):
+            said = line.get("weights" if line["version"] == version else "start")
+            if isinstance(said, str):
+                return said
+    return None
 
 
 def score_line(version: int, worker: str, metrics: Metrics, *, at: float) -> Line:

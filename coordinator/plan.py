@@ -86,6 +86,7 @@ class Plan:
         keep: the part of its floats that an update in the format top-k sends; 0.01 unless given, and then only there.
         down: how a version travels to those who have the one before: `full` as it is; else as the change from that
             one, in this format. The others get whole weights.
+        keep_updates: every counted update stays in the run's folder, so that each version can be made again.
         settings: what the learner's `train` is given.
     """
 
@@ -105,6 +106,7 @@ class Plan:
     format: Literal["float32", "bfloat16", "int8", "top-k"] = "float32"
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     down: Literal["full", "bfloat16", "int8"] = "full"
+    keep_updates: bool = False
     settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:

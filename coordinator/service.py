@@ -246,7 +246,7 @@ class Coordinator:
         done = here.round
         self.store.journal.flush()  # unless the next round has begun, which was put down together with this
         await asyncio.to_thread(self.store.seal, done.of.round)
-        self.store.note(line)
+        self.store.note(await asyncio.to_thread(self.store.vouched, line))
         self.desk.safe(done)
         log.info("%s closed: %s", done.of, why)
         accepted = Answer(done.of, "accepted", f"counted in version {done.of.round}")

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from broker.errors import UsageError
-from broker.files import Put, draft_version, in_order, read_version, seal, write_whole
+from broker.files import Put, checksum, draft_version, in_order, read_version, seal, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
+from coordinator import updates
+from coordinator.chain import Chain, bare
 from coordinator.claim import Claim
+from coordinator.history import checksum_of
 from coordinator.journal import Journal
 from coordinator.plan import Plan
 
@@ -37,6 +40,7 @@ class Store:
         self.plan = plan
         self.claim = Claim(folder)
         self.journal = Journal(folder, self._write)
+        self._chain = Chain()
 
     @classmethod
     def create(cls, folder: Path, plan: Plan, layout: Layout, weights: memoryview) -> "Store":
@@ -142,24 +146,39 @@ class Store:
         """A version's tensors, looked at where they lie in its file; read-only.
 
         Raises:
-            UsageError: the file is damaged, or belongs to another run.
+            UsageError: the file is damaged, belongs to another run, or is not what the history speaks of.
         """
         layout, weights, about = read_version(self.path(version))
         if about.get("fluffle_run", self.plan.run) != self.plan.run:
             raise UsageError(
                 f"{self.path(version)} belongs to the run {about['fluffle_run']}: put the right file back."
             )
+        noted = checksum_of(self.history(), version)
+        if noted and checksum(weights) != noted:
+            raise UsageError(
+                f"{self.path(version)} is not the version {version} of this run's history: its bytes have changed "
+                "since. Restore it, or remove it and all later ones to go on from the one before."
+            )
         return layout, weights
+
+    def vouched(self, line: dict[str, Any]) -> dict[str, Any]:
+        """The line of a round, with the checksums of what it is about: its version, and the updates that are kept.
+
+        Raises:
+            UsageError: a version cannot be read.
+        """
+        number, found = line["version"], dict[str, Any]()
+        found["weights"] = checksum(read_version(self.path(number))[1])
+        if number == 1:
+            found["start"] = checksum(read_version(self.path(0))[1])
+        if self.plan.keep_updates:
+            found["updates"] = updates.settle(self.folder, number, line["counted"])
+        return line | found
 
     def note(self, line: dict[str, Any]) -> None:
         """Add a line to the history; it survives a power failure."""
         with self._acting(), (self.folder / HISTORY).open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a crash tore the last line: let it stand alone, unreadable
-                    file.write(b"\n")
-            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            file.flush()
+            self._chain.append(file, line)
             os.fsync(file.fileno())
 
     def history(self) -> list[dict[str, Any]]:
@@ -170,9 +189,9 @@ class Store:
             return []
         lines = []
         for line in text.splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(line))
-        return [line for line in lines if isinstance(line, dict)]
+        return [bare(line) for line in lines if isinstance(line, dict)]
 
     def begin_epoch(self) -> int:
         """Become the one who may change this run; what others write from now on is refused. Our number.
@@ -206,8 +225,8 @@ class Store:
         """Note the line of a version that was saved just before a crash, if it was."""
         noted = [line for line in self.history() if line.get("event") == "round"]
         for line in self.journal.lines():
-            if line["version"] <= (self.latest() or 0) and line not in noted:
-                self.note(line)
+            if line["version"] <= (self.latest() or 0) and not any(line.items() <= each.items() for each in noted):
+                self.note(self.vouched(line))
 
     def say_now(self, now: dict[str, Any]) -> None:
         """Leave word of what is happening, for `fluffle status`; may be lost in a crash."""

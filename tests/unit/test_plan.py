@@ -188,6 +188,7 @@ def test_settings_keep_their_types() -> None:
     workers=st.just(()) | st.just(("w-1", "a", "b", "z9", "c")),
     format=st.sampled_from(sorted(FORMATS)),
     down=st.sampled_from(["full", "bfloat16", "int8"]),
+    keep_updates=st.booleans(),
     values=st.dictionaries(
         st.text(max_size=9),
         st.booleans()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from broker.errors import UsageError, WireError
-from broker.files import in_order
+from broker.files import checksum, in_order
 from broker.tensors import Layout, TensorSpec
+from coordinator import chain
 from coordinator import plan as plans
 from coordinator.plan import Plan
 from coordinator.store import Store, new_run_name
@@ -171,6 +172,20 @@ def test_a_damaged_version_is_named(store: Store) -> None:
         store.load(1)
 
 
+def test_a_version_that_is_not_what_the_history_speaks_of_is_not_begun_with(store: Store) -> None:
+    for version in (1, 2):
+        save(store, version)
+        store.note(store.vouched({"event": "round", "version": version, "counted": {}}))
+    path, again = store.path(2), Store.open(store.folder)
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(UsageError, match=r"000002\.safetensors is not the version 2 of this run's .* Restore it, or"):
+        again.load(2)
+    assert again.load(1) == (LAYOUT, ONE)
+    store.path(0).write_bytes(store.path(1).read_bytes())
+    with pytest.raises(UsageError, match=r"000000\.safetensors is not the version 0"):
+        again.load(0)
+
+
 def test_a_version_of_another_run_is_refused(store: Store, tmp_path: Path) -> None:
     other = Store.create(tmp_path / "other", plan_of(run="run-2"), LAYOUT, ONE)
     store.path(0).write_bytes(other.path(0).read_bytes())
@@ -225,6 +240,27 @@ def test_a_line_torn_by_a_crash_is_passed_over_and_hurts_no_other(store: Store, 
     assert events == ["one", *(["two"] if left == 16 else []), "three"]
 
 
+def test_the_chain_goes_on_from_the_last_line_that_is_whole_and_the_next_one_vouches_for_what_was_torn(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "TAIL_BYTES", 16)  # the end of the history is found piece by piece
+    file, stores = store.folder / "history.jsonl", [store, Store.open(store.folder)]
+    for number, torn in enumerate([b"", b'{"event"', b"\0" * 100, b"", b'{"a":1}\n{"b', b"\n"]):
+        stores[number % 2].note({"event": "round", "n": number, "why": "\u2028" * 20})
+        with file.open("ab") as written:
+            written.write(torn)
+    findings, last = chain.check(file.read_bytes())
+    assert [finding.said.partition(",")[0] for finding in findings] == [
+        "line 3 was torn",
+        "line 5 was torn",
+        "lines 8 to 9 were torn",
+        "line 11 was changed or added at the end: no line of this history reads so.",
+    ]
+    assert [finding.bad for finding in findings] == [False, False, False, True]
+    assert last in file.read_text()
+    assert [line["n"] for line in store.history() if "n" in line] == list(range(6))
+
+
 def test_lines_that_are_not_ours_are_passed_over(store: Store) -> None:
     store.note({"event": "one"})
     file = store.folder / "history.jsonl"
@@ -266,7 +302,7 @@ def test_the_line_of_a_version_that_was_saved_just_before_a_crash_is_noted_once(
     for _ in range(2):
         again = Store.open(store.folder)
         again.settle()
-        assert again.history() == lines
+        assert again.history() == [lines[0], lines[1] | {"weights": checksum(ONE)}]
 
 
 def test_the_line_of_a_version_that_was_lost_is_not_noted(store: Store) -> None:

@@ -1,0 +1,195 @@
+"""The history as a chain: every line vouches for all that stand before it, so none can be changed without a trace.
+
+Knows how a line is written, and what has become of lines that were written so. Does not know what a line says, nor
+versions.
+
+A line's `chain` is the hex SHA-256 of the chain before it (nothing before the first) and of the line itself without
+`chain`. A line is written in one way only, as JSON with sorted keys and without spaces, so that no other byte of it
+can be changed either.
+
+A power failure may tear the last line. The next one to be written stands on a line of its own, goes on from the last
+that is whole, and carries `after_torn`: the SHA-256 of what it found between the two. That tells what was torn from
+what was spoilt afterwards, for which no line vouches.
+
+What a chain cannot tell: that its end was cut off (the versions will miss their lines), or that everything from some
+line on was written anew. Against that, keep the last chain elsewhere: `fluffle verify` prints it, and takes it back.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import IO, Any, NamedTuple
+
+CHAIN, AFTER_TORN = "chain", "after_torn"
+TAIL_BYTES = 64 * 1024
+SEARCHES_MAX = 32
+"""For so many broken places the line that stood before is looked for in the whole history."""
+
+
+class Finding(NamedTuple):
+    """Something that a reader should know; `bad`: it is not as it was written."""
+
+    said: str
+    bad: bool = True
+
+
+class Chain:
+    """The end of one history, remembered from line to line. Nobody else writes to it meanwhile."""
+
+    def __init__(self) -> None:
+        self._end = -1  # where the file ended when we left it
+        self._last = ""
+
+    def append(self, file: IO[bytes], line: Mapping[str, Any]) -> None:
+        """Write a line behind all others; `file` is open to be read and appended to.
+
+        Raises:
+            ValueError: the line holds a number that JSON does not have; nothing is written then.
+        """
+        end, torn, lead = file.seek(0, os.SEEK_END), b"", b""
+        if end != self._end:
+            self._last, torn, lead = _tail(file, end)
+        raw, last = written(line, self._last, torn=torn)
+        self._end = -1  # should this fail, look again
+        file.write(lead + raw)
+        file.flush()
+        self._end, self._last = end + len(lead) + len(raw), last
+
+
+def written(line: Mapping[str, Any], before: str, *, torn: bytes = b"") -> tuple[bytes, str]:
+    """A line as it is written behind the chain `before`, with its newline, and its own chain.
+
+    Args:
+        line: what is to be said.
+        before: the chain of the line before; empty for the first.
+        torn: what lies between the two, newlines included.
+    """
+    whole = bare(line)
+    if torn:
+        whole[AFTER_TORN] = sha256(torn).hexdigest()
+    chain = _chain(whole, before)
+    return _canonical(whole | {CHAIN: chain}) + b"\n", chain
+
+
+def bare(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line says, without what makes it a link of the chain."""
+    return {key: value for key, value in line.items() if key not in (CHAIN, AFTER_TORN)}
+
+
+def check(data: bytes) -> tuple[list[Finding], str]:
+    """What is to be said of a whole history's bytes, and its last chain."""
+    findings: list[Finding] = []
+    numbered = [(number, raw, _read(raw)) for number, raw in enumerate(data.split(b"\n"), 1)]
+    chains = {"": 0}
+    for number, _, line in numbered:
+        if line:
+            chains.setdefault(line[CHAIN], number)
+    before, last, torn, searches = "", 0, b"", 0
+    whole = not data or data.endswith(b"\n")
+    for number, raw, line in numbered[:-1] if whole else numbered:
+        if line is None:
+            torn += raw + b"\n"
+            continue
+        findings += _between(last, number, torn, line)
+        if raw != _canonical(line):
+            findings.append(Finding(f"line {number} of the history was changed: it is not written as lines are."))
+        if line[CHAIN] != _chain(_unchained(line), before):
+            searches += 1
+            findings.append(_misplaced(number, last, line, chains if searches <= SEARCHES_MAX else {}))
+        before, last, torn = line[CHAIN], number, b""
+    if torn:
+        findings.append(_left(last, torn, whole=whole))
+    return findings, before
+
+
+def _misplaced(number: int, last: int, line: Mapping[str, Any], chains: Mapping[str, int]) -> Finding:
+    """Where a line that does not follow the one before it belongs, if that can be told."""
+    if chains.get(line[CHAIN], number) < number:
+        return Finding(f"line {number} of the history is line {chains[line[CHAIN]]} once more: it was inserted.")
+    behind = [found for chain, found in chains.items() if _chain(_unchained(line), chain) == line[CHAIN]]
+    place = f"line {last}" if last else "the beginning"
+    if not behind:
+        return Finding(
+            f"line {number} of the history does not follow from {place}: it was changed, "
+            f"or {'that one was, or ' if last else ''}a line between them was removed."
+        )
+    if behind[0] > number:
+        return Finding(f"line {number} of the history belongs behind line {behind[0]}: lines were swapped.")
+    return Finding(
+        f"line {number} of the history follows {f'line {behind[0]}' if behind[0] else 'the beginning'}, not {place}: "
+        f"{_lines(behind[0] + 1, number - 1)} inserted there or swapped."
+    )
+
+
+def _between(last: int, number: int, torn: bytes, line: Mapping[str, Any]) -> list[Finding]:
+    """What stands between two lines without being one, and whether the second vouches for it."""
+    vouched = line.get(AFTER_TORN)
+    if not torn:
+        lost = "a torn line before it, which was removed."
+        return [Finding(f"line {number} of the history vouches for {lost}")] if vouched is not None else []
+    if vouched == sha256(torn).hexdigest():
+        where = _lines(last + 1, number - 1)
+        return [Finding(f"{where} torn, as by a power failure; line {number} vouches for that.", bad=False)]
+    return [
+        Finding(
+            f"{_lines(last + 1, number - 1)} changed or inserted: no line of this history reads so, "
+            f"and line {number} knows nothing of it."
+        )
+    ]
+
+
+def _left(last: int, torn: bytes, *, whole: bool) -> Finding:
+    """What stands behind the last line; a line that was torn has no end."""
+    where = _lines(last + 1, last + torn.count(b"\n"))
+    if whole:
+        return Finding(f"{where} changed or added at the end: no line of this history reads so.")
+    return Finding(f"{where} torn, as by a power failure; the next line will vouch for that.", bad=False)
+
+
+def _lines(first: int, last: int) -> str:
+    return f"line {first} was" if first == last else f"lines {first} to {last} were"
+
+
+def _tail(file: IO[bytes], end: int) -> tuple[str, bytes, bytes]:
+    """The last chain of a history, what lies behind that line, and what must come before another line."""
+    size = TAIL_BYTES
+    while True:
+        start = max(0, end - size)
+        file.seek(start)
+        data = file.read(end - start)
+        lead = b"" if not data or data.endswith(b"\n") else b"\n"
+        stop = len(data)
+        while stop >= 0:
+            cut = data.rfind(b"\n", 0, stop)
+            if cut < 0 < start:
+                break  # this line begins further up
+            if line := _read(data[cut + 1 : stop]):
+                torn = data[stop + 1 :]
+                return line[CHAIN], torn + lead if torn else b"", lead
+            stop = cut
+        if not start:
+            return "", data + lead, lead
+        size *= 8
+
+
+def _read(raw: bytes) -> dict[str, Any] | None:
+    """A line of the chain; None for whatever is none."""
+    try:
+        line = json.loads(raw)
+        _canonical(line)  # what can be read and not written again is none of ours
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get(CHAIN), str) else None
+
+
+def _unchained(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key != CHAIN}
+
+
+def _chain(line: Mapping[str, Any], before: str) -> str:
+    return sha256(before.encode() + _canonical(line)).hexdigest()
+
+
+def _canonical(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

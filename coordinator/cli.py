@@ -6,6 +6,8 @@ Knows options and what is printed. Does not know how a version is made.
 import asyncio
 import json
 import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,8 @@ from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
-from broker.options import BrokerUrl, SettingPairs, parse_settings
+from broker.link import Link
+from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings
 from coordinator import history, service, standby
 from coordinator import plan as plans
 from coordinator.store import Store
@@ -45,6 +48,7 @@ def coordinator(
         int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")
     ] = service.DRAINS,
     settings: SettingPairs = None,
+    give_up_s: GiveUp = None,
 ) -> None:
     """Make versions until the plan's rounds are done. Options change the plan until version 1 is made.
 
@@ -71,11 +75,14 @@ def coordinator(
     with standby.turn(run) as forced:
         store = Store.open(run)  # as it is now
         store.adopt(plans.change(store.plan, changes))
-        daemon.run(lambda stop: _serve(store, broker, stop, drains=drains, forced=forced))
+        connect = partial(rabbit.connect, broker, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
+        daemon.run(lambda stop: _serve(store, connect, stop, drains=drains, forced=forced))
 
 
-async def _serve(store: Store, broker: str, stop: asyncio.Event, *, drains: int, forced: bool) -> None:
-    link = await rabbit.connect(broker, name=f"coordinator-{store.plan.run}")
+async def _serve(
+    store: Store, connect: Callable[[], Awaitable[Link]], stop: asyncio.Event, *, drains: int, forced: bool
+) -> None:
+    link = await connect()
     work = asyncio.create_task(service.serve(store, link, drains=drains, forced=forced))
     stopped = asyncio.create_task(stop.wait())
     try:

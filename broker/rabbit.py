@@ -71,9 +71,7 @@ class RabbitLink:
 
     def __init__(self, url: URL, name: str, heartbeat_s: int, give_up_s: float | None) -> None:
         self._absence = lanes.Absence(give_up_s)
-        self._lanes = {
-            lane: lanes.Lane(url, f"{name} {lane.value}", heartbeat_s, self._absence) for lane in Lane
-        }
+        self._lanes = {lane: lanes.Lane(url, f"{name} {lane.value}", heartbeat_s, self._absence) for lane in Lane}
         self._asking = Asking(url, f"{name} asking", heartbeat_s)
         self._intakes: set[Intake] = set()
         self._running: set[asyncio.Timeout] = set()

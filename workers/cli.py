@@ -61,7 +61,9 @@ def worker(
     threads: Threads = 1,
     memory_mb: Annotated[
         int | None,
-        typer.Option(min=MEMORY_MB_MIN, help="Memory of the training process, torch's own included; default: no limit."),
+        typer.Option(
+            min=MEMORY_MB_MIN, help="Memory of the training process, torch's own included; default: no limit."
+        ),
     ] = None,
     renew_after: Annotated[
         int, typer.Option(min=1, help="Tasks after which a fresh training process takes over.")

@@ -1,12 +1,12 @@
 """The guard of the training process: `python -m workers.guard SOCKET MEMORY`, started by `training.py` alone.
 
 It stands between the daemon and the training process, which it forks whenever the daemon asks: it has loaded torch
-and nothing of the user's, so that a new one is there in milliseconds. Knows how that process ended, kills whatever the
-learner has started when it ends or the daemon does, and lets only so much of what it prints into the log. Never runs
-the user's code, and does not know what daemon and training process say to each other.
+and nothing of the user's, so that a new one is there in milliseconds. Knows how that process ended, kills whatever
+the learner has started when it ends or the daemon does, and lets only so much of what it prints into the log. Never
+runs the user's code, and does not know what daemon and training process say to each other.
 
-The daemon writes START, with the training process's end of a socket, or KILL. Into that socket the guard says the
-process id first, and last how the process ended: nothing comes after that, and nothing is left of it then.
+Whatever the daemon writes ends the training process that there is; if a socket comes with it, another one begins.
+Into that socket the guard says the process id first, and last how the process ended: nothing is left of it then.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from broker.daemon import die_with
-from workers.work import KILL, START, Ended, framed
+from workers.work import Ended, framed
 
 PR_SET_CHILD_SUBREAPER = 36
 LOG_BYTES, LOG_S = 64 * 1024, 60.0
@@ -142,7 +142,7 @@ class Guard:
                 child.serve(socket.socket(fileno=link))
             else:
                 os.set_inheritable(link, True)
-                os.execv(sys.executable, [sys.executable, "-P", "-m", "workers.child", str(link)])
+                os.execv(sys.executable, [sys.executable, "-P", "-m", "workers.child", str(link)])  # noqa: S606 (no shell is wanted)
         except BaseException:  # noqa: BLE001 (whatever it is, this process must never go on as another guard)
             traceback.print_exc()
         finally:

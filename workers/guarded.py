@@ -15,8 +15,9 @@ from typing import Any, cast
 import msgpack
 
 from broker.errors import LearnerFailed
-from workers.work import CLOSED, KILL, LENGTH_BYTES, START, framed
+from workers.work import CLOSED, LENGTH_BYTES, framed
 
+START, KILL = b"s", b"k"
 END_S = 5.0  # a killed process is gone at once, unless the kernel holds it, and then no waiting helps
 SIGNALS: dict[int, str] = {
     signal.SIGKILL: "killed",
@@ -51,11 +52,13 @@ class Line(asyncio.Protocol):
         self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
         self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by name
 
     def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
         self._arrived += data
-        while LENGTH_BYTES < (end := LENGTH_BYTES + int.from_bytes(self._arrived[:LENGTH_BYTES], "big")):
+        while (end := LENGTH_BYTES + int.from_bytes(self._arrived[:LENGTH_BYTES], "big")) > LENGTH_BYTES:
             if len(self._arrived) < end:
                 return
             message = msgpack.unpackb(memoryview(self._arrived)[LENGTH_BYTES:end])
@@ -63,7 +66,8 @@ class Line(asyncio.Protocol):
             self._take(message)
 
     def connection_lost(self, _why: Exception | None) -> None:
-        self._fail("the training process and its guard were killed; the next task starts new ones.")
+        """See `asyncio.Protocol`."""
+        self._fail("the training process is gone, with its guard or in the midst of an answer; the next task starts a new one.")
         if not self.ended.done():
             self.ended.set_result(None)
 

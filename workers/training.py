@@ -1,8 +1,8 @@
 """The daemon's side of training: a child process that holds the learner and its data, and does one task at a time.
 
-Knows how to have that process started by its guard (`guard.py`), ask it, and be rid of it: the daemon survives its
-crash, the kernel's out-of-memory killer, and a task that is cancelled. Does not know the broker, nor torch, which only
-guard and child import (`child.py`).
+Knows how to have that process started by its guard (`guarded.py`), ask it, and be rid of it: the daemon survives its
+crash, the kernel's out-of-memory killer, and a task that is cancelled. Does not know the broker, nor torch, which
+only guard and child import (`guard.py`, `child.py`).
 """
 
 import asyncio

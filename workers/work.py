@@ -21,7 +21,6 @@ LEASE_S = 15.0
 EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
 
 # what daemon, guard and training process say to each other
-START, KILL = b"s", b"k"
 LENGTH_BYTES = 4
 CLOSED = 71
 """Exit status of a training process whose socket the learner has closed."""
@@ -32,7 +31,6 @@ def framed(message: Mapping[str, Any]) -> bytes:
     """A message as it goes through a socket."""
     packed: bytes = msgpack.packb(message)
     return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,6 @@ FORKS = sys.platform == "linux"  # elsewhere the system's own libraries do not b
 
 def main() -> None:
     """Serve the daemon until it closes the socket, or is gone."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # whoever says it to all of us means the daemon, which tells us
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     if FORKS:
@@ -49,6 +47,8 @@ def main() -> None:
         torch.optim.SGD([torch.zeros(1)], lr=0.1)  # loads what takes most learners' first task another second
         gc.collect()
         gc.freeze()  # the collector would write to, and so copy, the pages that are shared
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # whoever says it to all of us means the daemon, which tells us
     Guard(control, int(sys.argv[2])).serve()
 
 
@@ -86,15 +86,15 @@ class Guard:
             self._next = link
         self._leaving = not word
         if pid is not None:
-            os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
     def _keep(self, link: int) -> None:
         """Fork a training process, and see to it until nothing is left of it."""
         printed, prints = os.pipe()
         kills = _kills_for_memory()
-        pid = os.fork()
+        me, pid = os.getpid(), os.fork()
         if pid == 0:
-            self._be_child(link, prints)
+            self._be_child(link, prints, parent=me)
         os.close(prints)
         _say(link, {"pid": pid})
         log, status = _Log(printed), None
@@ -119,10 +119,9 @@ class Guard:
         memory = status == -signal.SIGKILL and _kills_for_memory() > kills
         _say(link, {"ended": status, "memory": memory})
 
-    def _be_child(self, link: int, prints: int) -> None:
+    def _be_child(self, link: int, prints: int, *, parent: int) -> None:
         """Become the training process."""
         try:
-            parent = os.getppid()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
@@ -207,10 +206,14 @@ def _end_what_is_left(pid: int) -> None:
     if not FORKS:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-    while left := list(_children()):
+    spared = set[int]()
+    while left := [each for each in _children() if each not in spared]:
         for each in left:
-            os.kill(each, signal.SIGKILL)
-            os.waitpid(each, 0)
+            try:
+                os.kill(each, signal.SIGKILL)
+                os.waitpid(each, 0)
+            except PermissionError:  # a program that has become another user
+                spared.add(each)
 
 
 def _children() -> Iterator[int]:

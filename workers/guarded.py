@@ -138,6 +138,8 @@ class Guard:
             self._control = None
         if process is None:
             return
+        with suppress(ProcessLookupError):
+            process.terminate()  # heeded only while it loads torch
         ended = asyncio.ensure_future(process.wait())
         await asyncio.wait([ended], timeout=END_S)
         if not ended.done():

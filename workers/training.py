@@ -41,8 +41,8 @@ class Trainer:
         pid: the process, while there is one.
         ready_s: how long it took to load the learner, and since then the data.
         patience_s: how long a task that nobody waits for any more may go on, before the process is killed: as long
-            as starting another one would take, so that either choice costs at most twice what the better one does;
-            at most PATIENCE_S_MAX.
+            as another one would take to load learner and data, so that either choice costs at most twice what the
+            better one does; at most PATIENCE_S_MAX.
     """
 
     def __init__(
@@ -165,8 +165,7 @@ class Trainer:
                 await self._ask({"do": "ping"})
                 return
         await self._end()
-        began_at, self.ready_s, self.patience_s = asyncio.get_running_loop().time(), 0.0, 0.0
-        self._tasks = 0
+        self.ready_s, self.patience_s, self._tasks = 0.0, 0.0, 0
         try:
             self._child = await self._guard.fork()
             answer = await self._ask(self._opening)
@@ -177,7 +176,6 @@ class Trainer:
             raise
         self.pid = self._child.pid
         self._layout = _layout(answer)
-        self.patience_s = asyncio.get_running_loop().time() - began_at
 
     async def _ask(self, request: dict[str, Any], slots: tuple[Slot | None, ...] = ()) -> dict[str, Any]:
         """The child's answer; `slots` are what the request speaks of, and kept until the child is done with them."""

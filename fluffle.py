@@ -25,8 +25,8 @@ from rich.table import Table
 import broker.cli
 import coordinator.cli
 import workers.cli
-from broker.daemon import PARENT, StoppedEarly
-from broker.errors import FluffleError, RunEnded, UsageError
+from broker.daemon import GAVE_UP, PARENT, STOPPED, StoppedEarly
+from broker.errors import FluffleError, GaveUp, RunEnded, UsageError
 from broker.node import Node
 from broker.options import SettingPairs, parse_settings
 from coordinator import history, report
@@ -45,18 +45,21 @@ POLL_S = 0.1
 STOP_S = 20.0
 HELD_OUT = "held-out"
 INTERRUPTED = 130
-STOPPED = 3
-"""Exit status of a coordinator that was stopped before its rounds were done."""
 
 
 def main() -> None:
-    """Run the command line. Exit status 2 for what the user can mend, 1 for what went wrong, 3 for stopped early."""
+    """Run the command line.
+
+    Exit status 2 for what the user can mend, 3 for stopped early, 4 for given up: start it anew; 1 for other trouble.
+    """
     try:
         app()
     except UsageError as problem:
         _leave(problem, 2)
     except StoppedEarly as problem:
         _leave(problem, STOPPED)
+    except GaveUp as problem:
+        _leave(problem, GAVE_UP)
     except FluffleError as problem:
         _leave(problem, 1)
 

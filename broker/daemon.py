@@ -1,14 +1,17 @@
-"""What both daemons do to begin and to end: the event loop, signals, the log's form, not outliving a parent.
+"""What both daemons do to begin and to end: the event loop, signals, a watchdog, the log's form, dying with a parent.
 
 Does not know what the daemon does, nor the command line's options.
 """
 
 import asyncio
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
 
 from uvloop import new_event_loop
@@ -18,6 +21,14 @@ from broker.errors import FluffleError
 PARENT = "FLUFFLE_PARENT"
 """Environment variable: a daemon that finds it dies with the process of that id."""
 PR_SET_PDEATHSIG = 1
+STOPPED, GAVE_UP = 3, 4
+"""Exit statuses: told to stop before the work was done; unable to go on, for reasons that a new process may mend."""
+NOW_S = 1.5
+"""How long a daemon may take to tidy up after the second signal."""
+HANG_S = 60.0
+"""How long the event loop may hang before the process ends."""
+LOOKS = 4
+"""How often the watchdog looks in that time; each look must be in vain, and in time."""
 
 
 class StoppedEarly(FluffleError):
@@ -51,10 +62,11 @@ def mind_parent() -> None:
         die_with(int(os.environ[PARENT]))
 
 
-def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+def run(main: Callable[[asyncio.Event], Awaitable[None]], *, hang_s: float = HANG_S) -> None:
     """Run a daemon until it returns.
 
-    The first SIGTERM or SIGINT sets the event that `main` is given, the second one cancels `main`.
+    The first SIGTERM or SIGINT sets the event that `main` is given, the second one cancels `main`, and ends the
+    process if that takes longer than NOW_S. It ends, too, when the event loop has not turned for `hang_s`.
 
     Raises:
         StoppedEarly: it was cancelled by the second signal.
@@ -68,11 +80,13 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         def told() -> None:
             if stop.is_set():
                 work.cancel()
+                _in(NOW_S, _end_now)
             stop.set()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, told)
+        watchdog = Watchdog(loop, hang_s)
         try:
             await work
         except asyncio.CancelledError:
@@ -80,8 +94,62 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
                 raise StoppedEarly("stopped at once.") from None
             raise
         finally:
+            watchdog.stop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)  # there is nothing left to tidy up, and no traceback to show
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(under_signals())
+
+
+def _in(delay_s: float, end: Callable[[], None]) -> None:
+    timer = threading.Timer(delay_s, end)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_now() -> None:
+    _leave("stopped at once.", STOPPED)
+
+
+def _leave(why: str, status: int) -> None:
+    """End the process from any thread, whatever the others do."""
+    os.write(2, f"fluffle: {why}\n".encode())
+    os._exit(status)
+
+
+class Watchdog:
+    """A thread that ends the process when an event loop has not turned for `hang_s`.
+
+    It counts its own looks, not seconds: a process that was stopped, or a machine that slept, has not looked either,
+    and a look that comes late says nothing.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, hang_s: float) -> None:
+        self._loop = loop
+        self._hang_s = hang_s
+        self._turns = 0
+        self._over = threading.Event()
+        self._turn()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+
+    def _turn(self) -> None:
+        self._turns += 1
+        if not self._over.is_set():
+            self._loop.call_later(self._hang_s / LOOKS / 2, self._turn)
+
+    def _watch(self) -> None:
+        every_s, seen, missed, looked_at = self._hang_s / LOOKS, 0, 0, time.monotonic()
+        while missed < LOOKS:
+            if self._over.wait(every_s):
+                return
+            now, turns = time.monotonic(), self._turns
+            missed = missed + 1 if turns == seen and now - looked_at < 2 * every_s else 0
+            seen, looked_at = turns, now
+        faulthandler.dump_traceback(all_threads=True)
+        _leave(f"the event loop has hung for {self._hang_s:g} s, see above: ended, to be started anew.", GAVE_UP)

@@ -9,6 +9,8 @@ FluffleError
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
  │    └── LinkClosed     our own side closed the link
  ├── LearnerFailed       the learner's author: the user's code raised; carries the end of its traceback
+ │    └── OutOfMemory    … because it ran out of memory
+ ├── GaveUp              a supervisor: the process has ended to be started anew (exit status 4)
  └── RunEnded            the operator: a run cannot go on, and the sentence says what it waited for
 
 Each error's text is one sentence that says what is wrong and what to do. This file knows no other file.
@@ -49,6 +51,14 @@ class LinkClosed(LinkError):
 
 class LearnerFailed(FluffleError):
     """The user's learner raised, or died; the text ends with the last lines of its traceback."""
+
+
+class OutOfMemory(LearnerFailed):
+    """The user's code ran out of memory; its process may still hold it."""
+
+
+class GaveUp(FluffleError):
+    """This process cannot do its work any more; a new one may, once the text's reason has passed."""
 
 
 class RunEnded(FluffleError):

@@ -23,7 +23,7 @@ from yarl import URL
 from broker import amqp
 from broker.amqp import CONNECT_S
 from broker.channels import CLOSE_S, Channel
-from broker.errors import BrokerRefused, LinkClosed, LinkError, UsageError
+from broker.errors import BrokerRefused, GaveUp, LinkClosed, LinkError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +35,39 @@ REFUSALS = (ChannelNotFoundEntity, ChannelAccessRefused, ChannelPreconditionFail
 """RabbitMQ's answers that close the channel: no such thing, no right to it, or another thing of that name."""
 
 
+class Absence:
+    """How long RabbitMQ has been out of reach, and when to give up: never, if `give_up_s` is None."""
+
+    def __init__(self, give_up_s: float | None) -> None:
+        self._give_up_s = give_up_s
+        self._since: float | None = None
+
+    def over(self) -> None:
+        """It was reached."""
+        self._since = None
+
+    def goes_on(self, trouble: str) -> None:
+        """It could not be reached.
+
+        Raises:
+            GaveUp: for too long.
+        """
+        now = asyncio.get_running_loop().time()
+        self._since = now if self._since is None else self._since
+        if self._give_up_s is not None and now - self._since >= self._give_up_s:
+            trouble = trouble.rstrip(".")
+            raise GaveUp(f"RabbitMQ was out of reach for {self._give_up_s:g} s and more; gave up: {trouble}.")
+
+
 class Lane:
     """One connection, opened when first needed and again when it was lost, with one channel for publishing."""
 
-    def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
+    def __init__(self, url: URL, name: str, heartbeat_s: int, absence: Absence) -> None:
         self._url = url
         self._where = f"{url.host}:{url.port}"
         self._name = name
         self._heartbeat_s = heartbeat_s
+        self._absence = absence
         self._turn = asyncio.Lock()
         self._connection: amqp.Connection | None = None
         self._publisher: Channel | None = None
@@ -55,6 +80,7 @@ class Lane:
         Raises:
             BrokerRefused: it has never let us in. A refusal later is taken for an upheaval that passes.
             LinkClosed: the link was closed meanwhile.
+            GaveUp: RabbitMQ has been away for longer than it may.
         """
         pauses = backoff_s()
         while True:
@@ -74,6 +100,7 @@ class Lane:
                 if trouble != self._trouble:
                     log.warning("%s: trying again until it works: %s", self._name, trouble)
                 self._trouble = trouble
+                self._absence.goes_on(trouble)
                 await asyncio.sleep(next(pauses))
 
     async def dial(self) -> amqp.Connection:
@@ -91,6 +118,7 @@ class Lane:
         connection.lost.add_done_callback(self._say_lost)
         again = "again " if self._connection else ""
         self._connection, self._trouble = connection, ""
+        self._absence.over()
         log.info("%s: connected %sto %s", self._name, again, self._where)
         return connection
 

@@ -19,6 +19,11 @@ SettingPairs = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting for the learner's train().")
 ]
 
+GiveUp = Annotated[
+    float | None,
+    typer.Option(min=0, help="End with status 4 once RabbitMQ was out of reach for so long; default: wait for ever."),
+]
+
 
 def parse_settings(pairs: list[str] | None) -> dict[str, Scalar]:
     """`["lr=0.1", "name=x"]` as settings: numbers, true and false as such, anything else as text.

@@ -30,7 +30,9 @@ NOT_FOUND = 404
 _Answer = TypeVar("_Answer")
 
 
-async def connect(url: str, *, name: str, heartbeat_s: int = 30, fail_fast: bool = True) -> "RabbitLink":
+async def connect(
+    url: str, *, name: str, heartbeat_s: int = 30, fail_fast: bool = True, give_up_s: float | None = None
+) -> "RabbitLink":
     """A link to the RabbitMQ at `url`, `amqp://USER:PASSWORD@HOST:PORT/VHOST` or `amqps://…`.
 
     Args:
@@ -38,12 +40,13 @@ async def connect(url: str, *, name: str, heartbeat_s: int = 30, fail_fast: bool
         name: who this is, as operators see it in RabbitMQ's list of connections.
         heartbeat_s: a broker that is silent for about three of these counts as lost.
         fail_fast: False waits for a RabbitMQ that is not there yet.
+        give_up_s: whoever waits for RabbitMQ for longer has GaveUp raised; None waits for ever.
 
     Raises:
         UsageError: the URL is none, or no RabbitMQ answers there.
         BrokerRefused: it answers and refuses, or is no RabbitMQ; waiting would not help.
     """
-    link = RabbitLink(checked(url), name, heartbeat_s)
+    link = RabbitLink(checked(url), name, heartbeat_s, give_up_s)
     try:
         await link.open(wait=not fail_fast)
     except BaseException as problem:
@@ -66,8 +69,9 @@ class Consumption(NamedTuple):
 class RabbitLink:
     """Keeps the promises of `broker.link.Link`; made by `connect`."""
 
-    def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
-        self._lanes = {lane: lanes.Lane(url, f"{name} {lane.value}", heartbeat_s) for lane in Lane}
+    def __init__(self, url: URL, name: str, heartbeat_s: int, give_up_s: float | None) -> None:
+        self._absence = lanes.Absence(give_up_s)
+        self._lanes = {lane: lanes.Lane(url, f"{name} {lane.value}", heartbeat_s, self._absence) for lane in Lane}
         self._asking = Asking(url, f"{name} asking", heartbeat_s)
         self._intakes: set[Intake] = set()
         self._running: set[asyncio.Timeout] = set()
@@ -91,7 +95,13 @@ class RabbitLink:
                 await bound.bind(binding.exchange, binding.key)
 
         try:
-            await self._ask(ask)
+            while True:
+                try:
+                    return await self._ask(ask)
+                except LinkClosed:
+                    raise
+                except LinkError as away:  # for long, which is no reason to end: those who come back declare first
+                    log.debug("declaring again: %s", away)
         except ChannelPreconditionFailed as problem:
             raise BrokerRefused(
                 f"RabbitMQ has this queue or exchange with other properties ({words(problem)}): "
@@ -243,12 +253,14 @@ class RabbitLink:
             while True:
                 try:
                     async with self._asking.channel() as channel:
+                        self._absence.over()
                         with interruptions():
                             return await question(channel)
                 except ChannelAccessRefused as problem:
                     raise BrokerRefused(_not_allowed("this", words(problem))) from None
                 except LinkError as lost:
                     log.debug("asking again: %s", lost)
+                    self._absence.goes_on(str(lost))
                 await asyncio.sleep(next(pauses))
 
 

@@ -7,7 +7,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,8 @@ from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
-from broker.options import BrokerUrl, SettingPairs, parse_settings
+from broker.link import Link
+from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings
 from coordinator import history, service, standby, updates
 from coordinator import plan as plans
 from coordinator import replay as replaying
@@ -55,6 +57,7 @@ def coordinator(
         int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")
     ] = service.DRAINS,
     settings: SettingPairs = None,
+    give_up_s: GiveUp = None,
 ) -> None:
     """Make versions until the plan's rounds are done. Options change the plan until version 1 is made.
 
@@ -83,11 +86,14 @@ def coordinator(
     with standby.turn(run) as forced:
         store = Store.open(run)  # as it is now
         store.adopt(plans.change(store.plan, changes))
-        daemon.run(lambda stop: _serve(store, broker, stop, drains=drains, forced=forced))
+        connect = partial(rabbit.connect, broker, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
+        daemon.run(lambda stop: _serve(store, connect, stop, drains=drains, forced=forced))
 
 
-async def _serve(store: Store, broker: str, stop: asyncio.Event, *, drains: int, forced: bool) -> None:
-    link = await rabbit.connect(broker, name=f"coordinator-{store.plan.run}")
+async def _serve(
+    store: Store, connect: Callable[[], Awaitable[Link]], stop: asyncio.Event, *, drains: int, forced: bool
+) -> None:
+    link = await connect()
     work = asyncio.create_task(service.serve(store, link, drains=drains, forced=forced))
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -143,20 +149,23 @@ def status(
             f"{line['bytes_up'] / 1e6:.2f}" if line else "",
         )
     console.print(table)
+    for said in _said_before(lines):
+        console.print(said, markup=False)
+
+
+def _said_before(lines: list[history.Line]) -> Iterator[str]:
+    """What was out of the ordinary in each round: abandoned, refused, not counted, rested."""
     for line in lines:
         if line.get("event") == "abandoned":
-            console.print(f"round {line['round']}, attempt {line['attempt']}, abandoned: {line['why']}", markup=False)
+            yield f"round {line['round']}, attempt {line['attempt']}, abandoned: {line['why']}"
         for worker, reason in line.get("refused", {}).items():
-            console.print(f"round {line['round']}: {worker} gave nothing: {reason}", markup=False)
+            yield f"round {line['round']}: {worker} gave nothing: {reason}"
         for other in line.get("others", []):
             verdict, reason, times = other["verdict"], other["reason"], other.get("times", 1)
             how = f"an update of {other['worker']} was {verdict}" + (f" {times} times" if times > 1 else "")
-            console.print(f"round {line['round']}: {how}: {reason}", markup=False)
+            yield f"round {line['round']}: {how}: {reason}"
         for worker, rest in line.get("rested", {}).items():
-            console.print(
-                f"round {line['round']}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}",
-                markup=False,
-            )
+            yield f"round {line['round']}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
 
 
 def _said_now(now: dict[str, Any]) -> Iterator[str]:

@@ -44,8 +44,8 @@ MAY_AWAIT = {
     "broker/amqp.py", "broker/channels.py", "broker/lanes.py", "broker/link.py", "broker/memory.py",
     "broker/rabbit.py",
     "coordinator/cli.py", "coordinator/desk.py", "coordinator/post.py", "coordinator/service.py",
-    "workers/cli.py", "workers/host.py", "workers/outbox.py", "workers/post.py", "workers/service.py",
-    "workers/training.py",
+    "workers/cli.py", "workers/guarded.py", "workers/host.py", "workers/outbox.py", "workers/post.py",
+    "workers/service.py", "workers/training.py",
 }  # fmt: skip
 MAY_IMPORT_AMQP = {
     "broker/amqp.py", "broker/channels.py", "broker/frames.py", "broker/lanes.py", "broker/rabbit.py",

@@ -19,7 +19,6 @@ from broker.errors import FluffleError, UsageError
 from broker.files import read_version
 from broker.messages import Scalar
 from workers import learner, task, weights
-from workers.child import print_to_stderr
 from workers.work import Work, task_seed
 
 
@@ -102,7 +101,7 @@ def asked(text: str) -> Request:
 def main() -> int:
     """Answer one request; the exit status is 2, with a sentence on stderr, where it cannot be answered."""
     die_with(os.getppid())
-    kept = print_to_stderr()  # what the learner prints must not come between the JSON
+    kept = _print_to_stderr()  # what the learner prints must not come between the JSON
     try:
         answer = baseline(asked(sys.stdin.read()))
     except FluffleError as problem:
@@ -111,6 +110,13 @@ def main() -> int:
     with os.fdopen(kept, "w") as out:
         json.dump(answer, out)
     return 0
+
+
+def _print_to_stderr() -> int:
+    """Send what this process prints to stderr; what was stdout is returned as a file descriptor of its own."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    return kept
 
 
 if __name__ == "__main__":

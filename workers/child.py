@@ -1,21 +1,21 @@
-"""The training process: `python -m workers.child SOCKET PARENT`, started by `training.py` and by nothing else.
+"""The training process: forked by `guard.py`, for the daemon's `training.py`.
 
 Knows the other end of the socket it inherited: requests and answers are maps of msgpack behind four bytes of length,
 one answer a request. Large models never go through the socket: they lie in files that both processes map. Does not
 know the broker, rounds or what becomes of an answer.
 
-It holds the user's data for as long as it lives and must never outlive its parent: the kernel kills it when the
-parent dies, and, where the kernel cannot, the closed socket does. What the user's code prints goes to stderr.
+It holds the user's data for as long as it lives and must never outlive the guard: the kernel kills it when the guard
+dies, and, where the kernel cannot, the daemon's closed socket does. What the user's code prints goes to stderr.
 """
 
 import mmap
 import os
 import select
-import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from broker.daemon import die_with
-from broker.errors import FluffleError, LearnerFailed, UsageError, WireError
+from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
 from broker.formats import count_floats, format_of
 from broker.tensors import Layout, TensorSpec
 from workers import learner, task, weights
-from workers.work import Work
+from workers.work import CLOSED, LENGTH_BYTES, Work, framed
 
-LENGTH_BYTES = 4
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
 Answer = dict[str, Any]
 
 
-def main() -> None:
-    """Serve requests until the parent closes the socket."""
-    die_with(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the daemon, which tells us what to do
-    print_to_stderr()
-    link = socket.socket(fileno=int(sys.argv[1]))
-    link.set_inheritable(False)
+def serve(link: socket.socket) -> None:
+    """Answer requests until the other side closes the socket, and end the process then."""
+    me = os.getpid()
+    np.random.seed()  # noqa: NPY002 (numpy's global dice, which a fork has inherited as they were)
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
     pupil = Pupil()
     while True:
@@ -51,17 +46,13 @@ def main() -> None:
         try:
             answer = getattr(pupil, f"on_{request['do']}")(request)
         except FluffleError as problem:
-            answer = {"failed": "usage" if isinstance(problem, UsageError) else "learner", "text": str(problem)}
+            kind = "usage" if isinstance(problem, UsageError) else "learner"
+            answer = {"failed": kind, "text": str(problem), "spent": isinstance(problem, OutOfMemory)}
         except BaseException as problem:  # noqa: BLE001 (the user's code runs here; whatever it does is an answer)
             answer = {"failed": "learner", "text": f"the training process failed: {learner.told(problem)}"}
+        if os.getpid() != me:
+            os._exit(0)  # a copy of this process that the learner has made and let return: it has no say
         _send(link, {**answer, "ready_s": pupil.ready_s})
-
-
-def print_to_stderr() -> int:
-    """Send what this process prints to stderr; what was stdout is returned as a file descriptor of its own."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    return kept
 
 
 def _end_with(link: socket.socket) -> None:
@@ -76,8 +67,10 @@ def _receive(link: socket.socket) -> dict[str, Any]:
     try:
         length = int.from_bytes(_exactly(link, LENGTH_BYTES), "big")
         request: dict[str, Any] = msgpack.unpackb(_exactly(link, length))
-    except (EOFError, OSError):
+    except EOFError:
         os._exit(0)
+    except OSError:
+        os._exit(CLOSED)
     return request
 
 
@@ -92,9 +85,14 @@ def _exactly(link: socket.socket, count: int) -> bytes:
 
 
 def _send(link: socket.socket, answer: Answer) -> None:
-    sys.stdout.flush()
-    packed = msgpack.packb(answer)
-    link.sendall(len(packed).to_bytes(LENGTH_BYTES, "big") + packed)
+    with suppress(Exception):  # the learner may have closed or replaced it
+        sys.stdout.flush()
+    try:
+        link.sendall(framed(answer))
+    except BrokenPipeError:
+        os._exit(0)
+    except OSError:
+        os._exit(CLOSED)
 
 
 class Pupil:
@@ -110,6 +108,10 @@ class Pupil:
         self._data: dict[str, Any] = {}
         self._files: dict[str, mmap.mmap] = {}
         self._unpacked = bytearray()
+
+    def on_ping(self, _request: dict[str, Any]) -> Answer:
+        """Be there."""
+        return {}
 
     def on_open(self, request: dict[str, Any]) -> Answer:
         """Load the learner, and say which tensors its model has."""
@@ -240,5 +242,5 @@ def _layout(specs: list[tuple[str, str, list[int]]]) -> Layout:
     return Layout(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs))
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # where a guard cannot fork
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -7,6 +7,8 @@ import asyncio
 import re
 import socket
 import tempfile
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,16 +20,19 @@ from broker import daemon, rabbit
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import read_version
-from broker.options import BrokerUrl, SettingPairs, parse_settings, state_folder
+from broker.link import Link
+from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings, state_folder
 from workers import host
 from workers import learner as learners
 from workers.post import Shared
 from workers.service import Worker
 from workers.spool import Spool
-from workers.training import Seat, Trainer
+from workers.training import RENEW_AFTER, Seat, Trainer
 from workers.trial import Report, try_learner
 from workers.work import Who, Work
 
+MEMORY_MB_MIN = 512
+"""Torch alone takes half of it."""
 LearnerName = Annotated[
     str, typer.Argument(metavar="LEARNER", help=f"A file.py, a module, or one of: {', '.join(learners.EXAMPLES)}.")
 ]
@@ -54,8 +59,21 @@ def worker(
     evaluate_only: Annotated[bool, typer.Option(help="Score versions, never train.")] = False,
     state: Annotated[Path | None, typer.Option(help="Folder for this worker's files.")] = None,
     threads: Threads = 1,
+    memory_mb: Annotated[
+        int | None,
+        typer.Option(
+            min=MEMORY_MB_MIN, help="Memory of the training process, torch's own included; default: no limit."
+        ),
+    ] = None,
+    renew_after: Annotated[
+        int, typer.Option(min=1, help="Tasks after which a fresh training process takes over.")
+    ] = RENEW_AFTER,
+    give_up_s: GiveUp = None,
 ) -> None:
-    """Stay beside the data: train what is sent here, and send back what changed. Ends on SIGTERM or Ctrl-C."""
+    """Stay beside the data: train what is sent here, and send back what changed. Ends on SIGTERM or Ctrl-C.
+
+    The task in hand is finished first; a second signal ends it at once, with exit status 3. Status 4: it gave up.
+    """
     called = name if name is not None else _name_of_machine()
     names, sources = ([called], [data]) if many is None else host.named(called, data, many)
     if NAME.fullmatch(names[-1]) is None:
@@ -64,14 +82,21 @@ def worker(
     lease_s, hosted = host.lease_s(len(names)), many is not None
     whos = [Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted) for each in names]
     spool = Spool(state or state_folder("workers", called), workers=len(names))
-    trainer = Trainer(learner, spool, threads=threads)
+    trainer = Trainer(learner, spool, threads=threads, memory_mb=memory_mb, renew_after=renew_after)
     daemon.start_log()
-    daemon.run(lambda stop: _serve(whos, sources, trainer, broker, stop))
+    connect = partial(rabbit.connect, broker, name=f"worker-{names[0]}", give_up_s=give_up_s)
+    daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
 
 
-async def _serve(whos: list[Who], sources: list[str], trainer: Trainer, broker: str, stop: asyncio.Event) -> None:
+async def _serve(
+    whos: list[Who],
+    sources: list[str],
+    trainer: Trainer,
+    connect: Callable[[], Awaitable[Link]],
+    stop: asyncio.Event,
+) -> None:
     try:
-        link = await rabbit.connect(broker, name=f"worker-{whos[0].name}")
+        link = await connect()
         shared = Shared(link, trainer.spool, workers=len(whos))
         try:
             await trainer.start()

@@ -84,7 +84,7 @@ def told(problem: BaseException) -> str:
     extra = _missing_extra(problem)
     if extra:
         return f"it needs {extra[0]}, install it with: pip install 'fluffle[{extra[1]}]'"
-    kind = type(problem).__name__
+    kind = type(problem).__name__ + (" (it ran out of memory)" if out_of_memory(problem) else "")
     try:
         message = " ".join(str(problem).split())
     except Exception:  # noqa: BLE001 (an exception of the user's may fail even at this)
@@ -92,6 +92,17 @@ def told(problem: BaseException) -> str:
     text = f"{kind}: {message[: TEXT_LENGTH_MAX // 2]}" if message else kind
     text += "".join(f" ← {where}" for where in _frames(problem))
     return text.encode("utf-8", "replace").decode()[:TEXT_LENGTH_MAX]
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether there was no memory for what the user's code wanted; torch says so in several ways."""
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        return True
+    try:
+        said = str(problem) if isinstance(problem, RuntimeError) else ""
+    except Exception:  # noqa: BLE001 (an exception of the user's may fail even at this)
+        return False
+    return any(words in said for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
 def _module(where: str) -> ModuleType:

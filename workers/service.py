@@ -38,6 +38,9 @@ RUNS_MAX = 256
 
 _Result = TypeVar("_Result")
 
+REFUSING_S = 1.0
+"""So long before a task's deadline it is refused, or else its round would be over before the reason is heard."""
+
 
 @dataclass(slots=True)
 class Arrival:
@@ -46,6 +49,7 @@ class Arrival:
     task: Task
     header: Delivery
     landing: Landing
+    due_at: float
 
 
 @dataclass(slots=True, eq=False)
@@ -219,7 +223,10 @@ class Worker:
             await delivery.ack()
             return
         if landing is not None:
-            self._arrival = Arrival(task, delivery, landing)
+            # from now on, also while its parts land and others of this process are trained
+            margin_s = min(REFUSING_S, task.deadline_s / 10)
+            due_at = asyncio.get_running_loop().time() + task.deadline_s - margin_s
+            self._arrival = Arrival(task, delivery, landing, due_at)
             return
         await delivery.ack()
         self._tell(f"{task.of} is the change of a version that is not here: asking for the whole")
@@ -247,9 +254,7 @@ class Worker:
     def _begin_work(self, arrival: Arrival) -> None:
         """All parts are here."""
         self._arrival, task = None, arrival.task
-        # from now on, also while others of this process are trained: later than that, nobody wants it
-        due_at = asyncio.get_running_loop().time() + task.deadline_s
-        self._next = Job(task, arrival.landing, due_at)
+        self._next = Job(task, arrival.landing, arrival.due_at)
         self._landed.set()
         if self._job and self._trains(self._job.task):
             self._give_up(self._job, "a newer task has come")  # an evaluation is finished first: it is still wanted

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from broker.errors import LearnerFailed, UsageError
+from broker.errors import LearnerFailed, OutOfMemory, UsageError
 from broker.messages import MAP_MAX
 from broker.tensors import Layout
 from workers import weights
-from workers.learner import Learner, told
+from workers.learner import Learner, out_of_memory, told
 from workers.work import EXAMPLES_MAX, Outcome, Work
 
 METRIC_NAME_LENGTH_MAX = 200
@@ -134,7 +134,8 @@ def _call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except BaseException as problem:  # noqa: BLE001 (sys.exit in a learner is its failure, not the worker's end)
-        raise LearnerFailed(f"{name}() of the learner raised {told(problem)}") from None
+        kind = OutOfMemory if out_of_memory(problem) else LearnerFailed
+        raise kind(f"{name}() of the learner raised {told(problem)}") from None
 
 
 def _trained(returned: Any) -> tuple[int, dict[str, float]]:

@@ -5,8 +5,12 @@ of work in these words. Does not know how training is done or where a result is 
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from mmap import mmap
+from typing import Any
+
+import msgpack
 
 from broker.formats import FORMATS
 from broker.messages import Scalar
@@ -15,6 +19,18 @@ from workers.spool import Slot
 
 LEASE_S = 15.0
 EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
+
+# what daemon, guard and training process say to each other
+LENGTH_BYTES = 4
+CLOSED = 71
+"""Exit status of a training process whose socket the learner has closed."""
+Ended = Mapping[str, int | bool]
+
+
+def framed(message: Mapping[str, Any]) -> bytes:
+    """A message as it goes through a socket."""
+    packed: bytes = msgpack.packb(message)
+    return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,4 +142,4 @@ def test_what_is_told_of_an_error_is_short_and_valid_text() -> None:
 
 def test_an_error_without_a_message_is_told_by_its_type() -> None:
     assert told(KeyError()) == "KeyError"
-    assert told(MemoryError()) == "MemoryError"
+    assert told(MemoryError()) == "MemoryError (it ran out of memory)"

@@ -160,7 +160,8 @@ def test_whatever_a_learner_raises_is_its_failure_told_with_its_place(kind: type
         return 1
 
     text = failure(place(train))
-    assert f"train() of the learner raised {kind.__name__}: bad luck" in text
+    why = " (it ran out of memory)" if kind is MemoryError else ""
+    assert f"train() of the learner raised {kind.__name__}{why}: bad luck" in text
     assert re.search(r"← test_task.py line \d+, in inner ← test_task.py line \d+, in train: inner\(\)", text)
 
 

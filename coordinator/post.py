@@ -56,22 +56,35 @@ class Post:
         """Give every sign of life to `take`, for ever; `listen` is told when we begin and cease to hear them."""
         await self._listen(topology.hello_queue(self.run), take, prefetch=256, listen=listen)
 
-    async def read_inbox(self, take: Take) -> None:
-        """Give everything that workers say to this run to `take`, for ever. `take` acknowledges."""
-        await self._listen(topology.inbox_queue(self.run), take, prefetch=INBOX_PREFETCH)
+    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]]) -> None:
+        """Give everything that workers say to this run to `take`, for ever. `take` acknowledges.
+
+        `again` is called when we had ceased to listen: should the inbox have been deleted, what lay in it is lost.
+        """
+        await self._listen(topology.inbox_queue(self.run), take, prefetch=INBOX_PREFETCH, again=again)
 
     async def _listen(
-        self, queue: str, take: Take, *, prefetch: int, listen: Callable[[bool], None] = lambda _: None
+        self,
+        queue: str,
+        take: Take,
+        *,
+        prefetch: int,
+        listen: Callable[[bool], None] = lambda _: None,
+        again: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        lost = False
         while True:
             try:
                 async with self.link.consume(queue, prefetch=prefetch) as deliveries:
                     listen(True)
+                    if lost and again:
+                        await again()
                     async for delivery in deliveries:
                         await self._open(delivery, take)
             except LinkError as problem:
                 log.debug("%s: %s", queue, problem)
                 listen(False)
+                lost = True
                 await asyncio.sleep(RETRY_S)
                 await self.declare()
 

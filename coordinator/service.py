@@ -85,7 +85,7 @@ class Coordinator:
             async with self._group as group:
                 ears = [
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
-                    group.create_task(self.post.read_inbox(self.desk.read)),
+                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again)),
                     group.create_task(self.desk.drain_uploads()),
                     group.create_task(self._beat()),
                 ]
@@ -307,6 +307,11 @@ class Coordinator:
         self.store.note(history.final_line(self.desk.version, scored, seconds=seconds, at=time.time()))
 
     # -- sending ------------------------------------------------------------------------------------------------
+
+    async def _ask_again(self) -> None:
+        """Let the cohort say again what it has for the open round."""
+        if self.desk.open:
+            await self.post.tell(self.desk.open.round.cohort, Resumed(self.plan.run, self.post.epoch))
 
     async def _send(self, here: Open, workers: list[str]) -> None:
         """Send the open round's task with the weights as they are in this turn; not longer than the turn takes."""

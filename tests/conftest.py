@@ -8,8 +8,10 @@ import contextlib
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,17 @@ def pytest_report_header() -> str:
     except UsageError:
         rabbitmq = "missing"
     return f"torch {version('torch')}, aio-pika {version('aio-pika')}, RabbitMQ {rabbitmq}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many faults of each kind have been survived, or not, where tests say so."""
+    counts = Counter[str]()
+    for report in chain.from_iterable(terminalreporter.getreports(how) for how in ("passed", "failed")):
+        counts.update(dict(report.user_properties).get("faults", {}) if report.when == "call" else {})
+    if counts:
+        terminalreporter.section("faults")
+        for kind, count in [*counts.most_common(), ("in all", counts.total())]:
+            terminalreporter.write_line(f"{count:5d}  {kind}")
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,12 @@ class Post:
             LinkError: the broker did not take them all.
         """
         key = (topology.upload_key(self.worker),)
-        await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
+        try:
+            await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
+        except Unroutable as problem:  # we never consume that queue, so nothing else tells us that it was deleted
+            log.info("making the upload queue anew: %s", problem)
+            await self._link.declare(topology.of_worker(self.worker))
+            await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
 
     # -- listening ----------------------------------------------------------------------------------------------
 

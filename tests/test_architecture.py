@@ -260,9 +260,21 @@ def test_no_file_is_longer_than_an_evening() -> None:
     )
 
 
+def lines_of_code(source: Source) -> int:
+    """As line counters have it: without blank lines, comments and docstrings."""
+    said = {
+        number
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and ast.get_docstring(node)
+        for number in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    lines = ((number, line.strip()) for number, line in enumerate(source.text.splitlines(), 1))
+    return sum(number not in said and bool(line) and not line.startswith("#") for number, line in lines)
+
+
 def test_the_whole_program_can_be_read() -> None:
-    lines = sum(bool(line.strip()) for source in SOURCES for line in source.text.splitlines())
-    assert lines < ALL_LINES_MAX, f"{lines} lines; leave something out"
+    lines = sum(map(lines_of_code, SOURCES))
+    assert lines < ALL_LINES_MAX, f"{lines} lines of code; leave something out"
 
 
 def is_command(source: Source, function: Function) -> bool:

@@ -68,7 +68,7 @@ class Line(asyncio.Protocol):
     def connection_lost(self, _why: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._fail(
-            "the training process is gone, with its guard or in the midst of an answer; the next task starts a new one."
+            "the training process is gone, with its guard or in the midst of an answer; the next task starts another."
         )
         if not self.ended.done():
             self.ended.set_result(None)

@@ -1,4 +1,4 @@
-"""One worker whose learner does the worst in turn: each time a reason in `fluffle status`, and the daemon as it was."""
+"""One worker whose learner does the worst in turn: each time a reason in `fluffle status`, the daemon as it was."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_no_learner_can_hurt_the_daemon_and_each_deed_is_a_refusal_with_its_reas
     f.start("bad", "worker", str(bad), "--name", "bad", "--data", "bad", "--memory-mb", "800")
     options = ("--cohort", "2", "--quorum", "1", "--gather-s", "120", "--round-s", "8")
     f.coordinator(*options, "--rounds", str(rounds))
-    f.until(lambda: f.rounds())
+    f.until(f.rounds)
     before = connections(node, f)
     assert len(before) >= 3
     assert f.wait("coordinator") == 0

@@ -43,8 +43,8 @@ SWIFT_S = 20.0
 @contextmanager
 def daemon(what: str, *, hang_s: float = 60.0, holds: str = "pass") -> Iterator[subprocess.Popen[str]]:
     code = DAEMON.replace("WHAT", what).replace("HANG_S", str(hang_s)).replace("HOLDS", holds)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "here\n"

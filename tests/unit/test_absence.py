@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from broker import rabbit
+from broker import lanes, rabbit
 from broker.errors import GaveUp
 from broker.lanes import Absence
 from broker.link import Outgoing
@@ -33,21 +33,25 @@ async def test_only_an_absence_without_a_break_counts(monkeypatch: pytest.Monkey
         absence.goes_on("nobody answers.")
 
 
+async def asked_of(link: rabbit.RabbitLink, what: str) -> None:
+    if what == "publish":
+        await link.publish(Outgoing("x", ("y",), b""))
+    elif what == "declare":
+        await link.declare(Topology())
+    else:
+        async with link.consume("q"):
+            pass
+
+
 @pytest.mark.parametrize("what", ["publish", "consume", "declare"])
 async def test_whatever_waits_for_rabbitmq_gives_up_with_it(what: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         url = f"amqp://a:b@127.0.0.1:{silent.getsockname()[1]}/"
-        link = rabbit.RabbitLink(rabbit.checked(url), "nobody", 30, 0.2)
+        link = rabbit.RabbitLink(lanes.checked(url), "nobody", 30, 0.2)
         try:
             async with asyncio.timeout(20):
-                with pytest.raises(GaveUp, match="out of reach for 0.2 s and more; gave up: .*127.0.0.1"):
-                    if what == "publish":
-                        await link.publish(Outgoing("x", ("y",), b""))
-                    elif what == "declare":
-                        await link.declare(Topology())
-                    else:
-                        async with link.consume("q"):
-                            pass
+                with pytest.raises(GaveUp, match=r"out of reach for 0\.2 s and more; gave up: .*127\.0\.0\.1"):
+                    await asked_of(link, what)
         finally:
             await link.close()

@@ -242,8 +242,7 @@ class Arena:
 
     def _suffer(self, faults: list[Fault], until: float) -> None:
         due_at: float | None = None
-        if faults:
-            self.open_gate(faults[0].round)
+        self.open_gate(faults[0].round if faults else OPEN)
         while True:
             now = time.monotonic()
             assert now < until, f"not done in time: {self.made()} versions, {len(faults)} faults to come"

@@ -70,6 +70,7 @@ def coordinator(
     daemon.mind_parent()
     with standby.turn(run) as forced:
         store = Store.open(run)  # as it is now
+        store.begin_epoch()
         store.adopt(plans.change(store.plan, changes))
         daemon.run(lambda stop: _serve(store, broker, stop, drains=drains, forced=forced))
 
@@ -101,6 +102,7 @@ def status(
     if as_json:
         shown = [{"version": p.version, "scored": p.scored, "held_out": p.held_out} for p in points]
         found = {"run": store.plan.run, "version": store.latest(), "rounds": store.plan.rounds, "now": now}
+        found["standby"] = standby.waiting(run)
         json.dump({**found, "versions": shown, "history": lines}, sys.stdout)
         sys.stdout.write("\n")
         return
@@ -109,6 +111,8 @@ def status(
     console.print(
         f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}", highlight=False
     )
+    if waits := standby.waiting(run):
+        console.print(f"standing by: process {waits['process']} on {waits['machine']}", markup=False, highlight=False)
     rounds = {line["version"]: line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
     for point in points:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class Coordinator:
 
     def __init__(self, store: Store, link: Link, *, drains: int = DRAINS) -> None:
         self.store = store
-        epoch = store.begin_epoch()
+        epoch = store.claim.epoch or store.begin_epoch()
         store.settle()
         self.plan = store.plan
         self.post = Post(link, self.plan.run, epoch)
@@ -59,6 +59,7 @@ class Coordinator:
         self.change: memoryview | None = None  # from the version before, as the plan wants it sent
         self.desk = Desk(store, self.post, self.layout, version, drains=drains)
         self.roster = self.desk.roster
+        self._former = self.desk.remember(store.history())
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
         self._said = ""
@@ -80,7 +81,9 @@ class Coordinator:
             await self.post.retire()
         if self.desk.version >= self.plan.rounds:
             log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
-            await self.post.retire()  # the coordinator before this one may have died before it could
+            await self.post.declare()
+            await self._tell_former()  # the coordinator before this one may have died before it could
+            await self.post.retire()
             return
         await self.post.declare()
         try:
@@ -89,6 +92,7 @@ class Coordinator:
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
                     group.create_task(self.post.read_inbox(self.desk.read)),
                     group.create_task(self.desk.drain_uploads()),
+                    group.create_task(self.desk.keep_sums()),
                     group.create_task(self._beat()),
                 ]
                 await self._make_versions()
@@ -114,6 +118,9 @@ class Coordinator:
     async def _make_versions(self) -> None:
         gather_s, failures = self.plan.gather_s, 0
         begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
+        await self._tell_former()
+        if begun is None:
+            self.desk.forget_sums()
         while self.desk.version < self.plan.rounds:
             here = self._take_up(begun) if begun else self._open(await self._gather(gather_s))
             gather_s, begun = 0.0, None
@@ -155,7 +162,7 @@ class Coordinator:
         """
         here = self._round(Attempt(self.plan.run, begun.round, begun.attempt), begun.cohort)
         here.left_s = max(min(begun.until - time.time(), self.plan.round_s), min(self.plan.round_s, LEFT_S_MIN))
-        self.roster.expect(begun.cohort, time.monotonic())
+        self.roster.expect(begun.cohort, time.monotonic(), within_s=here.left_s)
         log.info("%s goes on with %s", here.round.of, ", ".join(begun.cohort))
         return here
 
@@ -189,7 +196,8 @@ class Coordinator:
         if left_s is None:
             await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
         else:
-            await self.post.tell(asked, Resumed(self.plan.run, self.post.epoch))
+            await self.desk.take_up(here)
+            await self.post.tell(here.round.outstanding, Resumed(self.plan.run, self.post.epoch))
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
@@ -199,6 +207,7 @@ class Coordinator:
             self._say("open", f"{here.round.of}: {why}" if not over else f"{here.round.of}: summing up")
             if over:
                 here.round.end_turn(now)  # before the sum is taken
+                await self.desk.end_turn()
                 break
             await self._wait(until=here.round.deadline_at)
         if self.desk.sums.updates:
@@ -236,13 +245,20 @@ class Coordinator:
         self.store.note(line)
         self.desk.safe(done)
         log.info("%s closed: %s", done.of, why)
-        accepted = Answer(done.of, "accepted", f"counted in version {done.of.round}")
-        await self.post.tell(list(done.counted), accepted)
-        await self.post.tell(
-            [w for w in done.cohort if w not in done.counted], Closed(done.of, f"it is closed: {why}")
-        )
+        await self._tell(done.of, done.cohort, done.counted, why)
         for delivery in here.held:
             await delivery.ack()
+
+    async def _tell(self, of: Attempt, cohort: Iterable[str], counted: Collection[str], why: str) -> None:
+        """Tell everyone who was asked what has become of a round that has made a version."""
+        await self.post.tell(counted, Answer(of, "accepted", f"counted in version {of.round}"))
+        await self.post.tell([w for w in cohort if w not in counted], Closed(of, f"it is closed: {why}"))
+
+    async def _tell_former(self) -> None:
+        """The coordinator before this one may have died between saving a version and saying so."""
+        if line := self._former:
+            of = Attempt(self.plan.run, line["round"], line["attempt"])
+            await self._tell(of, line["cohort"], line["counted"], line["why"])
 
     async def _sealed(self) -> None:
         """Wait until the last version is safe, and all is told."""

@@ -160,7 +160,8 @@ class Desk:
             log.debug("%s: the sum of %d updates is written down", *kept)
 
     async def take_up(self, here: Open) -> None:
-        """Go on with the sums that were written down for the open turn, if they were."""
+        """Go on with the sums that were written down for a round, if they were; nobody may be heard yet."""
+        await self.begin_turn()
         names = naming(here.round, plans.digest(self.plan))
         async with self._adding:
             tally = await asyncio.to_thread(self._snapshot.read, names, self.sums)

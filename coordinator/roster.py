@@ -51,11 +51,6 @@ class Roster:
             return News.JOINED
         return News.RENEWED if before.incarnation == hello.incarnation else News.RETURNED
 
-    def expect(self, workers: Sequence[str], now: float, *, within_s: float) -> None:
-        """Count these as here for so long, though they have not been heard yet: they were when they were asked."""
-        for worker in workers:
-            self._present.setdefault(worker, Present(worker, "", True, within_s, now + within_s))
-
     def renew(self, now: float) -> None:
         """Begin every lease anew: we have been deaf, and nobody's silence means anything."""
         self._present = {w: replace(p, until_at=now + p.lease_s) for w, p in self._present.items()}

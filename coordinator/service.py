@@ -25,7 +25,6 @@ from coordinator import history
 from coordinator import plan as plans
 from coordinator.claim import beat
 from coordinator.desk import Desk, Open
-from coordinator.journal import Try
 from coordinator.post import Post
 from coordinator.roster import choose_cohort, may_begin
 from coordinator.round import Phase, Round
@@ -86,6 +85,8 @@ class Coordinator:
             await self.post.retire()
             return
         await self.post.declare()
+        await self._tell_former()
+        taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be counted again
         try:
             async with self._group as group:
                 ears = [
@@ -95,7 +96,7 @@ class Coordinator:
                     group.create_task(self.desk.keep_sums()),
                     group.create_task(self._beat()),
                 ]
-                await self._make_versions()
+                await self._make_versions(taken_up)
                 await self._sealed()
                 await self._score_last()
                 for ear in ears:
@@ -115,15 +116,14 @@ class Coordinator:
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
-    async def _make_versions(self) -> None:
+    async def _make_versions(self, taken_up: Open | None) -> None:
+        """Round by round. One that is taken up is opened before anything is waited for: what comes is for it."""
         gather_s, failures = self.plan.gather_s, 0
-        begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
-        await self._tell_former()
-        if begun is None:
-            self.desk.forget_sums()
         while self.desk.version < self.plan.rounds:
-            here = self._take_up(begun) if begun else self._open(await self._gather(gather_s))
-            gather_s, begun = 0.0, None
+            if taken_up:
+                here, taken_up = taken_up, None
+            else:
+                here, gather_s = self._open(await self._gather(gather_s)), 0.0
             if await self._try_round(here):
                 failures = 0
                 continue
@@ -155,15 +155,20 @@ class Coordinator:
         log.info("%s begins with %s", here.round.of, ", ".join(cohort))
         return here
 
-    def _take_up(self, begun: Try) -> Open:
-        """The attempt that was open when the coordinator before this one ended.
+    async def _taken_up(self) -> Open | None:
+        """The attempt that was open when the coordinator before this one ended, if one was.
 
-        Whoever was asked may still be at it, or may have done it: nobody is asked again who does not ask for it.
+        Whoever was asked may still be at it, or may have done it: nobody is asked again who does not ask for it, and
+        all are waited for until the deadline, here or not.
         """
+        begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
+        if begun is None:
+            self.desk.forget_sums()
+            return None
         here = self._round(Attempt(self.plan.run, begun.round, begun.attempt), begun.cohort)
         here.left_s = max(min(begun.until - time.time(), self.plan.round_s), min(self.plan.round_s, LEFT_S_MIN))
-        self.roster.expect(begun.cohort, time.monotonic(), within_s=here.left_s)
         log.info("%s goes on with %s", here.round.of, ", ".join(begun.cohort))
+        await self.desk.take_up(here)
         return here
 
     def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:
@@ -192,11 +197,10 @@ class Coordinator:
         asked = here.round.begin_turn(time.monotonic(), turn_s=left_s)
         here.turn += 1
         first = here.round.cohort[: len(asked)] == asked
-        await self.desk.begin_turn()
         if left_s is None:
+            await self.desk.begin_turn()
             await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
         else:
-            await self.desk.take_up(here)
             await self.post.tell(here.round.outstanding, Resumed(self.plan.run, self.post.epoch))
         while True:
             now = time.monotonic()

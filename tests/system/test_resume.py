@@ -182,7 +182,6 @@ async def test_whoever_is_in_the_sums_that_were_written_down_sends_nothing_again
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr("coordinator.desk.KEEP_S", 0.01)
-    monkeypatch.setattr("coordinator.desk.KEEP_SHARE", 0)
     async with federation(tmp_path, rounds=2) as fed:
         sent_again: list[str] = []
 
@@ -214,6 +213,25 @@ async def test_whoever_is_in_the_sums_that_were_written_down_sends_nothing_again
         for place in fed.places.values():
             assert [number for train, number in place.lesson.done if train] == [1, 2], place.name
         assert not written.exists()
+
+
+async def test_whoever_is_in_the_sums_that_were_written_down_may_be_gone_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.desk.KEEP_S", 0.01)
+    async with federation(tmp_path, rounds=1) as fed:
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        fed.places["c"].lesson.gate.clear()
+        desk = fed.coordinator.desk if fed.coordinator else None
+        await fed.until(lambda: bool(desk and desk._kept and desk._kept[1] == 2))
+        await fed.places["a"].die()
+        await restart(fed)
+        fed.places["c"].lesson.gate.set()
+        await fed.end()
+        assert fed.counted() == [list(NAMES)]
+        assert_bits(fed, 1)
 
 
 async def test_short_rounds_never_write_their_sums_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,12 +141,3 @@ def test_a_round_begins_with_a_full_cohort_or_after_a_while_with_a_quorum(
     present: int, waited_s: float, begins: bool, why: str
 ) -> None:
     assert may_begin(present, 4, 3, waited_s=waited_s, gather_s=30) == (begins, why)
-
-
-def test_those_who_were_asked_before_are_waited_for_until_they_are_heard_or_their_time_is_over() -> None:
-    roster = roster_of("ada")
-    roster.expect(["ada", "bob", "eve"], now=0, within_s=100)
-    assert roster.trainers() == ["ada", "bob", "eve"]
-    assert roster.hear(hello("bob"), now=1) is News.RETURNED
-    assert roster.lapse(now=99) == ["ada", "bob"]
-    assert roster.lapse(now=100) == ["eve"]

@@ -39,7 +39,7 @@ class Claim:
         Raises:
             OSError: the folder cannot be written.
         """
-        with self._locked():
+        with locked(self._folder):
             self.epoch = read_epoch(self._folder) + 1
             write_whole(self._folder / EPOCH, str(self.epoch).encode())
             self._mark = self._looks()
@@ -71,7 +71,7 @@ class Claim:
         if self.epoch == 0:
             yield
             return
-        with self._locked():
+        with locked(self._folder):
             self.check()
             yield
 
@@ -83,12 +83,14 @@ class Claim:
             return None
         return seen.st_ino, seen.st_mtime_ns
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self._folder / LOCK).open("w") as file:
-            with contextlib.suppress(OSError):  # some network disks know no locks; the look at the file is left then
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else takes over, or changes anything, meanwhile."""
+    with (folder / LOCK).open("a") as file:  # no more than that: when it was changed last is a sign of life
+        with contextlib.suppress(OSError):  # some network disks know no locks; the look at the file is left then
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_epoch(folder: Path) -> int:

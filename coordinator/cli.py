@@ -85,6 +85,7 @@ def coordinator(
     daemon.mind_parent()
     with standby.turn(run) as forced:
         store = Store.open(run)  # as it is now
+        store.begin_epoch()
         store.adopt(plans.change(store.plan, changes))
         connect = partial(rabbit.connect, broker, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
         daemon.run(lambda stop: _serve(store, connect, stop, drains=drains, forced=forced))
@@ -122,7 +123,7 @@ def status(
     if as_json:
         shown = [{"version": p.version, "scored": p.scored, "held_out": p.held_out} for p in points]
         found = {"run": store.plan.run, "version": store.latest(), "rounds": store.plan.rounds, "now": now}
-        found |= {"updates_bytes": sum(kept), "abandoned": abandoned}
+        found |= {"updates_bytes": sum(kept), "abandoned": abandoned, "standby": standby.waiting(run)}
         json.dump({**found, "versions": shown, "history": lines}, sys.stdout)
         sys.stdout.write("\n")
         return
@@ -131,6 +132,8 @@ def status(
     console.print(
         f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}", highlight=False
     )
+    if waits := standby.waiting(run):
+        console.print(f"standing by: process {waits['process']} on {waits['machine']}", markup=False, highlight=False)
     for said in [*_said_now(now), *_said_last(abandoned)]:
         console.print(said, markup=False, highlight=False)
     if kept:

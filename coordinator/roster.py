@@ -13,8 +13,6 @@ from broker.messages import Hello
 
 LEASE_S_MAX = 3600.0
 WORKERS_MAX = 20_000
-EXPECTED_S = 20.0
-"""How long those are waited for who were here when the coordinator before this one ended."""
 FAILURES_MAX = 3
 """After so many failures on end a worker rests."""
 REST_ROUNDS, REST_ROUNDS_MAX = 2, 64
@@ -57,11 +55,6 @@ class Roster:
         if before is None:
             return News.JOINED
         return News.RENEWED if before.incarnation == hello.incarnation else News.RETURNED
-
-    def expect(self, workers: Sequence[str], now: float) -> None:
-        """Count these as here for a while, though they have not been heard yet: they were when they were asked."""
-        for worker in workers:
-            self._present.setdefault(worker, Present(worker, "", True, EXPECTED_S, now + EXPECTED_S))
 
     def renew(self, now: float) -> None:
         """Begin every lease anew: we have been deaf, and nobody's silence means anything."""

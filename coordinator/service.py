@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -25,7 +25,6 @@ from coordinator import history
 from coordinator import plan as plans
 from coordinator.claim import beat
 from coordinator.desk import Desk, Open
-from coordinator.journal import Try
 from coordinator.now import Now
 from coordinator.post import Post
 from coordinator.roster import Rests, choose_cohort, may_begin
@@ -49,7 +48,7 @@ class Coordinator:
 
     def __init__(self, store: Store, link: Link, *, drains: int = DRAINS) -> None:
         self.store = store
-        epoch = store.begin_epoch()
+        epoch = store.claim.epoch or store.begin_epoch()
         store.settle()
         self.plan = store.plan
         self.post = Post(link, self.plan.run, epoch)
@@ -59,6 +58,7 @@ class Coordinator:
         self.desk = Desk(store, self.post, self.layout, version, drains=drains)
         self.roster = self.desk.roster
         self.rests = Rests()
+        self._former = self.desk.remember(store.history())
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
         self._say = Now(store, self.desk, self.rests).say
@@ -78,18 +78,23 @@ class Coordinator:
             await self.post.retire()
         if self.desk.version >= self.plan.rounds:
             log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
-            await self.post.retire()  # the coordinator before this one may have died before it could
+            await self.post.declare()
+            await self._tell_former()  # the coordinator before this one may have died before it could
+            await self.post.retire()
             return
         await self.post.declare()
+        await self._tell_former()
+        taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be counted again
         try:
             async with self._group as group:
                 ears = [
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
                     group.create_task(self.post.read_inbox(self.desk.read, self._ask_again)),
                     group.create_task(self.desk.drain_uploads()),
+                    group.create_task(self.desk.keep_sums()),
                     group.create_task(self._beat()),
                 ]
-                await self._make_versions()
+                await self._make_versions(taken_up)
                 await self._sealed()
                 await self._score_last()
                 for ear in ears:
@@ -109,12 +114,14 @@ class Coordinator:
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
-    async def _make_versions(self) -> None:
+    async def _make_versions(self, taken_up: Open | None) -> None:
+        """Round by round. One that is taken up is opened before anything is waited for: what comes is for it."""
         gather_s, failures = self.plan.gather_s, 0
-        begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
         while self.desk.version < self.plan.rounds:
-            here = self._take_up(begun) if begun else self._open(await self._gather(gather_s))
-            gather_s, begun = 0.0, None
+            if taken_up:
+                here, taken_up = taken_up, None
+            else:
+                here, gather_s = self._open(await self._gather(gather_s)), 0.0
             if await self._try_round(here):
                 failures = 0
                 continue
@@ -150,15 +157,20 @@ class Coordinator:
         log.info("%s begins with %s", here.round.of, ", ".join(cohort))
         return here
 
-    def _take_up(self, begun: Try) -> Open:
-        """The attempt that was open when the coordinator before this one ended.
+    async def _taken_up(self) -> Open | None:
+        """The attempt that was open when the coordinator before this one ended, if one was.
 
-        Whoever was asked may still be at it, or may have done it: nobody is asked again who does not ask for it.
+        Whoever was asked may still be at it, or may have done it: nobody is asked again who does not ask for it, and
+        all are waited for until the deadline, here or not.
         """
+        begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
+        if begun is None:
+            self.desk.forget_sums()
+            return None
         here = self._round(Attempt(self.plan.run, begun.round, begun.attempt), begun.cohort)
         here.left_s = max(min(begun.until - time.time(), self.plan.round_s), min(self.plan.round_s, LEFT_S_MIN))
-        self.roster.expect(begun.cohort, time.monotonic())
         log.info("%s goes on with %s", here.round.of, ", ".join(begun.cohort))
+        await self.desk.take_up(here)
         return here
 
     def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:
@@ -195,11 +207,11 @@ class Coordinator:
         asked = here.round.begin_turn(time.monotonic(), turn_s=left_s)
         here.turn += 1
         first = here.round.cohort[: len(asked)] == asked
-        await self.desk.begin_turn()
         if left_s is None:
+            await self.desk.begin_turn()
             await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
         else:
-            await self.post.tell(asked, Resumed(self.plan.run, self.post.epoch))
+            await self.post.tell(here.round.outstanding, Resumed(self.plan.run, self.post.epoch))
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
@@ -249,13 +261,20 @@ class Coordinator:
         self.store.note(await asyncio.to_thread(self.store.vouched, line))
         self.desk.safe(done)
         log.info("%s closed: %s", done.of, why)
-        accepted = Answer(done.of, "accepted", f"counted in version {done.of.round}")
-        await self.post.tell(list(done.counted), accepted)
-        await self.post.tell(
-            [w for w in done.cohort if w not in done.counted], Closed(done.of, f"it is closed: {why}")
-        )
+        await self._tell(done.of, done.cohort, done.counted, why)
         for delivery in here.held:
             await delivery.ack()
+
+    async def _tell(self, of: Attempt, cohort: Iterable[str], counted: Collection[str], why: str) -> None:
+        """Tell everyone who was asked what has become of a round that has made a version."""
+        await self.post.tell(counted, Answer(of, "accepted", f"counted in version {of.round}"))
+        await self.post.tell([w for w in cohort if w not in counted], Closed(of, f"it is closed: {why}"))
+
+    async def _tell_former(self) -> None:
+        """The coordinator before this one may have died between saving a version and saying so."""
+        if line := self._former:
+            of = Attempt(self.plan.run, line["round"], line["attempt"])
+            await self._tell(of, line["cohort"], line["counted"], line["why"])
 
     async def _sealed(self) -> None:
         """Wait until the last version is safe, and all is told."""

@@ -7,19 +7,24 @@ act at the same time, whatever shows, is `claim.py`'s work.
 
 import contextlib
 import fcntl
+import json
 import logging
+import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from broker.daemon import StoppedEarly
 from broker.errors import UsageError
-from coordinator.claim import last_beat
+from broker.files import write_whole
+from coordinator.claim import beat as beat_now
+from coordinator.claim import last_beat, locked
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK, WAITS = ".lock", "standby.json"
 BEAT_S = 2.0
 """How often whoever acts gives a sign of life."""
 STALE_S = 10.0
@@ -36,38 +41,87 @@ def turn(folder: Path) -> Iterator[bool]:
         StoppedEarly: Ctrl-C came before it.
     """
     try:
-        file = (folder / LOCK).open("w")
+        file, forced = _waited(folder)
     except OSError as problem:
         raise UsageError(
             f"{folder} cannot be written ({problem.strerror}): make room or mend its permissions, then start again."
         ) from None
+    except KeyboardInterrupt:
+        raise StoppedEarly("stopped while another coordinator was at work.") from None
     with file:
-        try:
-            forced = not _waited(file, folder)
-        except KeyboardInterrupt:
-            raise StoppedEarly("stopped while another coordinator was at work.") from None
         yield forced
 
 
-def _waited(file: IO[str], folder: Path) -> bool:
-    """True when the lock is ours; False when it is held by somebody who gives no sign of life."""
+def waiting(folder: Path) -> dict[str, Any] | None:
+    """Who stands by for a run: its `process` on its `machine`; None when nobody has said so lately."""
+    try:
+        found: dict[str, Any] = json.loads((folder / WAITS).read_bytes())
+        return found if abs(time.time() - found["at"]) < STALE_S else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _waited(folder: Path) -> tuple[IO[str], bool]:
+    """The lock, which is ours now, and whether we took it from somebody who gives no sign of life."""
+    file = (folder / LOCK).open("a")
     beat, since = last_beat(folder), time.monotonic()
-    told = False
-    while True:
-        try:
+    said_at = float("-inf")
+    try:
+        while True:
+            if _taken(file, beat):
+                if _is_in_force(file, folder):
+                    return file, False
+                file.close()  # somebody has put another in its place meanwhile
+                file = (folder / LOCK).open("a")
+                continue
+            if said_at < 0:
+                log.info("another coordinator is at work on %s: standing by until it is gone", folder)
+            now = time.monotonic()
+            if now - said_at > BEAT_S:
+                said_at = now
+                waits = {"process": os.getpid(), "machine": platform.node(), "at": time.time()}
+                write_whole(folder / WAITS, json.dumps(waits).encode(), durable=False)
+            if (seen := last_beat(folder)) != beat:
+                beat, since = seen, now
+            if now - since > STALE_S and (taken := _wrested(folder, beat)):
+                log.warning("no sign of life of the coordinator of %s for %.0f s: taking over", folder, now - since)
+                file.close()
+                return taken, True
+            time.sleep(LOOK_S)
+    except BaseException:
+        file.close()
+        raise
+    finally:
+        if said_at >= 0:
+            (folder / WAITS).unlink(missing_ok=True)
+
+
+def _taken(file: IO[str], beat: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        return not isinstance(problem, BlockingIOError) and not beat  # a disk without locks, and nobody was ever here
+    return True
+
+
+def _is_in_force(file: IO[str], folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat())
+    return False
+
+
+def _wrested(folder: Path, beat: int) -> IO[str] | None:
+    """A lock of ours in the place of the one that is held; None if somebody has given a sign of life after all.
+
+    Whoever held that one holds nothing any more, and those who wait for it find that out: they wait for us.
+    """
+    with locked(folder):
+        if last_beat(folder) != beat:
+            return None
+        beside = folder / f"{LOCK}.new"
+        file = beside.open("w")
+        with contextlib.suppress(OSError):  # see `_taken`
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as problem:
-            if not isinstance(problem, BlockingIOError) and not beat:
-                return True  # the disk knows no locks, and nobody was ever here
-        else:
-            return True
-        if not told:
-            log.info("another coordinator is at work on %s: standing by until it is gone", folder)
-            told = True
-        now = time.monotonic()
-        if (seen := last_beat(folder)) != beat:
-            beat, since = seen, now
-        if now - since > STALE_S:
-            log.warning("no sign of life of the coordinator of %s for %.0f s: taking over", folder, now - since)
-            return False
-        time.sleep(LOOK_S)
+        beside.replace(folder / LOCK)
+        beat_now(folder)
+    return file

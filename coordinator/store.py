@@ -201,7 +201,7 @@ class Store:
         """
         with _disk(self.folder):
             epoch = self.claim.begin()
-        for left in (self.folder / VERSIONS).glob(".*.new"):  # drafts of those who are gone
+        for left in [*(self.folder / VERSIONS).glob(".*.new"), *self.folder.glob(".*.new")]:  # of those who are gone
             left.unlink(missing_ok=True)
         self.journal = Journal(self.folder, self._write)  # as whoever acted before has left it
         return epoch

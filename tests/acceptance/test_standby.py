@@ -28,7 +28,7 @@ def undisturbed(f: Federation) -> bytes:
 
 def second(f: Federation) -> None:
     """A second coordinator stands by, when the first is at work."""
-    f.until(lambda: "connected to" in f.log("coordinator"))
+    f.until((f.run / "epoch").exists)  # its log has lines of the run before
     f.start("second", "coordinator", str(f.run), *PLAN)
     f.until(lambda: "standing by until it is gone" in f.log("second"))
 

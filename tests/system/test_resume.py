@@ -16,6 +16,7 @@ from broker.link import Delivery, Outgoing
 from broker.messages import Answer, Claim, Part, Score, Task, Update
 from coordinator.journal import Journal
 from coordinator.service import Coordinator
+from coordinator.snapshot import FILE, Snapshot
 from coordinator.store import Store
 from tests.system.rig import Federation, Wire, expected, federation, read
 
@@ -165,6 +166,113 @@ async def test_whoever_was_asked_is_waited_for_after_a_restart_and_nobody_else_i
         await fed.end()
         assert fed.counted() == [["a", "b"]]
         assert fed.weights() == expected(fed.store.plan, [["a", "b"]])
+
+
+async def restart(fed: Federation) -> None:
+    """The coordinator dies, and is started again when it is dead."""
+    fed.kill()
+    await asyncio.wait([fed._serving] if fed._serving else [])
+    await fed._bury()
+    fed.begin()
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+async def test_whoever_is_in_the_sums_that_were_written_down_sends_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, damaged: bool
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("coordinator.desk.KEEP_S", 0.01)
+    async with federation(tmp_path, rounds=2) as fed:
+        sent_again: list[str] = []
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(what, Outgoing) and isinstance(message, Answer) and message.verdict == "resend":
+                sent_again.extend(what.keys)
+
+        fed.hook = look
+        fed.begin()
+        fed.join("c").lesson.gate.clear()
+        fed.join("a")
+        fed.join("b")
+        written = fed.run / FILE
+        desk = fed.coordinator.desk if fed.coordinator else None
+        await fed.until(lambda: written.exists() and bool(desk and desk._kept and desk._kept[1] == 2))
+        if damaged:
+            written.write_bytes(written.read_bytes()[:-100])
+        await restart(fed)
+        fed.places["c"].lesson.gate.set()
+        await fed.end()
+        assert (f"{FILE} is of no use" in caplog.text) is damaged
+        assert ("updates of a, b are in the sum already" in caplog.text) is not damaged
+        assert {"a", "b"} & set(sent_again) == ({"a", "b"} if damaged else set())
+        assert fed.weights() == expected(fed.store.plan, [NAMES] * 2)
+        assert [line["attempt"] for line in fed.lines("round")] == [1, 1]
+        assert sorted(fed.lines("round")[0]["scored"]) == ["examples", "sum"]
+        assert sorted(fed.lines("round")[0]["metrics"]) == ["loss"]
+        for place in fed.places.values():
+            assert [number for train, number in place.lesson.done if train] == [1, 2], place.name
+        assert not written.exists()
+
+
+async def test_whoever_is_in_the_sums_that_were_written_down_may_be_gone_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.desk.KEEP_S", 0.01)
+    async with federation(tmp_path, rounds=1) as fed:
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        fed.places["c"].lesson.gate.clear()
+        desk = fed.coordinator.desk if fed.coordinator else None
+        await fed.until(lambda: bool(desk and desk._kept and desk._kept[1] == 2))
+        await fed.places["a"].die()
+        await restart(fed)
+        fed.places["c"].lesson.gate.set()
+        await fed.end()
+        assert fed.counted() == [list(NAMES)]
+        assert_bits(fed, 1)
+
+
+async def test_short_rounds_never_write_their_sums_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: Any, **__: Any) -> bool:
+        pytest.fail("a short round")
+
+    monkeypatch.setattr(Snapshot, "write", write)
+    async with federation(tmp_path, rounds=ROUNDS) as fed:
+        await run_through(fed)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+async def test_a_version_that_was_saved_without_saying_so_is_said_to_be_by_the_next_coordinator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    async with federation(tmp_path, rounds=rounds) as fed:
+        accepted: list[str] = []
+        tell, fails = Coordinator._tell, [True]
+
+        async def dying(self: Coordinator, *arguments: Any) -> None:
+            if fails and fails.pop():
+                fed.kill()
+                await asyncio.sleep(60)
+            await tell(self, *arguments)
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(what, Outgoing) and isinstance(message, Answer) and message.of.round == 1:
+                accepted.extend([message.verdict] * len(what.keys))
+
+        fed.hook = look
+        monkeypatch.setattr(Coordinator, "_tell", dying)
+        await run_through(fed)
+        assert accepted[:3] == ["accepted"] * 3
+        assert set(accepted) == {"accepted"}
+        await fed.until(lambda: not any(place.worker._in_hand for place in fed.places.values()))
+        assert_bits(fed, rounds)
+
+
+def assert_bits(fed: Federation, rounds: int) -> None:
+    assert fed.weights() == expected(fed.store.plan, [NAMES] * rounds)
 
 
 async def test_a_round_that_asked_for_something_else_is_begun_anew(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Who may act for a run: whoever has begun last, and nobody else, however late the others notice."""
 
 import fcntl
+import os
 import threading
 import time
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -146,6 +148,67 @@ def test_whoever_gives_no_sign_of_life_is_not_waited_for(folder: Path, monkeypat
         with standby.turn(folder) as forced:
             assert forced is True
     assert 5.0 + standby.STALE_S < now[0] <= 5.0 + standby.STALE_S + 2.0
+
+
+def test_whoever_took_over_from_one_that_is_stopped_is_waited_for_when_that_one_is_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, taken = [0.0], list[bool]()
+    monkeypatch.setattr("coordinator.standby.time.monotonic", lambda: now[0])
+    stopped = (folder / standby.LOCK).open("w")
+    fcntl.flock(stopped, fcntl.LOCK_EX)
+
+    def look(_: float) -> None:
+        now[0] += 1.0
+        if len(taken) == 1:
+            stopped.close()  # the third, which waits for the lock that was held at first, gets that one now
+            beat(folder)
+        if now[0] > 100.0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("coordinator.standby.time.sleep", look)
+    with standby.turn(folder) as forced:
+        taken.append(forced)
+        assert forced is True
+        with pytest.raises(StoppedEarly), standby.turn(folder):
+            pytest.fail("it has no turn")
+    with standby.turn(folder) as forced:
+        assert forced is False
+
+
+def test_whoever_waits_for_a_lock_that_was_replaced_waits_for_the_other_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, looks = (folder / standby.LOCK).open("w"), list[IO[str] | None]()
+    fcntl.flock(stopped, fcntl.LOCK_EX)
+    beat(folder)
+
+    def look(_: float) -> None:
+        looks.append(standby._wrested(folder, last_beat(folder)) if not looks else None)
+        if len(looks) == 2:
+            stopped.close()
+        if len(looks) == 4 and looks[0]:
+            looks[0].close()
+
+    monkeypatch.setattr("coordinator.standby.time.sleep", look)
+    with standby.turn(folder) as forced:
+        assert forced is False
+    assert len(looks) == 4
+
+
+def test_who_stands_by_is_shown_while_it_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, shown = (folder / standby.LOCK).open("w"), list[dict[str, Any] | None]()
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert standby.waiting(folder) is None
+
+    def look(_: float) -> None:
+        shown.append(standby.waiting(folder))
+        held.close()
+
+    monkeypatch.setattr("coordinator.standby.time.sleep", look)
+    with standby.turn(folder):
+        assert standby.waiting(folder) is None
+    assert [who and who["process"] for who in shown] == [os.getpid()]
 
 
 def test_waiting_can_be_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,10 +30,13 @@ def test_a_try_is_found_again_as_it_was_begun(tmp_path: Path) -> None:
     assert reopened(tmp_path).resume(5, "plan") is None
 
 
-def test_a_try_that_asked_for_something_else_is_not_taken_up_and_its_number_not_used_again(tmp_path: Path) -> None:
+def test_a_try_that_asked_for_something_else_is_not_taken_up_and_its_number_not_used_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     reopened(tmp_path).begin(1, "lr=0.1", ABC, 0.0)
     again = reopened(tmp_path)
     assert again.resume(1, "lr=0.5") is None
+    assert caplog.text.count("under other settings, or for another run") == 1
     assert again.begin(1, "lr=0.5", ABC, 0.0) == 2
 
 

@@ -1,0 +1,170 @@
+"""What a long round has added up so far, in one file that is whole or absent: `round.sums`.
+
+Knows how sums lie in memory and on the disk. Does not know when they are worth writing down, nor who was asked.
+
+It spares those who were counted from sending again what they sent before the coordinator died. It is never needed:
+whoever was counted keeps an update until its version is safe. So it need not survive a power failure, and one that is
+torn, damaged or another round's is said to be, and removed.
+"""
+
+import json
+import logging
+import mmap
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64, xxh3_64_digest
+
+from broker.formats import CHUNK_ITEMS
+from coordinator.aggregation import Sums
+from coordinator.claim import Claim
+from coordinator.history import Facts
+from coordinator.round import Round
+
+log = logging.getLogger(__name__)
+
+FILE = "round.sums"
+_DIGEST_BYTES = 8
+
+
+class Snapshot:
+    """The one of a run.
+
+    Args:
+        folder: the run's.
+        claim: whether it is ours to write.
+    """
+
+    def __init__(self, folder: Path, claim: Claim) -> None:
+        self._path = folder / FILE
+        self._claim = claim
+
+    def write(self, of: list[Any], tally: dict[str, Any], sums: Sums, *, wanted: Callable[[], bool]) -> bool:
+        """Write down the sums, unless they are `wanted` no longer meanwhile; whether they are there now.
+
+        Args:
+            of: tells them from those of any other round or plan.
+            tally: what else is to be found again, as JSON.
+            sums: nobody adds to them meanwhile.
+            wanted: asked between two pieces.
+
+        Raises:
+            RunEnded: another coordinator has taken over.
+        """
+        beside = self._path.with_name(f".{FILE}.{self._claim.epoch}.new")
+        digest = xxh3_64()
+        try:
+            if shutil.disk_usage(self._path.parent).free < 2 * (sums.low.nbytes + sums.high.nbytes):
+                return False  # the room is the next version's
+            with beside.open("wb") as file:
+                for piece in _pieces(of, tally, sums):
+                    if not wanted():
+                        return False
+                    digest.update(piece)
+                    file.write(piece)
+                file.write(digest.digest())
+            with self._claim.acting():
+                beside.replace(self._path)
+        except OSError as problem:
+            log.warning("the sums of the open round cannot be written down (%s); it goes on all the same", problem)
+            return False
+        finally:
+            beside.unlink(missing_ok=True)
+        return True
+
+    def read(self, of: list[Any], sums: Sums) -> dict[str, Any] | None:
+        """Fill the sums, which are clear, with those written down for `of`; the tally, or None if there are none."""
+        try:
+            with self._path.open("rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return _filled(of, sums, data)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
+            sums.clear()
+            log.warning("%s is of no use (%s): whoever was counted is asked again", self._path, problem)
+            self.drop()
+            return None
+
+    def drop(self) -> None:
+        """Remove it: its round is over."""
+        with self._claim.acting():
+            self._path.unlink(missing_ok=True)
+
+
+def naming(round_: Round, plan: str) -> list[Any]:
+    """What tells the sums of this round, under the plan of this digest, from any other's."""
+    return [*astuple(round_.of), plan, list(round_.cohort)]
+
+
+def tally_of(round_: Round, facts: Facts) -> dict[str, Any]:
+    """Who was counted and who refused so far, and what is known of them, as it is now."""
+    return {
+        "counted": dict(round_.counted), "refused": dict(round_.refused), "trained": dict(facts.trained),
+        "scored": dict(facts.scored), "others": list(facts.others),
+        "bytes_down": facts.bytes_down, "bytes_up": facts.bytes_up,
+    }  # fmt: skip
+
+
+def recall(tally: dict[str, Any], round_: Round, facts: Facts) -> None:
+    """Let the round and its facts be as they were."""
+    for worker, examples in tally["counted"].items():
+        round_.count(worker, examples)
+    for worker, reason in tally["refused"].items():
+        round_.refuse(worker, reason)
+    facts.trained, facts.scored, facts.others = tally["trained"], tally["scored"], tally["others"]
+    facts.bytes_down, facts.bytes_up = tally["bytes_down"], tally["bytes_up"]
+
+
+def _part(chunk: int) -> slice:
+    return slice(chunk * CHUNK_ITEMS, (chunk + 1) * CHUNK_ITEMS)
+
+
+def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes | memoryview]:
+    low, high, others = sorted(sums.bounds), sorted(sums.carried), sorted(sums.largest)
+    head = {
+        "of": of, "tally": tally, "low": [(chunk, sums.bounds[chunk]) for chunk in low], "high": high,
+        "others": [(start, str(sums.largest[start].dtype), sums.largest[start].nbytes) for start in others],
+        "sums": [sums.examples, sums.updates, sums.reach],
+    }  # fmt: skip
+    text = json.dumps(head, allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for limb, chunks in ((sums.low, low), (sums.high, high)):
+        yield from (limb[_part(chunk)].data.cast("B") for chunk in chunks)
+    yield from (sums.largest[start].tobytes() for start in others)
+
+
+def _filled(of: list[Any], sums: Sums, data: memoryview) -> dict[str, Any]:
+    """See `Snapshot.read`.
+
+    Raises:
+        ValueError: it is damaged, or another round's; KeyError, TypeError, IndexError likewise.
+    """
+    if xxh3_64_digest(data[:-_DIGEST_BYTES]) != bytes(data[-_DIGEST_BYTES:]):
+        raise ValueError("it does not match its checksum")
+    at = 8 + int.from_bytes(data[:8], "little")
+    head: dict[str, Any] = json.loads(bytes(data[8:at]))
+    if head["of"] != of:
+        raise ValueError("it is of another round")
+
+    def take(size_bytes: int) -> memoryview:
+        nonlocal at
+        at += size_bytes
+        return data[at - size_bytes : at]
+
+    for limb, chunks in ((sums.low, [chunk for chunk, _ in head["low"]]), (sums.high, head["high"])):
+        for chunk in chunks:
+            limb[_part(chunk)] = np.frombuffer(take(limb[_part(chunk)].nbytes), np.int64)
+    for start, dtype, size_bytes in head["others"]:
+        sums.largest[start] = np.frombuffer(take(size_bytes), np.dtype(dtype)).copy()
+    if at != len(data) - _DIGEST_BYTES:
+        raise ValueError("it is of another model")
+    sums.bounds, sums.carried = dict(head["low"]), set(head["high"])
+    sums.examples, sums.updates, sums.reach = head["sums"]
+    tally: dict[str, Any] = head["tally"]
+    return tally

@@ -327,6 +327,7 @@ async def test_a_learner_that_cannot_be_loaded_leaves_no_process(tmp_path: Path)
     with pytest.raises(UsageError, match="there is no learner file"):
         await trainer.start()
     assert trainer.pid is None
+    await trainer.stop()  # the guard, which waits for a better learner
     trainer.spool.remove()
 
 

@@ -178,24 +178,26 @@ class Outbox:
         payload = sent.payload or Payload(payload_id, task.payload.part_bytes, done.layout.specs)
         update = Update(task.of, who, task.version, done.examples, done.metrics, payload)
         keeping = None if sent.payload else asyncio.create_task(self._keep(sent, update))
-        while not sent.over:
-            sent.news.clear()
-            scored = asyncio.create_task(self._try_to_say(score)) if done.scores else None
-            try:
-                if sent.unsent:
-                    sent.unsent = False
-                    await self._post.upload(payload, done.delta.data)
-                if scored:
-                    await scored  # before the update, which may end the round
-                if keeping:
-                    await keeping
-                await self._post.say(update)
-                await sent.news.wait()
-            finally:
-                if scored:
-                    scored.cancel()
-        if keeping:
-            await keeping  # or it would be written after it is forgotten
+        try:
+            while not sent.over:
+                sent.news.clear()
+                scored = asyncio.create_task(self._try_to_say(score)) if done.scores else None
+                try:
+                    if sent.unsent:
+                        sent.unsent = False
+                        await self._post.upload(payload, done.delta.data)
+                    if scored:
+                        await scored  # before the update, which may end the round
+                    if keeping:
+                        await keeping
+                    await self._post.say(update)
+                    await sent.news.wait()
+                finally:
+                    if scored:
+                        scored.cancel()
+        finally:
+            if keeping:  # or it would be written after it is forgotten
+                await asyncio.wait([keeping])
 
     async def _keep(self, sent: Sent, update: Update) -> None:
         """Keep the update for the process after this one; if the disk will not, it would be trained again."""

@@ -162,7 +162,7 @@ def watch(row: Row, history: Path, company: Troupe, node: Node, end: float) -> S
         nonlocal crowd, seen, made
         size = history.stat().st_size if history.exists() else 0
         if size > seen:
-            seen, made = size, history.read_bytes().count(b'"event": "round"')
+            seen, made = size, len(rounds_of(history))
             if made > (samples[-1][0] if samples else 0):
                 crowd = crowd or Crowd(company, node)
                 samples.append((made, crowd.cpu()))

@@ -19,6 +19,7 @@ from workers.work import CLOSED, LENGTH_BYTES, framed
 
 START, KILL = b"s", b"k"
 END_S = 5.0  # a killed process is gone at once, unless the kernel holds it, and then no waiting helps
+GONE = "the training process is gone, with its guard or in the midst of an answer; the next task starts another."
 SIGNALS: dict[int, str] = {
     signal.SIGKILL: "killed",
     signal.SIGSEGV: "a crash in native code",
@@ -41,9 +42,10 @@ class Line(asyncio.Protocol):
         """Send a question; the answer to come, which fails with LearnerFailed."""
         assert self._transport is not None
         self._waiting = asyncio.get_running_loop().create_future()
-        self._transport.write(framed(request))
-        if self._failed:
-            self._fail(self._failed)
+        if self._failed or self._transport.is_closing():  # it has died while idle, or its guard has
+            self._fail(GONE)
+        else:
+            self._transport.write(framed(request))
         return self._waiting
 
     def close(self) -> None:
@@ -67,9 +69,7 @@ class Line(asyncio.Protocol):
 
     def connection_lost(self, _why: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._fail(
-            "the training process is gone, with its guard or in the midst of an answer; the next task starts another."
-        )
+        self._fail(GONE)
         if not self.ended.done():
             self.ended.set_result(None)
 

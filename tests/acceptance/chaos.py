@@ -75,6 +75,7 @@ KINDS: Mapping[str, tuple[str, float, float, int]] = {
     "kill coordinator": ("coordinator", 0.0, 1.5, 4),
     "kill worker": ("worker", 0.0, 1.5, 4),
     "kill child": ("worker", 0.0, 0.0, 2),
+    "kill guard": ("worker", 0.0, 0.0, 1),
     "kill broker": ("broker", 0.0, 1.0, 1),
     "restart broker": ("broker", 0.0, 0.0, 1),
     "stop coordinator": ("coordinator", 0.5, 5.0, 2),
@@ -291,11 +292,11 @@ class Arena:
             self.lines[victim].stop(*STOPS[kind])
         elif victim == "broker":
             self._strike_broker(kind)
-        elif kind == "kill child":
-            children = offspring(f.processes[victim].pid)
-            if not children:
+        elif kind in {"kill child", "kill guard"}:
+            below = offspring(f.processes[victim].pid)  # the guard, and then the training process that it keeps
+            if len(below) < 2:
                 return False
-            os.kill(children[0], signal.SIGKILL)
+            os.kill(below[0 if kind == "kill guard" else -1], signal.SIGKILL)
         elif kind.startswith("kill"):
             f.kill(victim)
         else:

@@ -98,8 +98,8 @@ def endure(a: Arena, seed: int, count: int, *, within_s: float, record: Callable
     assert_nothing_left(a)
 
 
-SHORT = 3
-"""The seed of the short form, and how many faults of it."""
+SHORT = 13245
+"""The seed of the short form: its first nine faults are of nine kinds, everything killed once."""
 
 
 def test_a_run_ends_with_the_same_bits_under_a_handful_of_faults(

@@ -164,6 +164,16 @@ async def test_whatever_else_a_learner_does_costs_its_task_only(tmp_path: Path, 
         assert (await run(trainer)).examples == 5
 
 
+async def test_a_guard_that_was_killed_while_nothing_is_done_is_replaced_by_the_next_task(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        await run(trainer)
+        assert trainer._guard._process is not None
+        assert trainer._child is not None
+        trainer._guard._process.kill()
+        await trainer._child.ended
+        assert (await run(trainer)).examples == 5
+
+
 async def test_a_learner_that_prints_without_end_fills_no_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

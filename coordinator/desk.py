@@ -85,7 +85,7 @@ class Desk:
         self._spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone
         self._rooms = [Room(store.folder) for _ in range(drains)]
         self._adding = asyncio.Lock()  # one update is added at a time
-        self._receiving: set[asyncio.Timeout] = set()
+        self._receiving: dict[asyncio.Timeout, None] = {}  # in the order in which they began
         self._received = asyncio.Event()
         self._between = Facts()  # what was heard while no round was open, for the next one's line
         self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
@@ -341,13 +341,13 @@ class Desk:
             return False
         try:
             async with asyncio.timeout(None) as receiving:  # until the turn ends
-                self._receiving.add(receiving)
+                self._receiving[receiving] = None
                 await self.post.drain(update, data, within_s=self.plan.round_s)
         except TimeoutError:
             log.info("%s: what %s has sent is left: the turn is over", update.of, update.worker)
             return False
         finally:
-            self._receiving.discard(receiving)
+            del self._receiving[receiving]
             self._received.set()
         return True
 

@@ -294,7 +294,7 @@ class Coordinator:
     async def _drop_uploads(self, here: Open) -> None:
         """Leave nothing of a round that is over in the queues of those who will upload for the next one."""
         await self.desk.end_turn()  # it may have been given up in the midst of one
-        for worker in here.untidy | (set(here.round.cohort) - set(here.round.counted)):
+        for worker in sorted(here.untidy | (set(here.round.cohort) - set(here.round.counted))):
             await self.post.drop_upload(worker)
 
     async def _score_last(self) -> None:

@@ -9,7 +9,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from broker.errors import WireError
 from broker.files import Put
@@ -22,6 +21,7 @@ from coordinator import plan as plans
 from coordinator.aggregation import RULES, Spread, alone
 from coordinator.hands import SEATS, Hands
 from coordinator.history import Facts
+from coordinator.opened import Open
 from coordinator.post import Post
 from coordinator.rooms import Room, forgetting_put, read_lightly
 from coordinator.roster import News, Roster
@@ -35,21 +35,6 @@ REMEMBERED_ROUNDS = 64
 KEEP_S = 10.0
 """How often, at the most, the sums of a turn that has lasted so long are written down; seldom, if it takes long."""
 KEEP_SHARE = 20  # of the time, at most one part in so many goes into that
-
-
-@dataclass(slots=True)
-class Open:
-    """A round in the making, and what belongs to it alone."""
-
-    round: Round
-    weights: memoryview
-    turn: int = 0
-    facts: Facts = field(default_factory=Facts)
-    sent_to: dict[str, str] = field(default_factory=dict)  # worker → the incarnation that was sent the task
-    returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent
-    held: list[Delivery] = field(default_factory=list)  # accepted updates, acknowledged when the version is safe
-    untidy: set[str] = field(default_factory=set)  # sent parts that nobody will drain
-    left_s: float | None = None  # taken up again: how long its turn has left
 
 
 class Desk:
@@ -269,12 +254,18 @@ class Desk:
             await self._leave_parts(update.worker)
         else:
             verdict, reason = judge(update, here.round if here else None, self.payload_layout)
-            if here and verdict is Verdict.ACCEPTED:
+            if here and verdict is Verdict.ACCEPTED and not here.is_of_this_turn(update):
+                log.info("%s: %s has trained from other weights: asking for another", update.of, update.worker)
+                here.untidy.add(update.worker)
+                if here.round.reissue(update.worker):
+                    here.returned.add(update.worker)
+            elif here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
                 here.held.append(delivery)
                 self._uploads.put_nowait((here, update))
                 return
-            await self._turn_down(update, verdict, reason)
+            else:
+                await self._turn_down(update, verdict, reason)
         await delivery.ack()
         self.changed.set()
 

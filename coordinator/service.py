@@ -24,8 +24,9 @@ from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
 from coordinator import history
 from coordinator import plan as plans
 from coordinator.claim import beat
-from coordinator.desk import Desk, Open
+from coordinator.desk import Desk
 from coordinator.now import Now
+from coordinator.opened import Open, named
 from coordinator.post import Post
 from coordinator.roster import Rests, choose_cohort, may_begin
 from coordinator.round import Phase, Round
@@ -205,7 +206,7 @@ class Coordinator:
     async def _take_turn(self, here: Open) -> None:
         left_s, here.left_s = here.left_s, None
         asked = here.round.begin_turn(time.monotonic(), turn_s=left_s)
-        here.turn += 1
+        here.begin_turn()
         first = here.round.cohort[: len(asked)] == asked
         if left_s is None:
             await self.desk.begin_turn()
@@ -317,7 +318,7 @@ class Coordinator:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
                     sent_to |= owing
-                    await self._send_version(self._task(of, "evaluate"), self.weights, lost)
+                    await self._send_version(self._task(of, "evaluate", named(of, 0)), self.weights, lost)
                 await self._wait(until=until)
         for worker in filter(self.desk.final.get, evaluators):
             self.store.note(history.score_line(self.desk.version, worker, self.desk.final[worker], at=time.time()))
@@ -335,7 +336,7 @@ class Coordinator:
     async def _send(self, here: Open, workers: list[str]) -> None:
         """Send the open round's task with the weights as they are in this turn; not longer than the turn takes."""
         here.sent_to |= {worker: self.roster.incarnation(worker) for worker in workers}
-        task = self._task(here.round.of, "train", turn=here.turn)
+        task = self._task(here.round.of, "train", here.called)
         try:
             async with asyncio.timeout(max(here.round.deadline_at - time.monotonic(), 0.0)):
                 here.facts.bytes_down += await self._send_version(task, here.weights, workers)
@@ -354,9 +355,8 @@ class Coordinator:
             sent += await self._send_task(task, weights, others)
         return sent
 
-    def _task(self, of: Attempt, work: Literal["train", "evaluate"], *, turn: int = 0) -> Task:
-        plan = self.plan  # a payload's name is never used for other bytes, and each turn has its own
-        payload = Payload(f"{of.run}/{of.round}/{of.attempt}/{turn}", plan.part_bytes, self.layout.specs)
+    def _task(self, of: Attempt, work: Literal["train", "evaluate"], called: str) -> Task:
+        plan, payload = self.plan, Payload(called, self.plan.part_bytes, self.layout.specs)
         return Task(
             of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
             format=plan.format, keep=plan.kept, epoch=self.post.epoch,

@@ -111,10 +111,12 @@ class Outbox:
         while works := [sent.work for sent in self._sent if sent.task.of.run == run and sent.work]:
             await asyncio.wait(works)
 
-    def hurry(self) -> None:
-        """The next task is here: a verdict comes soon, or it will not come."""
+    def hurry(self, task: Task) -> None:
+        """The next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
         for sent in self._sent:
-            if sent.bell is None:
+            if sent.task.of == task.of and sent.task.work == task.work:
+                self._give_up(sent, "it is asked for anew, from other weights")
+            elif sent.bell is None:
                 why = f"no verdict within {VERDICT_S:.0f} s of the next task"
                 sent.bell = asyncio.get_running_loop().call_later(VERDICT_S, self._give_up, sent, why)
 

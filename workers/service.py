@@ -62,6 +62,15 @@ class Job:
     work: asyncio.Task[Done | None] | None = None
 
 
+def is_same(task: Task, known: Task) -> bool:
+    """Whether a task that has come is one that we have: of the same try, and with the same weights or their change.
+
+    Of one that an earlier process has done we know what its update was called, which begins with the weights' name.
+    """
+    weights = task.payload.id.removesuffix("/change")
+    return task.of == known.of and f"{known.payload.id}/".startswith(f"{weights}/")
+
+
 class Worker:
     """One worker. `serve` returns when it was told to stop and has said goodbye."""
 
@@ -210,7 +219,7 @@ class Worker:
 
     async def _expect(self, task: Task, delivery: Delivery) -> None:
         """A task's header has come: make room for its parts, or refuse it at once."""
-        if any(task.of == known.of for known in self._in_hand):
+        if any(is_same(task, known) for known in self._in_hand):
             await delivery.ack()  # the same task again, while it is being done or waits
             return
         if self._arrival:
@@ -258,7 +267,7 @@ class Worker:
         self._landed.set()
         if self._job and self._trains(self._job.task):
             self._give_up(self._job, "a newer task has come")  # an evaluation is finished first: it is still wanted
-        self._outbox.hurry()
+        self._outbox.hurry(task)
         # not waited for: parts that landed for another worker of this process already must not pile up meanwhile
         self._start(self._claim(arrival))
 

@@ -348,3 +348,65 @@ async def run_through_as(fed: Federation, *, epoch: int) -> None:
     (fed.run / "epoch").write_text(str(epoch - 1))
     fed.begin()
     await fed.end()
+
+
+async def lose_b(fed: Federation) -> None:
+    """It dies, comes back, and leaves without having trained again."""
+    await fed.places["b"].die()
+    b = fed.join("b", drain_s=0.05)
+    b.lesson.gate.clear()
+    await fed.until(lambda: "b" in fed.here())
+    await b.leave()
+
+
+async def test_a_turn_that_has_other_weights_after_a_restart_is_trained_from_these(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=1, quorum=2, schedule="cyclic", workers=list(NAMES)) as fed:
+        trained = asyncio.Event()
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(message, Update) and message.worker == "c" and not trained.is_set():
+                trained.set()
+                fed.kill()
+
+        fed.hook = look
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        await trained.wait()
+        await restart(fed)
+        await lose_b(fed)  # c has trained from what a and b have made
+        await fed.end()
+        assert fed.counted() == [["a", "c"]]
+        assert fed.weights() == expected(fed.store.plan, [["a", "c"]])
+        assert [number for train, number in fed.places["c"].lesson.done if train] == [1, 1]
+
+
+async def test_an_update_from_the_weights_of_another_turn_is_not_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with federation(tmp_path, rounds=1, quorum=2, schedule="cyclic", workers=list(NAMES)) as fed:
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        c, saying, may_say = fed.places["c"].worker.post, asyncio.Event(), asyncio.Event()
+        say = c.say
+
+        async def say_late(message: Any) -> None:
+            if isinstance(message, Update):
+                saying.set()
+                await may_say.wait()
+            await say(message)
+
+        c.say = say_late  # type: ignore[method-assign]
+        await saying.wait()
+        await restart(fed)
+        await lose_b(fed)
+        desk = fed.coordinator.desk if fed.coordinator else None
+        await fed.until(lambda: bool(desk and desk.open and desk.open.turn == 3))
+        may_say.set()
+        await fed.end()
+        assert "c has trained from other weights: asking for another" in caplog.text
+        assert fed.counted() == [["a", "c"]]
+        assert fed.weights() == expected(fed.store.plan, [["a", "c"]])

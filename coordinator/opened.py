@@ -1,0 +1,47 @@
+"""A round in the making, with all that belongs to it alone, and what its turns' weights are called.
+
+Knows names and records. Does not know when a turn begins or ends (`service.py`), nor who may be counted (`round.py`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from broker.link import Delivery
+from broker.messages import Attempt, Update
+from coordinator.history import Facts
+from coordinator.round import Round
+
+
+@dataclass(slots=True)
+class Open:
+    """A round in the making, and what belongs to it alone."""
+
+    round: Round
+    weights: memoryview
+    turn: int = 0
+    facts: Facts = field(default_factory=Facts)
+    sent_to: dict[str, str] = field(default_factory=dict)  # worker → the incarnation that was sent the task
+    returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent
+    held: list[Delivery] = field(default_factory=list)  # accepted updates, acknowledged when the version is safe
+    untidy: set[str] = field(default_factory=set)  # sent parts that nobody will drain
+    left_s: float | None = None  # taken up again: how long its turn has left
+    called: str = ""  # the payload that this turn's workers are sent
+
+    def begin_turn(self) -> None:
+        """The next turn has weights of its own: who was counted before decides them, and is in their name.
+
+        After a restart that may be others than before it.
+        """
+        self.turn += 1
+        self.called = named(self.round.of, self.turn, counted=self.round.counted if self.turn > 1 else ())
+
+    def is_of_this_turn(self, update: Update) -> bool:
+        """Whether the update was made from the weights of this turn, which in a first turn is beyond doubt."""
+        return self.turn == 1 or update.payload.id.startswith(f"{self.called}/")
+
+
+def named(of: Attempt, turn: int, *, counted: Iterable[str] = ()) -> str:
+    """The name of a turn's weights, which is never used for other bytes: `counted` has made them what they are."""
+    made = blake2b(",".join(counted).encode(), digest_size=8).hexdigest() if turn > 1 else ""
+    return "/".join([of.run, str(of.round), str(of.attempt), f"{turn}-{made}" if made else str(turn)])

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 STALL_S = 20.0
 """How long the next missing part of an upload that was said to be complete may keep the coordinator waiting."""
 LOOK_S = 2.0
-"""After so long without a part we look whether there is one."""
+"""After so long without a part we look whether there is one, unless we have asked for them."""
 RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 FORGET_PARTS = 32
@@ -151,19 +151,24 @@ class Post:
         assembly = Assembly(update.payload, room)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                for _ in range(RESENDS_MAX):
+                for resent in range(RESENDS_MAX):
+                    pause_s = 0.0
                     try:
-                        await self._collect(assembly, topology.upload_queue(update.worker))
+                        # what was asked for takes its time: its worker may be cut off, or its line slow
+                        look_s = STALL_S if resent else LOOK_S
+                        await self._collect(assembly, topology.upload_queue(update.worker), look_s)
                     except (TimeoutError, LinkError) as problem:
                         missing, worker = assembly.missing, update.worker
                         log.info("%s: %d parts of %s are missing (%s)", update.of, missing, worker, problem)
+                        pause_s = LOOK_S if isinstance(problem, LinkError) else 0.0
                     if assembly.complete:
                         return
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
+                    await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker
         raise WireError(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str) -> None:
+    async def _collect(self, assembly: Assembly, queue: str, look_s: float) -> None:
         if assembly.complete:
             return
         now = asyncio.get_running_loop().time
@@ -171,7 +176,7 @@ class Post:
             due_at = now() + STALL_S
             while not assembly.complete:
                 try:
-                    async with asyncio.timeout_at(min(due_at, now() + LOOK_S)):
+                    async with asyncio.timeout_at(min(due_at, now() + look_s)):
                         delivery = await anext(deliveries)
                 except TimeoutError:
                     # all have been in the queue: what is neither there nor half here is lost

@@ -346,3 +346,51 @@ async def test_a_run_that_is_done_leaves_no_queues_when_started_again(tmp_path: 
         await fed.end()
         assert fed.weights() == expected(fed.store.plan, [NAMES])
         await nothing_waits(fed)
+
+
+async def test_a_broker_restarted_while_the_last_version_is_on_its_way_is_sent_it_again(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=1) as fed:
+        restarted: list[Any] = []
+
+        def look(what: Any) -> None:
+            message = read(what)
+            if isinstance(message, Task) and message.work == "evaluate" and not restarted:
+                restarted.append(message)
+                fed.broker.pause()
+                fed.broker.forget()
+                asyncio.get_running_loop().call_later(0.01, fed.broker.resume)
+
+        fed.hook = look
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        final = fed.lines("final")[0]
+        assert final["workers"] == list(NAMES)
+        assert final["seconds"] < 4.0  # it is not the clock that ended it
+
+
+async def test_parts_that_were_asked_for_again_may_take_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with federation(tmp_path, rounds=1, cohort=1, quorum=1) as fed:
+        monkeypatch.setattr("coordinator.post.STALL_S", 5.0)
+        post, uploads = fed.join("a").worker.post, 0
+        upload = post.upload
+
+        async def upload_late(*arguments: Any) -> None:
+            nonlocal uploads
+            uploads += 1
+            if uploads > 1:
+                await asyncio.sleep(0.3)  # many times as long as a coordinator takes to see that there is none
+            await upload(*arguments)
+            if uploads == 1:  # they are lost, before it is said that they are there
+                fed.broker.pause()
+                fed.broker.forget()
+                fed.broker.resume()
+
+        monkeypatch.setattr(post, "upload", upload_late)
+        fed.begin()
+        await fed.end()
+        assert [line["attempt"] for line in fed.lines("round")] == [1]
+        assert uploads == 2, "they are asked for once"

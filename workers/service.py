@@ -221,6 +221,7 @@ class Worker:
         """A task's header has come: make room for its parts, or refuse it at once."""
         if any(is_same(task, known) for known in self._in_hand):
             await delivery.ack()  # the same task again, while it is being done or waits
+            self._outbox.ask_again(task.of.run)  # whoever sends it has not heard what came of it
             return
         if self._arrival:
             await self._arrival.header.ack()

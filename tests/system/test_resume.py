@@ -410,3 +410,27 @@ async def test_an_update_from_the_weights_of_another_turn_is_not_counted(
         assert "c has trained from other weights: asking for another" in caplog.text
         assert fed.counted() == [["a", "c"]]
         assert fed.weights() == expected(fed.store.plan, [["a", "c"]])
+
+
+async def test_an_update_that_was_lost_with_the_inbox_is_said_again_when_its_turn_has_come_again(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, rounds=1, schedule="cyclic", workers=list(NAMES)) as fed:
+        lost: list[Update] = []
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(message, Update) and message.worker == "b" and not lost:
+                lost.append(message)
+                fed.kill()
+                fed.broker.delete(topology.inbox_queue("test"))
+
+        fed.hook = look
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert lost
+        assert [line["attempt"] for line in fed.lines("round")] == [1]
+        assert fed.weights() == expected(fed.store.plan, [NAMES])
+        assert [number for train, number in fed.places["b"].lesson.done if train] == [1]

@@ -93,6 +93,22 @@ class MemoryBroker:
             if binding not in self._bindings:
                 self._bindings.append(binding)
 
+    def consume(self, queue: str, *, prefetch: int, alone: bool) -> "_Consumer":
+        """Someone who takes a queue's deliveries from now on, until it is ended.
+
+        Raises:
+            QueueInUse, LinkError: see `Link.consume`.
+        """
+        source = self.queue(queue)
+        if source is None:
+            raise LinkError(f"there is no queue {queue}: declare it, then consume again.")
+        if source.consumers and (alone or any(other.alone for other in source.consumers)):
+            raise QueueInUse(f"the queue {queue} is consumed by someone else already.")
+        consumer = _Consumer(source, prefetch, self.tell, alone)
+        source.consumers.append(consumer)
+        source.deliver()
+        return consumer
+
     def take(self, message: Outgoing) -> bool:
         """Put a message into every queue that its keys reach, once each; False when one of them is full.
 
@@ -153,15 +169,8 @@ class MemoryLink:
         """See `Link.consume`."""
         del lane, aim  # nothing waits behind anything here, and nothing is copied
         await self._until(lambda: self._broker.up, None)
-        source = self._broker.queue(queue)
-        if source is None:
-            raise LinkError(f"there is no queue {queue}: declare it, then consume again.")
-        if source.consumers and (alone or any(other.alone for other in source.consumers)):
-            raise QueueInUse(f"the queue {queue} is consumed by someone else already.")
-        consumer = _Consumer(source, prefetch, self._broker.tell, alone)
+        consumer = self._broker.consume(queue, prefetch=prefetch, alone=alone)
         self._consumers.append(consumer)
-        source.consumers.append(consumer)
-        source.deliver()
         try:
             yield consumer.intake
         finally:

@@ -306,17 +306,16 @@ class Cable:
 
     async def hand_over(self, queue: str, flow: Flow) -> Delivery:
         """The next delivery; one that is not waited for any more is the next all the same."""
-        if flow.pending is None:
-            flow.pending = await anext(flow.consumer.intake)
-        self.network.adversary.step(self.process, f"deliver {queue}: {told_of(decode(flow.pending.body))}")
+        delivery: Delivery = flow.pending or await anext(flow.consumer.intake)
+        flow.pending = delivery
+        self.network.adversary.step(self.process, f"deliver {queue}: {told_of(decode(delivery.body))}")
         await asyncio.sleep(self.network.adversary.lag_s())
         self.process.check()
         if flow.cut:
             await flow.lost.wait()
         if (lost := flow.consumer.intake._lost) is not None:
             raise lost
-        delivery, flow.pending = flow.pending, None
-        assert delivery is not None
+        flow.pending = None
         return Taken(self, flow, queue, delivery)
 
 

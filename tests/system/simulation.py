@@ -436,11 +436,15 @@ def open_files() -> int:
     return len(list(place.iterdir())) if place.is_dir() else 0
 
 
-if __name__ == "__main__":
+def main(seed: int, *, quiet: bool) -> None:
     with tempfile.TemporaryDirectory() as place:
-        simulation = Simulation(int(sys.argv[1]), Path(place), tell=None if "--quiet" in sys.argv else print)
+        simulation = Simulation(seed, Path(place), tell=None if quiet else print)
         try:
             simulation.go()
         except Failed as failed:
             sys.exit(str(failed))
-        print(f"seed {simulation.seed} holds, {simulation.digest.hexdigest()}")  # noqa: T201
+    print(f"seed {seed} holds, {simulation.digest.hexdigest()}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), quiet="--quiet" in sys.argv)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.claim import Claim
 from tests.system.simulation import Failed, Simulation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,3 +51,15 @@ def test_a_seed_is_the_same_each_time_whatever_the_process(tmp_path: Path, seed:
         cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert here.digest.hexdigest() in told.stdout
+
+
+def test_a_coordinator_that_never_looks_whether_it_was_followed_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go_through() -> None:
+        for seed in SEEDS:
+            Simulation(seed, tmp_path / str(seed)).go()
+
+    monkeypatch.setattr(Claim, "ours", lambda _: True)
+    with pytest.raises(Failed, match=r"again, with all that happens: python -m tests\.system\.simulation \d+"):
+        go_through()

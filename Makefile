@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 	@echo "Installing Fluffle, PyTorch and the tools into .venv (PyTorch is large: a minute or more)"
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS) -e ".[demo,dev]"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS) -e ".[demo,dp,dev]"
 	@touch $@
 	@echo "Fluffle is installed: $(BIN)/fluffle"
 

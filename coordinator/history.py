@@ -83,6 +83,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
             for worker, n in sorted(done.counted.items())
         },
         "refused": dict(sorted(done.refused.items())),
+        "failed": {worker: why for worker, why in done.fared.items() if why},
         "others": facts.others,
         "rested": facts.rested,
         "metrics": mean_metrics((n, facts.trained.get(worker, {})) for worker, n in sorted(done.counted.items())),

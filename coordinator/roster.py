@@ -5,9 +5,10 @@ routes or what a worker trains.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from broker.messages import Hello
 
@@ -142,6 +143,13 @@ class Rests:
         while len(self._records) > WORKERS_MAX:  # whoever failed longest ago is forgotten
             del self._records[next(iter(self._records))]
         return begun
+
+    def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Take up what a run's history says of how its workers have fared."""
+        for line in lines:
+            counted, failed = line.get("counted"), line.get("failed")
+            if isinstance(counted, dict) and isinstance(failed, dict):
+                self.note({**dict.fromkeys(counted, ""), **failed})
 
     @property
     def present(self) -> dict[str, Rest]:

@@ -59,7 +59,9 @@ class Coordinator:
         self.desk = Desk(store, self.post, self.layout, version, drains=drains)
         self.roster = self.desk.roster
         self.rests = Rests()
-        self._former = self.desk.remember(store.history())
+        lines = store.history()
+        self._former = self.desk.remember(lines)
+        self.rests.remember(lines)
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
         self._say = Now(store, self.desk, self.rests).say

@@ -81,9 +81,9 @@ def worker(
     known = learners.learner_name(learner)
     lease_s, hosted = host.lease_s(len(names)), many is not None
     whos = [Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted) for each in names]
+    daemon.start_log()  # the spool tells what it finds damaged
     spool = Spool(state or state_folder("workers", called), workers=len(names))
     trainer = Trainer(learner, spool, threads=threads, memory_mb=memory_mb, renew_after=renew_after)
-    daemon.start_log()
     connect = partial(rabbit.connect, broker, name=f"worker-{names[0]}", give_up_s=give_up_s)
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
 

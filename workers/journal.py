@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-from xxhash import xxh3_64_digest
+from xxhash import xxh3_64, xxh3_64_digest
 
 from broker.errors import WireError
 from broker.files import write_whole
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".update"
 CHECK_BYTES = 8
+PIECE_BYTES = 1024 * 1024
 FILE = re.compile(r"[0-9]{1,9}\.models")
 """What files of slots are called."""
 
@@ -115,7 +116,11 @@ def _read(path: Path) -> Kept:
             raise ValueError("it names a file that is none of ours")
         with (path.parent / place.file).open("rb") as file:
             file.seek(place.at)
-            if checked(file.read(place.size_bytes)) != place.check:
+            sum_, left = xxh3_64(), place.size_bytes
+            while piece := file.read(min(left, PIECE_BYTES)):  # a model need not fit into memory for this
+                sum_.update(piece)
+                left -= len(piece)
+            if left or sum_.digest() != place.check:
                 raise ValueError("its bytes do not match their checksum")
     return Kept(update, record["scores"], record["format"], record["until"], place)
 

@@ -5,6 +5,7 @@ of the worker meanwhile: it goes on with the next task.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from broker.errors import LinkError
+from broker.errors import LinkClosed, LinkError
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Closed, Payload, Refusal, Score, Task, Update
 from workers.journal import Kept, Place, checked, forget, keep
@@ -24,6 +25,8 @@ from workers.work import Done
 
 VERDICT_S = 10.0
 """How long an update may wait for its verdict once the next task is here: that is sent while the version is saved."""
+AGAIN_S = 5.0
+"""How long after a publish that was given up the next one is begun, unless there is a reason before."""
 SENT_MAX = 2
 """Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
 
@@ -102,7 +105,8 @@ class Outbox:
         )  # fmt: skip
         done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, update.payload.layout)
         sent = Sent(task, done, update.payload, unsent=False)
-        self._tell(f"{update.of} of {update.of.run} was finished before: sending it again", logging.INFO)
+        size = f"{update.payload.layout.size_bytes:,} bytes"
+        self._tell(f"{update.of} of {update.of.run} was finished before: sending it again, {size}", logging.INFO)
         self._sent.append(sent)
         sent.work = start(self._send(sent))
 
@@ -159,6 +163,7 @@ class Outbox:
         except LinkError as problem:
             await self.refuse(task, f"what came of it could not be sent: {problem}")
         finally:
+            sent.over = sent.over or ended
             if sent.bell:
                 sent.bell.cancel()
             self._sent.remove(sent)
@@ -183,17 +188,27 @@ class Outbox:
         try:
             while not sent.over:
                 sent.news.clear()
+                uploaded = not sent.unsent
                 scored = asyncio.create_task(self._try_to_say(score)) if done.scores else None
                 try:
-                    if sent.unsent:
+                    if not uploaded:
                         sent.unsent = False
                         await self._post.upload(payload, done.delta.data)
+                        uploaded = True
                     if scored:
                         await scored  # before the update, which may end the round
                     if keeping:
                         await keeping
                     await self._post.say(update)
                     await sent.news.wait()
+                except LinkClosed:
+                    raise
+                except LinkError as problem:  # away for long, or blocked: the update is here, and so is the round
+                    sent.unsent = sent.unsent or not uploaded
+                    self._tell(f"{task.of}: the update waits for the broker: {problem}", logging.WARNING)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(AGAIN_S):
+                            await sent.news.wait()
                 finally:
                     if scored:
                         scored.cancel()
@@ -211,7 +226,8 @@ class Outbox:
                 path, at = delta.file
                 where = Place(path.name, at, len(delta.data), await asyncio.to_thread(checked, delta.data))
             until = time.time() + task.deadline_s + SAY_S
-            keep(self._folder, Kept(update, done.scores, task.format, until, where))
+            if not sent.over:  # or it would be written after it is forgotten
+                keep(self._folder, Kept(update, done.scores, task.format, until, where))
         except OSError as problem:
             said = f"{task.of}: the update cannot be kept on the disk ({problem.strerror}); it is sent all the same"
             self._tell(said, logging.WARNING)

@@ -306,7 +306,8 @@ class Cable:
 
     async def hand_over(self, queue: str, flow: Flow) -> Delivery:
         """The next delivery; one that is not waited for any more is the next all the same."""
-        delivery: Delivery = flow.pending or await anext(flow.consumer.intake)
+        pending = flow.pending
+        delivery = await anext(flow.consumer.intake) if pending is None else pending
         flow.pending = delivery
         self.network.adversary.step(self.process, f"deliver {queue}: {told_of(decode(delivery.body))}")
         await asyncio.sleep(self.network.adversary.lag_s())

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from broker import topology
 from broker.link import Delivery, Outgoing
 from broker.messages import Closed, Part, Refusal
+from coordinator.roster import Rest
 from fluffle import app
 from tests.system.rig import Federation, Place, expected, federation, read
 from tests.system.test_rounds import NAMES, nothing_waits
@@ -183,6 +184,18 @@ async def test_a_worker_that_keeps_failing_is_rested_and_comes_back(tmp_path: Pa
         assert fed.counted() == [["a", "b"]] * 10 + [list(NAMES)]
         assert fed.weights() == expected(fed.store.plan, fed.counted())
         await nothing_waits(fed)
+
+
+async def test_the_coordinator_after_this_one_knows_who_rests(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=4, quorum=2) as fed:
+        for name in ("a", "b"):
+            fed.join(name)
+        fails(fed.join("c"), times=4)
+        await fed.end()
+        assert [line["failed"] for line in fed.lines("round")] == [{"c": FAILS}] * 3 + [{}]
+        await fed.begin()
+        assert fed.coordinator
+        assert fed.coordinator.rests.present == {"c": Rest(1, FAILS)}
 
 
 async def test_a_worker_that_should_rest_is_asked_all_the_same_if_there_is_no_quorum_without(

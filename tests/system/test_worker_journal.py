@@ -1,16 +1,23 @@
 """A worker that dies with a finished update: the next one sends it again, and nothing is trained twice."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from broker.errors import LinkError
 from broker.link import Delivery, Outgoing
-from broker.messages import Answer, Attempt, Part, Update
-from tests.system.rig import BOUND_S, Federation, Lesson, expected, federation, read
-from workers.journal import SUFFIX
+from broker.messages import Answer, Attempt, Part, Payload, Task, Update
+from tests.system.rig import BOUND_S, MODEL, Federation, Lesson, expected, federation, read
+from workers.journal import SUFFIX, checked
+from workers.outbox import SENT_MAX, Outbox
+from workers.post import Post
+from workers.residuals import Residuals
+from workers.spool import Spool
+from workers.work import Done
 
 ROUNDS = 3
 AT = 2
@@ -102,3 +109,99 @@ async def test_an_update_that_cannot_be_kept_is_sent_all_the_same(
         await fed.end()
         assert fed.counted() == [["a"]] * 2
     assert "the update cannot be kept on the disk (No space left on device)" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["upload", "say"])
+async def test_an_update_waits_for_a_broker_that_is_away_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lost: str
+) -> None:
+    async with federation(tmp_path, rounds=2, cohort=1, quorum=1) as fed:
+        place = fed.join("a")
+        post, uploads = place.worker.post, 0
+        real, upload = getattr(post, lost), post.upload
+
+        async def counted(payload: Payload, data: memoryview) -> None:
+            nonlocal uploads
+            uploads += 1
+            await upload(payload, data)
+
+        async def in_vain(*what: Any) -> None:
+            if lost == "say" and not isinstance(what[0], Update):
+                await real(*what)
+                return
+            fed.broker.pause()
+            monkeypatch.setattr(post, lost, counted if lost == "upload" else real)
+            raise LinkError("the broker did not take it within 300 s.")
+
+        monkeypatch.setattr(post, "upload", counted)
+        monkeypatch.setattr(post, lost, in_vain)
+        fed.begin()
+        await fed.until(lambda: "the update waits for the broker" in caplog.text)
+        assert kept(fed) == ["a.test.1.1.update"]
+        fed.broker.resume()
+        await fed.end()
+        assert place.lesson.done.count((True, 1)) == 1
+        assert uploads == 2, "each update once"
+        assert fed.weights() == expected(fed.store.plan, [["a"]] * 2)
+        await fed.until(lambda: not kept(fed))
+
+
+async def test_what_a_kept_update_left_out_is_owed_when_the_next_process_hears_that_it_counts(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=1, cohort=2, quorum=2, format="int8") as fed:
+        a, b = fed.join("a"), fed.join("b")
+        b.lesson.gate.clear()
+        fed.begin()
+        await fed.until(lambda: bool(kept(fed)))
+        residual = Residuals(a.worker.spool.folder, "a").of(Attempt("test", 1, 1))
+        residual.left.write_bytes(b"what is left")
+        await a.die()
+        again = fed.join("a")
+        assert residual.left.exists()
+        b.lesson.gate.set()
+        await fed.end()
+        await fed.until(residual.owed.exists)
+        assert residual.owed.read_bytes() == b"what is left"
+        assert not residual.left.exists()
+        assert not any(trained for trained, _ in again.lesson.done)
+
+
+async def test_an_update_that_is_given_up_is_not_written_down_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are still being summed, for its record, when newer ones take its place."""
+    let = threading.Event()
+
+    def slowly(data: memoryview) -> bytes:
+        assert let.wait(BOUND_S)
+        return checked(data)
+
+    class Stuck:
+        async def upload(self, *_: Any) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("workers.outbox.checked", slowly)
+    spool = Spool(tmp_path / "spool")
+    outbox = Outbox(
+        "a", cast(Post, Stuck()), folder=spool.folder, residuals=Residuals(spool.folder, "a"),
+        tell=lambda *_: None, rest=lambda: None,
+    )  # fmt: skip
+    payload, works = Payload("p", 262144, MODEL.specs), []
+
+    def start(work: Any) -> asyncio.Task[None]:
+        works.append(asyncio.create_task(work))
+        return works[-1]
+
+    for number in range(1, SENT_MAX + 2):
+        task = Task(Attempt("test", number, 1), "train", number - 1, 60.0, 0, {}, payload)
+        outbox.put(task, Done(1, {}, {}, spool.take(MODEL.size_bytes), 0.0, MODEL), start)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    keeping = asyncio.all_tasks() - {asyncio.current_task(), *works}
+    let.set()
+    await asyncio.wait(keeping, timeout=BOUND_S)
+    names = sorted(path.name for path in spool.folder.glob(f"*{SUFFIX}"))
+    for work in works:
+        work.cancel()
+    await asyncio.wait(works)
+    spool.remove()
+    assert names == ["a.test.2.1.update", "a.test.3.1.update"]

@@ -82,6 +82,7 @@ def test_a_rounds_line_says_who_was_counted_and_who_was_not_and_why() -> None:
             "bob": {"examples": 300, "metrics": {"loss": 2.0}},
         },
         "refused": {"eve": "no data"},
+        "failed": {"eve": "no data"},
         "others": [],
         "rested": {},
         "metrics": {"loss": 1.75},

@@ -39,7 +39,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many faults of each kind have been survived, or not, where tests say so."""
+    """How many faults of each kind have been survived, or not, and what took how long, where tests say so."""
     counts = Counter[str]()
     for report in chain.from_iterable(terminalreporter.getreports(how) for how in ("passed", "failed")):
         counts.update(dict(report.user_properties).get("faults", {}) if report.when == "call" else {})
@@ -47,6 +47,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("faults")
         for kind, count in [*counts.most_common(), ("in all", counts.total())]:
             terminalreporter.write_line(f"{count:5d}  {kind}")
+    passed = [dict(report.user_properties) for report in terminalreporter.getreports("passed")]
+    if measured := [properties["measured"] for properties in passed if "measured" in properties]:
+        terminalreporter.section("measured")
+        for line in sorted(measured):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ FluffleError
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
+ │    ├── NoRoom         a queue is full and says so; waiting has not helped
  │    └── LinkClosed     our own side closed the link
  ├── LearnerFailed       the learner's author: the user's code raised; carries the end of its traceback
  │    └── OutOfMemory    … because it ran out of memory
@@ -43,6 +44,10 @@ class Unroutable(LinkError):
 
 class QueueInUse(LinkError):
     """Another party consumes this queue, and one of the two wants it alone."""
+
+
+class NoRoom(LinkError):
+    """A queue that this message belongs in is full, and has been for as long as we have waited."""
 
 
 class LinkClosed(LinkError):

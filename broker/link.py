@@ -105,6 +105,7 @@ class Link(Protocol):
                 reaches none goes unnoticed.
             BrokerRefused: not allowed, or larger than the broker takes.
             LinkError: not confirmed within `within_s`; it may have arrived.
+            NoRoom: a queue was full for as long.
             LinkClosed: this link was closed.
         """
 
@@ -191,6 +192,7 @@ async def publish_parts(
     """
     sent, waiting = 0, 0
     room = asyncio.Condition()
+    failure: BaseException | None = None
 
     def has_room() -> bool:
         return waiting < WINDOW_BYTES
@@ -213,8 +215,15 @@ async def publish_parts(
                     waiting += size
                 sent += size
                 group.create_task(one(body, size))
-    except* Exception as several:  # noqa: BLE001 - the first failure speaks for all: they share one connection
-        raise first_of(several) from None
+    except ExceptionGroup as several:  # the first failure speaks for all: they share one connection
+        failure = first_of(several)
+        for each in (several, *several.exceptions):  # with tasks and frames in a circle, they would keep the payload
+            each.__traceback__ = each.__context__ = None
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            failure = None
     return sent
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
+from broker.errors import BrokerRefused, LinkClosed, LinkError, NoRoom, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.messages import Buffer, Part
 from broker.parts import Aim
@@ -154,7 +154,20 @@ class MemoryLink:
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
         """See `Link.publish`."""
         assert 0 < len(message.keys) <= BROADCAST_MAX
-        await self._until(lambda: self._broker.up and self._broker.take(message), within_s)
+        full = False
+
+        def taken() -> bool:
+            nonlocal full
+            there = self._broker.up
+            full = there and not self._broker.take(message)
+            return there and not full
+
+        try:
+            await self._until(taken, within_s)
+        except LinkError as late:
+            if full and not self._closed:
+                raise NoRoom(str(late)) from None
+            raise
 
     @asynccontextmanager
     async def consume(

@@ -18,7 +18,7 @@ from yarl import URL
 from broker import lanes
 from broker.amqp import Connection
 from broker.channels import Channel, Refused
-from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable, UsageError
+from broker.errors import BrokerRefused, LinkClosed, LinkError, NoRoom, QueueInUse, Unroutable, UsageError
 from broker.lanes import Asking, backoff_s, checked, interruptions, words
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.parts import Aim
@@ -115,12 +115,14 @@ class RabbitLink:
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
         """See `Link.publish`."""
         assert 0 < len(message.keys) <= BROADCAST_MAX
-        lane, pauses, alone = self._lanes[message.lane], backoff_s(), False
-        async with self._bounded(within_s, f"RabbitMQ did not confirm a message to {message.exchange}"):
+        lane, pauses, alone, full = self._lanes[message.lane], backoff_s(), False, False
+        said = f"RabbitMQ did not confirm a message to {message.exchange}"
+        async with self._bounded(within_s, said, lambda: full):
             while True:
                 try:
                     if await (_publish_alone(lane, message) if alone else (await lane.publisher()).publish(message)):
                         return
+                    full = True
                 except Refused as problem:
                     # It ended every publish on the channel, whosever fault it was: on a channel of our own we learn.
                     if alone:
@@ -130,6 +132,7 @@ class RabbitLink:
                 except (Unroutable, LinkClosed):
                     raise
                 except LinkError as lost:
+                    full = False
                     log.debug("publishing to %s again: %s", message.exchange, lost)
                 await asyncio.sleep(next(pauses))
 
@@ -204,7 +207,9 @@ class RabbitLink:
         await asyncio.gather(self._asking.close(), *(lane.close() for lane in self._lanes.values()))
 
     @asynccontextmanager
-    async def _bounded(self, within_s: float | None, complaint: str) -> AsyncIterator[None]:
+    async def _bounded(
+        self, within_s: float | None, complaint: str, full: Callable[[], bool] = lambda: False
+    ) -> AsyncIterator[None]:
         """Run one operation under its bound; closing the link ends it at once."""
         if self._closed:
             raise LinkClosed("this link was closed.")
@@ -215,6 +220,8 @@ class RabbitLink:
         except TimeoutError:
             if self._closed:
                 raise LinkClosed("this link was closed.") from None
+            if full():
+                raise NoRoom(f"{complaint} within {within_s:g} s: a queue that it belongs in is full.") from None
             raise LinkError(
                 f"{complaint} within {within_s:g} s: is it running, and not out of memory or disk?"
             ) from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from broker.errors import LinkClosed, LinkError
+from broker.errors import LinkClosed, LinkError, NoRoom
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Closed, Payload, Refusal, Score, Task, Update
 from workers.journal import Kept, Place, checked, forget, keep
@@ -201,7 +201,7 @@ class Outbox:
                         await keeping
                     await self._post.say(update)
                     await sent.news.wait()
-                except LinkClosed:
+                except (LinkClosed, NoRoom):
                     raise
                 except LinkError as problem:  # away for long, or blocked: the update is here, and so is the round
                     sent.unsent = sent.unsent or not uploaded

@@ -55,6 +55,8 @@ QUICK = {
     workers.post: {"RETRY_S": 0.005},
 }
 
+PATIENT = {module: {name: getattr(module, name) for name in constants} for module, constants in QUICK.items()}
+
 Hook = Callable[[Outgoing | Delivery], Awaitable[object] | None]
 
 
@@ -243,10 +245,11 @@ class Place:
 
 @dataclass(slots=True)
 class Federation:
-    """A run and who takes part; made by `federation`."""
+    """A run and who takes part; made by `federation`. What a test changes through `patch` is as before afterwards."""
 
     folder: Path
     broker: MemoryBroker
+    patch: pytest.MonkeyPatch
     places: dict[str, Place] = field(default_factory=dict)
     hook: Hook | None = None
     names: set[str] = field(default_factory=set)
@@ -400,10 +403,11 @@ async def federation(folder: Path, **settings: Any) -> AsyncIterator[Federation]
     """A new run with the plan's settings; at the end nobody is there any more, and no task runs."""
     before = asyncio.all_tasks()
     Store.create(folder / "run", plan(**settings), MODEL, memoryview(start_weights()))
-    made = Federation(folder, MemoryBroker())
     with pytest.MonkeyPatch.context() as patch:
+        made = Federation(folder, MemoryBroker(), patch)
         for module, constants in QUICK.items():
             for name, value in constants.items():
+                assert getattr(module, name) == PATIENT[module][name], f"an earlier test has left {name} changed"
                 patch.setattr(module, name, value)
         patch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a busy disk takes its time
         try:

@@ -117,7 +117,7 @@ class RabbitLink:
         assert 0 < len(message.keys) <= BROADCAST_MAX
         lane, pauses, alone, full = self._lanes[message.lane], backoff_s(), False, False
         said = f"RabbitMQ did not confirm a message to {message.exchange}"
-        async with self._bounded(within_s, said, lambda: full):
+        async with self._bounded(within_s, said, full=lambda: full):
             while True:
                 try:
                     if await (_publish_alone(lane, message) if alone else (await lane.publisher()).publish(message)):
@@ -208,7 +208,7 @@ class RabbitLink:
 
     @asynccontextmanager
     async def _bounded(
-        self, within_s: float | None, complaint: str, full: Callable[[], bool] = lambda: False
+        self, within_s: float | None, complaint: str, *, full: Callable[[], bool] = lambda: False
     ) -> AsyncIterator[None]:
         """Run one operation under its bound; closing the link ends it at once."""
         if self._closed:

@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from broker.errors import WireError
+from broker.errors import PartsLost, WireError
+from broker.fields import NAME
 from broker.files import Put
 from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
@@ -57,6 +58,7 @@ class Desk:
         self.final: dict[str, dict[str, float]] = {}
         self.changed = asyncio.Event()
         self.store = store
+        post.blame = self._blame
         self.plan = store.plan
         self.post = post
         self.version = version
@@ -270,13 +272,24 @@ class Desk:
         await delivery.ack()
         self.changed.set()
 
-    async def _turn_down(self, update: Update, verdict: Verdict, reason: str) -> None:
+    def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
+        facts = self.open.facts if self.open else self._between
+        facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
+        if lie:
+            facts.strike(worker, reason)
+
+    def _blame(self, delivery: Delivery, reason: str) -> None:
+        """See `Post.blame`. A routing key is anybody's to choose: only whom the broker vouches for is struck."""
+        user: str = getattr(delivery, "user", "")
+        name = user or delivery.key.rsplit(".", 1)[-1]
+        self._note_other(name if NAME.fullmatch(name) else "somebody", "invalid", reason, lie=bool(user))
+
+    async def _turn_down(self, update: Update, verdict: Verdict, reason: str, *, lost: bool = False) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
         await self._leave_parts(update.worker)
         if self.open and verdict is Verdict.INVALID:
             self.open.round.refuse(update.worker, reason)
-        facts = self.open.facts if self.open else self._between
-        facts.note_other(update.worker, verdict.value, reason, most=2 * self.plan.asks + 16)
+        self._note_other(update.worker, verdict.value, reason, lie=verdict is Verdict.INVALID and not lost)
         if verdict is not Verdict.DUPLICATE:  # the first copy will be answered
             await self.post.tell([update.worker], Answer(update.of, verdict.value, reason[:1000]))
 
@@ -358,7 +371,7 @@ class Desk:
 
     async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
         if here is self.open:
-            await self._turn_down(update, Verdict.INVALID, str(problem))
+            await self._turn_down(update, Verdict.INVALID, str(problem), lost=isinstance(problem, PartsLost))
         self.changed.set()
 
     def listen(self, hearing: bool) -> None:

@@ -25,6 +25,7 @@ class Facts:
     scored: dict[str, Metrics] = field(default_factory=dict)
     others: list[Line] = field(default_factory=list)
     rested: dict[str, Line] = field(default_factory=dict)
+    struck: dict[str, Line] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     _noted: dict[tuple[str, str, str], Line] = field(default_factory=dict)
@@ -38,9 +39,14 @@ class Facts:
             self._noted[worker, verdict, reason] = line
             self.others.append(line)
 
+    def strike(self, worker: str, why: str) -> None:
+        """A worker has sent what is not merely late or lost, but a lie."""
+        self.struck[worker] = {"times": self.struck.get(worker, {"times": 0})["times"] + 1, "why": why}
+
     def follow(self, before: "Facts") -> None:
         """What was noted before the round began is told with it."""
         self.others += before.others
+        self.struck |= before.struck
         self._noted |= before._noted  # noqa: SLF001 - of the same class
 
 
@@ -85,6 +91,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         "refused": dict(sorted(done.refused.items())),
         "failed": {worker: why for worker, why in done.fared.items() if why},
         "others": facts.others,
+        "struck": facts.struck,
         "rested": facts.rested,
         "metrics": mean_metrics((n, facts.trained.get(worker, {})) for worker, n in sorted(done.counted.items())),
         "scored": scores({w: facts.scored[w] for w in sorted(facts.scored) if w in done.cohort}),

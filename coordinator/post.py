@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import LinkError, WireError
+from broker.errors import LinkError, PartsLost, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
 from broker.messages import Answer, Closed, Message, Part, Resumed, Task, Update, encode
@@ -35,12 +35,17 @@ Take = Callable[[Message, Delivery], Awaitable[None]]
 
 
 class Post:
-    """One run's coordinator, as the federation hears it."""
+    """One run's coordinator, as the federation hears it.
+
+    Attributes:
+        blame: told of every message that is put aside, and why.
+    """
 
     def __init__(self, link: Link, run: str, epoch: int) -> None:
         self.link = link
         self.run = run
         self.epoch = epoch
+        self.blame: Callable[[Delivery, str], None] = lambda *_: None
 
     async def declare(self) -> None:
         """Make sure that the run's queues and the federation's exchanges exist."""
@@ -103,6 +108,7 @@ class Post:
     async def bury(self, delivery: Delivery, reason: str) -> None:
         """Put a message aside, with the reason, where an operator can look at it; then forget it."""
         log.warning("refused a message from %s: %s", delivery.key, reason)
+        self.blame(delivery, reason)
         headers = (("reason", reason[:500]), ("key", delivery.key[:200]))
         body = bytes(delivery.body[:DEAD_BYTES_MAX])
         try:
@@ -166,7 +172,7 @@ class Post:
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
                     await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker
-        raise WireError(f"{assembly.missing} of its parts did not come.")
+        raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
     async def _collect(self, assembly: Assembly, queue: str, look_s: float) -> None:
         if assembly.complete:

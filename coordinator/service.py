@@ -201,7 +201,7 @@ class Coordinator:
 
     def _rest(self, here: Open) -> None:
         """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
-        for worker, rest in self.rests.note(here.round.fared).items():
+        for worker, rest in self.rests.note(here.round.fared, here.facts.struck).items():
             log.warning("%s keeps failing and rests for %d rounds: %s", worker, rest.rounds, rest.why)
             here.facts.rested[worker] = {"rounds": rest.rounds, "why": rest.why}
 

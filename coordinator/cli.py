@@ -14,10 +14,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
+from broker.fields import legible
 from broker.link import Link
 from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings
 from coordinator import history, service, standby, updates
@@ -134,16 +136,18 @@ def status(
         sys.stdout.write("\n")
         return
     console = Console()
+
+    def say(text: str) -> None:
+        console.print(legible(text), markup=False, highlight=False)
+
     console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
-    console.print(
-        f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}", highlight=False
-    )
+    say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
     if waits := standby.waiting(run):
-        console.print(f"standing by: process {waits['process']} on {waits['machine']}", markup=False, highlight=False)
+        say(f"standing by: process {waits['process']} on {waits['machine']}")
     for said in [*_said_now(now), *_said_last(abandoned)]:
-        console.print(said, markup=False, highlight=False)
+        say(said)
     if kept:
-        console.print(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all", highlight=False)
+        say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
     rounds = {line["version"]: line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
     for point in points:
@@ -151,15 +155,15 @@ def status(
         table.add_row(
             str(point.version),
             f"{len(line['counted'])}/{len(line['cohort'])}" if line else "",
-            _metrics(point.scored),
-            "; ".join(_metrics(metrics) for metrics in point.held_out.values()),
+            escape(legible(_metrics(point.scored))),
+            escape(legible("; ".join(_metrics(metrics) for metrics in point.held_out.values()))),
             f"{line['seconds']:.2f}" if line else "",
             f"{line['bytes_down'] / 1e6:.2f}" if line else "",
             f"{line['bytes_up'] / 1e6:.2f}" if line else "",
         )
     console.print(table)
     for said in _said_before(lines):
-        console.print(said, markup=False)
+        say(said)
 
 
 def _said_before(lines: list[history.Line]) -> Iterator[str]:
@@ -208,7 +212,7 @@ def verify(
     """Whether a run is still what was written: plan, history, versions, kept updates. Exit status 1 if not."""
     findings, found = verifying.verify(run, remembered=remembered)
     for finding in findings:
-        sys.stdout.write(f"{finding.said}\n")
+        sys.stdout.write(f"{legible(finding.said)}\n")
     bad = sum(finding.bad for finding in findings)
     sys.stdout.write(f"{f'{bad} things are not as they were written' if bad else 'all is well'}: {found}\n")
     if bad:

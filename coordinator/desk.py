@@ -53,7 +53,7 @@ class Desk:
     """
 
     def __init__(self, store: Store, post: Post, layout: Layout, version: int, *, drains: int) -> None:
-        self.roster = Roster()
+        self.roster = Roster(store.plan.workers)
         self.open: Open | None = None
         self.final: dict[str, dict[str, float]] = {}
         self.changed = asyncio.Event()
@@ -236,9 +236,9 @@ class Desk:
             case Refusal():
                 self._refused(message)
             case Claim():
-                if self.open and message.of == self.open.round.of:
-                    if self.roster.has(message.worker):
-                        self.open.round.claimed.add(message.worker)
+                known = self.roster.has(message.worker)  # names that nobody has would pile up
+                if known and self.open and message.of == self.open.round.of:
+                    self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
@@ -296,7 +296,8 @@ class Desk:
     async def _leave_parts(self, worker: str) -> None:
         """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
         if self.open:
-            self.open.untidy.add(worker)
+            if worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
+                self.open.untidy.add(worker)
         else:
             await self.post.drop_upload(worker)
 

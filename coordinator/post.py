@@ -26,8 +26,10 @@ RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 FORGET_PARTS = 32
 """After so many parts of a mapped file, what they have been copied from or to leaves our memory for the system's."""
-INBOX_PREFETCH = 2048
-"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them."""
+INBOX_PREFETCH, INBOX_SPARE = 2048, 64
+"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them, but
+however large each of them is, all that may be here at a time must find room in memory."""
+HELLO_PREFETCH = 64
 RETRY_S = 0.2
 DEAD_BYTES_MAX = 64 * 1024
 
@@ -59,14 +61,16 @@ class Post:
 
     async def hear_hellos(self, take: Take, listen: Callable[[bool], None]) -> None:
         """Give every sign of life to `take`, for ever; `listen` is told when we begin and cease to hear them."""
-        await self._listen(topology.hello_queue(self.run), take, prefetch=256, listen=listen)
+        await self._listen(topology.hello_queue(self.run), take, prefetch=HELLO_PREFETCH, listen=listen)
 
-    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]]) -> None:
+    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]], *, asks: int) -> None:
         """Give everything that workers say to this run to `take`, for ever. `take` acknowledges.
 
+        Of two rounds, which ask so many workers each, updates may be unacknowledged at the same time.
         `again` is called when we had ceased to listen: should the inbox have been deleted, what lay in it is lost.
         """
-        await self._listen(topology.inbox_queue(self.run), take, prefetch=INBOX_PREFETCH, again=again)
+        prefetch = min(2 * asks + INBOX_SPARE, INBOX_PREFETCH)
+        await self._listen(topology.inbox_queue(self.run), take, prefetch=prefetch, again=again)
 
     async def _listen(
         self,

@@ -42,15 +42,20 @@ class Present:
 
 
 class Roster:
-    """Everyone who is here. Changed only by `hear`, `renew`, `leave` and `lapse`."""
+    """Everyone who is here. Changed only by `hear`, `renew`, `leave` and `lapse`.
 
-    def __init__(self) -> None:
+    Args:
+        invited: for these there is always room.
+    """
+
+    def __init__(self, invited: Iterable[str] = ()) -> None:
+        self._invited = frozenset(invited)
         self._present: dict[str, Present] = {}
 
     def hear(self, hello: Hello, now: float) -> News:
         """Note a sign of life; RETURNED says that what was sent to the worker before is lost."""
         before = self._present.get(hello.worker)
-        if before is None and len(self._present) >= WORKERS_MAX:
+        if before is None and len(self._present) >= WORKERS_MAX and hello.worker not in self._invited:
             return News.CROWDED
         lease_s = min(hello.lease_s, LEASE_S_MAX)
         self._present[hello.worker] = Present(hello.worker, hello.incarnation, hello.trains, lease_s, now + lease_s)

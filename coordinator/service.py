@@ -92,7 +92,7 @@ class Coordinator:
             async with self._group as group:
                 ears = [
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
-                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again)),
+                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
                     group.create_task(self.desk.drain_uploads()),
                     group.create_task(self.desk.keep_sums()),
                     group.create_task(self._beat()),

@@ -148,18 +148,18 @@ def status(
         say(said)
     if kept:
         say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
-    rounds = {line["version"]: line for line in lines if line.get("event") == "round"}
+    rounds = {line.get("version"): line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
     for point in points:
         line = rounds.get(point.version, {})
         table.add_row(
             str(point.version),
-            f"{len(line['counted'])}/{len(line['cohort'])}" if line else "",
+            f"{len(line.get('counted', ()))}/{len(line.get('cohort', ()))}" if line else "",
             escape(legible(_metrics(point.scored))),
             escape(legible("; ".join(_metrics(metrics) for metrics in point.held_out.values()))),
-            f"{line['seconds']:.2f}" if line else "",
-            f"{line['bytes_down'] / 1e6:.2f}" if line else "",
-            f"{line['bytes_up'] / 1e6:.2f}" if line else "",
+            f"{line['seconds']:.2f}" if "seconds" in line else "",
+            f"{line['bytes_down'] / 1e6:.2f}" if "bytes_down" in line else "",
+            f"{line['bytes_up'] / 1e6:.2f}" if "bytes_up" in line else "",
         )
     console.print(table)
     for said in _said_before(lines):
@@ -169,16 +169,17 @@ def status(
 def _said_before(lines: list[history.Line]) -> Iterator[str]:
     """What was out of the ordinary in each round: abandoned, refused, not counted, rested."""
     for line in lines:
+        of = f"round {line.get('round')}"
         if line.get("event") == "abandoned":
-            yield f"round {line['round']}, attempt {line['attempt']}, abandoned: {line['why']}"
+            yield f"{of}, attempt {line.get('attempt')}, abandoned: {line.get('why')}"
         for worker, reason in line.get("refused", {}).items():
-            yield f"round {line['round']}: {worker} gave nothing: {reason}"
+            yield f"{of}: {worker} gave nothing: {reason}"
         for other in line.get("others", []):
             verdict, reason, times = other["verdict"], other["reason"], other.get("times", 1)
             how = f"an update of {other['worker']} was {verdict}" + (f" {times} times" if times > 1 else "")
-            yield f"round {line['round']}: {how}: {reason}"
+            yield f"{of}: {how}: {reason}"
         for worker, rest in line.get("rested", {}).items():
-            yield f"round {line['round']}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
+            yield f"{of}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
 
 
 def _said_now(now: dict[str, Any]) -> Iterator[str]:
@@ -200,7 +201,8 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
 
 def _said_last(abandoned: history.Line | None) -> Iterator[str]:
     if abandoned:
-        yield f"  attempt {abandoned['attempt']} at round {abandoned['round']} was abandoned: {abandoned['why']}"
+        attempt, number, why = (abandoned.get(key) for key in ("attempt", "round", "why"))
+        yield f"  attempt {attempt} at round {number} was abandoned: {why}"
 
 
 def verify(

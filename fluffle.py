@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -27,6 +28,7 @@ import coordinator.cli
 import workers.cli
 from broker.daemon import GAVE_UP, PARENT, STOPPED, StoppedEarly
 from broker.errors import FluffleError, GaveUp, RunEnded, UsageError
+from broker.fields import legible
 from broker.node import Node
 from broker.options import SettingPairs, parse_settings
 from coordinator import history, report
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def _leave(problem: Exception, status: int) -> None:
-    sys.stderr.write(f"fluffle: {problem}\n")
+    sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
     sys.exit(status)
 
 
@@ -284,13 +286,16 @@ def _watch(store: Store, company: Company, out: Console) -> None:
                 progress.print(_told(point), soft_wrap=True)
                 told += 1
             now = store.now()
-            progress.update(bar, completed=store.latest() or 0, description=now.get("why", "starting the workers"))
+            progress.update(
+                bar, completed=store.latest() or 0, description=escape(now.get("why", "starting the workers"))
+            )
             time.sleep(POLL_S)
 
 
 def _told(point: history.Point) -> str:
     def words(metrics: history.Metrics) -> str:
-        return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "examples")
+        told = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "examples")
+        return escape(legible(told))
 
     held_out = "".join(f"   [dim]{who}:[/] {words(metrics)}" for who, metrics in point.held_out.items())
     return f"version {point.version:>3}   [dim]workers:[/] {words(point.scored)}{held_out}"

@@ -4,6 +4,7 @@ FluffleError
  ├── UsageError          the user: wrong plan, learner, folder, URL … (exit status 2)
  │    └── BrokerRefused  RabbitMQ answered, and said no: password, vhost, permission
  ├── WireError           the sender: bytes that lie; the message is dropped with this sentence as the reason
+ │    └── PartsLost      nobody, perhaps: what was promised did not come
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
@@ -32,6 +33,10 @@ class BrokerRefused(UsageError):
 
 class WireError(FluffleError):
     """The bytes received do not keep the protocol; the sender's contribution is dropped, nothing else."""
+
+
+class PartsLost(WireError):
+    """Parts that were said to be there are not, nor came when they were asked for; the broker may have lost them."""
 
 
 class LinkError(FluffleError):

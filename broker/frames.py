@@ -324,4 +324,5 @@ def settled(payload: bytes) -> Settled:
 
 def _text(payload: bytes, at: int) -> tuple[str, int]:
     stop = at + 1 + payload[at]
-    return payload[at + 1 : stop].decode(), stop
+    # a routing key may be any bytes: what cannot be read must not look like a broken connection, time and again
+    return payload[at + 1 : stop].decode(errors="backslashreplace"), stop

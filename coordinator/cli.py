@@ -14,10 +14,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
+from broker.fields import legible
 from broker.link import Link
 from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings
 from coordinator import history, service, standby, updates
@@ -50,6 +52,10 @@ def coordinator(
     down: Annotated[
         str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")
     ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="The largest norm of an update; longer ones are refused.")
+    ] = None,
+    examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
     keep_updates: Annotated[
         bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
     ] = None,
@@ -76,6 +82,8 @@ def coordinator(
         "format": how,
         "keep": keep,
         "down": down,
+        "clip": clip,
+        "examples_max": examples_max,
         "keep_updates": keep_updates,
     }
     changes: PlanOptions = {name: value for name, value in given.items() if value is not None}
@@ -128,47 +136,50 @@ def status(
         sys.stdout.write("\n")
         return
     console = Console()
+
+    def say(text: str) -> None:
+        console.print(legible(text), markup=False, highlight=False)
+
     console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
-    console.print(
-        f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}", highlight=False
-    )
+    say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
     if waits := standby.waiting(run):
-        console.print(f"standing by: process {waits['process']} on {waits['machine']}", markup=False, highlight=False)
+        say(f"standing by: process {waits['process']} on {waits['machine']}")
     for said in [*_said_now(now), *_said_last(abandoned)]:
-        console.print(said, markup=False, highlight=False)
+        say(said)
     if kept:
-        console.print(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all", highlight=False)
-    rounds = {line["version"]: line for line in lines if line.get("event") == "round"}
+        say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
+    rounds = {line.get("version"): line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
     for point in points:
         line = rounds.get(point.version, {})
         table.add_row(
             str(point.version),
-            f"{len(line['counted'])}/{len(line['cohort'])}" if line else "",
-            _metrics(point.scored),
-            "; ".join(_metrics(metrics) for metrics in point.held_out.values()),
-            f"{line['seconds']:.2f}" if line else "",
-            f"{line['bytes_down'] / 1e6:.2f}" if line else "",
-            f"{line['bytes_up'] / 1e6:.2f}" if line else "",
+            f"{len(line.get('counted', ()))}/{len(line.get('cohort', ()))}" if line else "",
+            escape(legible(_metrics(point.scored))),
+            escape(legible("; ".join(_metrics(metrics) for metrics in point.held_out.values()))),
+            f"{line['seconds']:.2f}" if "seconds" in line else "",
+            f"{line['bytes_down'] / 1e6:.2f}" if "bytes_down" in line else "",
+            f"{line['bytes_up'] / 1e6:.2f}" if "bytes_up" in line else "",
         )
     console.print(table)
     for said in _said_before(lines):
-        console.print(said, markup=False)
+        say(said)
 
 
 def _said_before(lines: list[history.Line]) -> Iterator[str]:
     """What was out of the ordinary in each round: abandoned, refused, not counted, rested."""
     for line in lines:
+        of = f"round {line.get('round')}"
         if line.get("event") == "abandoned":
-            yield f"round {line['round']}, attempt {line['attempt']}, abandoned: {line['why']}"
+            yield f"{of}, attempt {line.get('attempt')}, abandoned: {line.get('why')}"
         for worker, reason in line.get("refused", {}).items():
-            yield f"round {line['round']}: {worker} gave nothing: {reason}"
+            yield f"{of}: {worker} gave nothing: {reason}"
         for other in line.get("others", []):
             verdict, reason, times = other["verdict"], other["reason"], other.get("times", 1)
             how = f"an update of {other['worker']} was {verdict}" + (f" {times} times" if times > 1 else "")
-            yield f"round {line['round']}: {how}: {reason}"
+            yield f"{of}: {how}: {reason}"
         for worker, rest in line.get("rested", {}).items():
-            yield f"round {line['round']}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
+            yield f"{of}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
 
 
 def _said_now(now: dict[str, Any]) -> Iterator[str]:
@@ -190,7 +201,8 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
 
 def _said_last(abandoned: history.Line | None) -> Iterator[str]:
     if abandoned:
-        yield f"  attempt {abandoned['attempt']} at round {abandoned['round']} was abandoned: {abandoned['why']}"
+        attempt, number, why = (abandoned.get(key) for key in ("attempt", "round", "why"))
+        yield f"  attempt {attempt} at round {number} was abandoned: {why}"
 
 
 def verify(
@@ -202,7 +214,7 @@ def verify(
     """Whether a run is still what was written: plan, history, versions, kept updates. Exit status 1 if not."""
     findings, found = verifying.verify(run, remembered=remembered)
     for finding in findings:
-        sys.stdout.write(f"{finding.said}\n")
+        sys.stdout.write(f"{legible(finding.said)}\n")
     bad = sum(finding.bad for finding in findings)
     sys.stdout.write(f"{f'{bad} things are not as they were written' if bad else 'all is well'}: {found}\n")
     if bad:

@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from broker.errors import WireError
+from broker.errors import PartsLost, WireError
+from broker.fields import NAME
 from broker.files import Put
 from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
@@ -52,11 +53,12 @@ class Desk:
     """
 
     def __init__(self, store: Store, post: Post, layout: Layout, version: int, *, drains: int) -> None:
-        self.roster = Roster()
+        self.roster = Roster(store.plan.workers)
         self.open: Open | None = None
         self.final: dict[str, dict[str, float]] = {}
         self.changed = asyncio.Event()
         self.store = store
+        post.blame = self._blame
         self.plan = store.plan
         self.post = post
         self.version = version
@@ -64,7 +66,7 @@ class Desk:
         self.format = format_of(self.plan.format, keep=self.plan.kept)
         self.payload_layout = self.format.layout(layout)
         self.rule = RULES[self.plan.rule]
-        self.sums = self.rule.init(layout, read_lightly(self.format), seats=SEATS)
+        self.sums = self.rule.init(layout, read_lightly(self.format), seats=SEATS, clip=self.plan.clip)
         self._hands = Hands()
         # a model of one chunk is added before a second thread has woken up
         self._spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone
@@ -234,9 +236,9 @@ class Desk:
             case Refusal():
                 self._refused(message)
             case Claim():
-                if self.open and message.of == self.open.round.of:
-                    if self.roster.has(message.worker):
-                        self.open.round.claimed.add(message.worker)
+                known = self.roster.has(message.worker)  # names that nobody has would pile up
+                if known and self.open and message.of == self.open.round.of:
+                    self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
@@ -253,7 +255,8 @@ class Desk:
             await self.post.tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
             await self._leave_parts(update.worker)
         else:
-            verdict, reason = judge(update, here.round if here else None, self.payload_layout)
+            most = self.plan.examples_max
+            verdict, reason = judge(update, here.round if here else None, self.payload_layout, examples_max=most)
             if here and verdict is Verdict.ACCEPTED and not here.is_of_this_turn(update):
                 log.info("%s: %s has trained from other weights: asking for another", update.of, update.worker)
                 here.untidy.add(update.worker)
@@ -269,20 +272,32 @@ class Desk:
         await delivery.ack()
         self.changed.set()
 
-    async def _turn_down(self, update: Update, verdict: Verdict, reason: str) -> None:
+    def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
+        facts = self.open.facts if self.open else self._between
+        facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
+        if lie:
+            facts.strike(worker, reason)
+
+    def _blame(self, delivery: Delivery, reason: str) -> None:
+        """See `Post.blame`. A routing key is anybody's to choose: only whom the broker vouches for is struck."""
+        user: str = getattr(delivery, "user", "")
+        name = user or delivery.key.rsplit(".", 1)[-1]
+        self._note_other(name if NAME.fullmatch(name) else "somebody", "invalid", reason, lie=bool(user))
+
+    async def _turn_down(self, update: Update, verdict: Verdict, reason: str, *, lost: bool = False) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
         await self._leave_parts(update.worker)
         if self.open and verdict is Verdict.INVALID:
             self.open.round.refuse(update.worker, reason)
-        facts = self.open.facts if self.open else self._between
-        facts.note_other(update.worker, verdict.value, reason, most=2 * self.plan.asks + 16)
+        self._note_other(update.worker, verdict.value, reason, lie=verdict is Verdict.INVALID and not lost)
         if verdict is not Verdict.DUPLICATE:  # the first copy will be answered
             await self.post.tell([update.worker], Answer(update.of, verdict.value, reason[:1000]))
 
     async def _leave_parts(self, worker: str) -> None:
         """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
         if self.open:
-            self.open.untidy.add(worker)
+            if worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
+                self.open.untidy.add(worker)
         else:
             await self.post.drop_upload(worker)
 
@@ -357,7 +372,7 @@ class Desk:
 
     async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
         if here is self.open:
-            await self._turn_down(update, Verdict.INVALID, str(problem))
+            await self._turn_down(update, Verdict.INVALID, str(problem), lost=isinstance(problem, PartsLost))
         self.changed.set()
 
     def listen(self, hearing: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import LinkError, WireError
+from broker.errors import LinkError, PartsLost, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
 from broker.messages import Answer, Closed, Message, Part, Resumed, Task, Update, encode
@@ -26,8 +26,10 @@ RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 FORGET_PARTS = 32
 """After so many parts of a mapped file, what they have been copied from or to leaves our memory for the system's."""
-INBOX_PREFETCH = 2048
-"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them."""
+INBOX_PREFETCH, INBOX_SPARE = 2048, 64
+"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them, but
+however large each of them is, all that may be here at a time must find room in memory."""
+HELLO_PREFETCH = 64
 RETRY_S = 0.2
 DEAD_BYTES_MAX = 64 * 1024
 
@@ -35,12 +37,17 @@ Take = Callable[[Message, Delivery], Awaitable[None]]
 
 
 class Post:
-    """One run's coordinator, as the federation hears it."""
+    """One run's coordinator, as the federation hears it.
+
+    Attributes:
+        blame: told of every message that is put aside, and why.
+    """
 
     def __init__(self, link: Link, run: str, epoch: int) -> None:
         self.link = link
         self.run = run
         self.epoch = epoch
+        self.blame: Callable[[Delivery, str], None] = lambda *_: None
 
     async def declare(self) -> None:
         """Make sure that the run's queues and the federation's exchanges exist."""
@@ -54,14 +61,16 @@ class Post:
 
     async def hear_hellos(self, take: Take, listen: Callable[[bool], None]) -> None:
         """Give every sign of life to `take`, for ever; `listen` is told when we begin and cease to hear them."""
-        await self._listen(topology.hello_queue(self.run), take, prefetch=256, listen=listen)
+        await self._listen(topology.hello_queue(self.run), take, prefetch=HELLO_PREFETCH, listen=listen)
 
-    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]]) -> None:
+    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]], *, asks: int) -> None:
         """Give everything that workers say to this run to `take`, for ever. `take` acknowledges.
 
+        Of two rounds, which ask so many workers each, updates may be unacknowledged at the same time.
         `again` is called when we had ceased to listen: should the inbox have been deleted, what lay in it is lost.
         """
-        await self._listen(topology.inbox_queue(self.run), take, prefetch=INBOX_PREFETCH, again=again)
+        prefetch = min(2 * asks + INBOX_SPARE, INBOX_PREFETCH)
+        await self._listen(topology.inbox_queue(self.run), take, prefetch=prefetch, again=again)
 
     async def _listen(
         self,
@@ -103,6 +112,7 @@ class Post:
     async def bury(self, delivery: Delivery, reason: str) -> None:
         """Put a message aside, with the reason, where an operator can look at it; then forget it."""
         log.warning("refused a message from %s: %s", delivery.key, reason)
+        self.blame(delivery, reason)
         headers = (("reason", reason[:500]), ("key", delivery.key[:200]))
         body = bytes(delivery.body[:DEAD_BYTES_MAX])
         try:
@@ -166,7 +176,7 @@ class Post:
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
                     await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker
-        raise WireError(f"{assembly.missing} of its parts did not come.")
+        raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
     async def _collect(self, assembly: Assembly, queue: str, look_s: float) -> None:
         if assembly.complete:

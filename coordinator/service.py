@@ -92,7 +92,7 @@ class Coordinator:
             async with self._group as group:
                 ears = [
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
-                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again)),
+                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
                     group.create_task(self.desk.drain_uploads()),
                     group.create_task(self.desk.keep_sums()),
                     group.create_task(self._beat()),
@@ -201,7 +201,7 @@ class Coordinator:
 
     def _rest(self, here: Open) -> None:
         """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
-        for worker, rest in self.rests.note(here.round.fared).items():
+        for worker, rest in self.rests.note(here.round.fared, here.facts.struck).items():
             log.warning("%s keeps failing and rests for %d rounds: %s", worker, rest.rounds, rest.why)
             here.facts.rested[worker] = {"rounds": rest.rounds, "why": rest.why}
 
@@ -361,7 +361,7 @@ class Coordinator:
         plan, payload = self.plan, Payload(called, self.plan.part_bytes, self.layout.specs)
         return Task(
             of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
-            format=plan.format, keep=plan.kept, epoch=self.post.epoch,
+            format=plan.format, keep=plan.kept, epoch=self.post.epoch, clip=plan.clip, examples_max=plan.examples_max,
         )  # fmt: skip
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:

@@ -21,6 +21,7 @@ from xxhash import xxh3_64, xxh3_64_digest
 
 from broker.errors import WireError
 from broker.files import write_whole
+from broker.formats import FORMATS
 from broker.messages import Attempt, Metrics, Update, decode, encode
 
 log = logging.getLogger(__name__)
@@ -108,12 +109,16 @@ def _read(path: Path) -> Kept:
     update, where = decode(record["update"]), record["delta"]
     if not isinstance(update, Update) or path != _path(path.parent, update.worker, update.of):
         raise ValueError("it is another worker's")
+    scores, until = record["scores"], record["until"]
+    sane = record["format"] in FORMATS and type(until) is float and isinstance(scores, dict)
+    if not sane or not all(isinstance(name, str) and isinstance(score, float) for name, score in scores.items()):
+        raise ValueError("it does not say what a kept update says")
     if isinstance(where, bytes):
         place: bytes | Place = where
     else:
         place = Place(*where)
-        if FILE.fullmatch(place.file) is None:
-            raise ValueError("it names a file that is none of ours")
+        if FILE.fullmatch(place.file) is None or not 0 <= place.at < place.at + place.size_bytes < 2**63:
+            raise ValueError("it names a place that is none of ours")
         with (path.parent / place.file).open("rb") as file:
             file.seek(place.at)
             sum_, left = xxh3_64(), place.size_bytes
@@ -122,7 +127,7 @@ def _read(path: Path) -> Kept:
                 left -= len(piece)
             if left or sum_.digest() != place.check:
                 raise ValueError("its bytes do not match their checksum")
-    return Kept(update, record["scores"], record["format"], record["until"], place)
+    return Kept(update, scores, record["format"], until, place)
 
 
 def checked(data: bytes | memoryview) -> bytes:

@@ -24,7 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import broker.cli
+import broker.roster_cli
 import coordinator.cli
+import workers.attack_cli
 import workers.cli
 from broker.daemon import GAVE_UP, PARENT, STOPPED, StoppedEarly
 from broker.errors import FluffleError, GaveUp, RunEnded, UsageError
@@ -389,7 +391,10 @@ app.command()(coordinator.cli.status)
 app.command()(coordinator.cli.verify)
 app.command()(coordinator.cli.replay)
 app.command()(workers.cli.evaluate)
+app.command()(workers.attack_cli.attack)
 app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine.")
+app.add_typer(broker.roster_cli.app, name="roster")
+app.command()(broker.roster_cli.keygen)
 app.command()(version)
 
 if __name__ == "__main__":

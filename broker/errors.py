@@ -5,6 +5,9 @@ FluffleError
  │    └── BrokerRefused  RabbitMQ answered, and said no: password, vhost, permission
  ├── WireError           the sender: bytes that lie; the message is dropped with this sentence as the reason
  │    └── PartsLost      nobody, perhaps: what was promised did not come
+ ├── Refused             the other side of a secure round: it asks for, or says, what must not be; nothing was given
+ │    └── Alarm          … and an honest one never would: the data's owner should look
+ ├── Aborted             nobody: too few are left of a secure attempt; nothing was revealed
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
@@ -37,6 +40,18 @@ class WireError(FluffleError):
 
 class PartsLost(WireError):
     """Parts that were said to be there are not, nor came when they were asked for; the broker may have lost them."""
+
+
+class Refused(FluffleError):
+    """The other side of a secure round asked for, or said, what it must not; nothing was given, nothing counted."""
+
+
+class Alarm(Refused):
+    """What an honest coordinator never asks: a second cohort, second survivors, a round that is over."""
+
+
+class Aborted(FluffleError):
+    """An attempt at a secure round cannot be finished, for too few are left; nothing was revealed."""
 
 
 class LinkError(FluffleError):

@@ -1,0 +1,43 @@
+"""Keystreams added to words of a ring, or taken off: AES-256 in counter mode, tile by tile, in place.
+
+Knows words and keys. Does not know whose keys they are nor what the words mean. A key serves one vector only; its
+counter begins at zero.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from numpy.typing import NDArray
+
+TILE_BYTES = 256 * 1024
+"""So much of the words, and of one keystream, stays in a core's cache."""
+_BLOCK_BYTES = 16
+
+Words = NDArray[np.uint32] | NDArray[np.uint64]
+
+
+class Mask(NamedTuple):
+    """A keystream's key (32 bytes), and whether it is added or taken off."""
+
+    key: bytes
+    plus: bool
+
+
+def apply(words: Words, masks: Iterable[Mask]) -> None:
+    """Add each mask to the words, or take it off, in place; sums wrap."""
+    streams = [
+        (Cipher(AES(mask.key), CTR(bytes(_BLOCK_BYTES))).encryptor(), np.add if mask.plus else np.subtract)
+        for mask in masks
+    ]
+    zeros, room = memoryview(bytes(TILE_BYTES)), bytearray(TILE_BYTES + _BLOCK_BYTES - 1)
+    items = TILE_BYTES // words.itemsize
+    for at in range(0, len(words), items):
+        tile = words[at : at + items]
+        fresh = np.frombuffer(room, words.dtype, len(tile))
+        for stream, fold in streams:
+            stream.update_into(zeros[: tile.nbytes], room)
+            fold(tile, fresh, out=tile)

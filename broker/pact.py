@@ -1,0 +1,309 @@
+"""What the members of a secure round agree upon: who they are, to whom each deals shares, which keys hide what.
+
+Knows the context that every key and signature binds, the messages of the protocol, the graph, thresholds, signatures
+and sealed shares. Does not know queues, updates, nor the order in which things may happen: that is
+`workers/masking.py` on one side and `coordinator/unmasking.py` on the other.
+
+The protocol is SecAgg+ (Bonawitz et al., CCS 2017, eprint 2017/281; Bell et al., CCS 2020, eprint 2020/704) with an
+operator's roster and signed survivors. What differs from the papers:
+
+- Everyone is shown all adverts, not only the neighbours' (164 bytes each; one publish serves all): so everyone checks
+  all of them, and computes the same graph.
+- Beside the context, keys are salted with the *transcript*, which binds the whole cohort too. Whoever was shown
+  another cohort, another model or another plan has other keys: its words are noise, its shares stay sealed.
+- A message has one slot for each peer, so a worker cannot even write down both shares of one peer.
+- A dealer commits to its self mask's secret, so that a false share is noticed.
+- Where not everyone is everyone's neighbour, a worker signs against whom it has masked, and its neighbours look at
+  that before they vow. Else a coordinator with colluders in a third of a neighbourhood could show one worker few
+  dealers, call the honest ones among them lost, and have its update. In a complete graph the quorum prevents it.
+
+Whom it takes. A coordinator that lies learns one worker's update only with more than a third of a complete graph's
+members; beyond 64, with colluders among the holders of its secrets for all but one of the threshold. With `degree_of`
+and the default threshold, the odds that any of 100 to 10,000 members has so many are below 2^-64 if a fifth of all
+collude, and 2^-25 if a third does (union bound over hypergeometric neighbourhoods); a coordinator that tries many
+cohorts does a little better, for it chooses whose adverts it shows. The odds that a tenth of all, dropping out, end
+an attempt are below 2^-20.
+"""
+
+import math
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Annotated
+
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from broker.errors import Refused
+from broker.fields import NAME, Within
+from broker.masks import Mask
+
+COHORT_MAX = 10_000
+"""Most members of a secure round."""
+COHORT_MIN = 3
+"""Fewest: of two, each could take its own update from the sum and would have the other's."""
+METRICS_MAX = 64
+COMPLETE_MAX = 64
+"""Up to so many members everyone is everyone's neighbour."""
+
+Draw = Callable[[int], bytes]
+"""So many secret random bytes: `secrets.token_bytes`, or what a test can repeat."""
+Name = Annotated[str, NAME]
+Digest = Annotated[bytes, Within(32, 32)]
+Signature = Annotated[bytes, Within(64, 64)]
+Sealed = Annotated[bytes, Within(0, 82)]
+Share = Annotated[bytes, Within(0, 33)]
+
+
+@dataclass(frozen=True, slots=True)
+class Advert:
+    """A · worker → coordinator, and with `Settled` → all: I am ready, and these are my keys in this attempt.
+
+    `keys` are two X25519 public keys of 32 bytes: one for masks, then one for sealing.
+    """
+
+    worker: Name
+    keys: Annotated[bytes, Within(64, 64)]
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A closed · coordinator → all, the same for all: the cohort, sorted by name, and what it takes to unmask.
+
+    `metrics` are those which the sum will hold, after the examples, in this order.
+    """
+
+    adverts: Annotated[tuple[Advert, ...], Within(COHORT_MIN, COHORT_MAX)]
+    threshold: Annotated[int, Within(2, COHORT_MAX)]
+    metrics: Annotated[tuple[Annotated[str, Within(0, 200)], ...], Within(0, METRICS_MAX)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """B · worker → coordinator: both of my secrets in shares, sealed for each of my neighbours in the order of names.
+
+    `commitment` is a hash of the self mask's secret.
+    """
+
+    sealed: Annotated[tuple[Sealed, ...], Within(0, COHORT_MAX)]
+    commitment: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """B closed · coordinator → one worker: what its neighbours have sealed for it, in the order of names.
+
+    Empty bytes stand for a neighbour that has dealt nothing; against the others the worker masks its update.
+    """
+
+    sealed: Annotated[tuple[Sealed, ...], Within(0, COHORT_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """C · worker → coordinator, with the masked words: against whom they are masked, signed (`Pact.dealers`)."""
+
+    dealers: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Finishers:
+    """C closed · coordinator → finishers: whose words are in the sum, and who has dealt and is lost, sorted by name.
+
+    `dealers` are the finishers' statements (`Masked`) in their order; none where all are everyone's neighbours.
+    """
+
+    workers: Annotated[tuple[Name, ...], Within(COHORT_MIN, COHORT_MAX)]
+    lost: Annotated[tuple[Name, ...], Within(0, COHORT_MAX)]
+    dealers: Annotated[tuple[Signature, ...], Within(0, COHORT_MAX)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Vow:
+    """D1 · worker → all: these finishers and lost ones, signed (`Pact.finishers`); in this attempt never others."""
+
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Reveal:
+    """D2 · coordinator → finishers: vows of the finishers in the order of names; empty bytes where one is missing."""
+
+    vows: Annotated[tuple[Annotated[bytes, Within(0, 64)], ...], Within(COHORT_MIN, COHORT_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """D2 · worker → coordinator: one share for each holder (its neighbours and itself) in the order of names.
+
+    Of a finisher it is a share of the self mask's secret, of anyone else of the mask key. Empty bytes: it has none.
+    """
+
+    shares: Annotated[tuple[Share, ...], Within(0, COHORT_MAX)]
+
+
+def digest(*fields: bytes | str | int) -> bytes:
+    """SHA-256 of fields, each behind its length: no two lists of fields have the same bytes."""
+    raw = [field if isinstance(field, bytes) else str(field).encode() for field in fields]
+    return sha256(b"".join(len(field).to_bytes(8, "big") + field for field in raw)).digest()
+
+
+def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, roster: Mapping[str, bytes]) -> bytes:
+    """What all keys and signatures of an attempt bind, in 32 bytes.
+
+    Args:
+        run: the run's name.
+        round_: which round.
+        attempt: which try at it.
+        model: SHA-256 of the version's bytes as this side has them.
+        plan: whatever settings both sides must agree upon, written in one way only.
+        roster: name → Ed25519 public key (32 bytes), as this side has pinned it.
+    """
+    known = digest(*(part for name in sorted(roster) for part in (name, roster[name])))
+    return digest("fluffle-secure/1", run, round_, attempt, model, digest(plan), known)
+
+
+class Pact:
+    """A closed cohort: what follows from a context and a `Settled`, the same for all who were shown the same.
+
+    Attributes:
+        context: see `context`.
+        settled: see there.
+        keys: U1, sorted: name → both public keys.
+        quorum: how many must vow for the same finishers: ⌊2·|U1|/3⌋ + 1, so that two sets cannot both have it.
+        complete: whether everyone is everyone's neighbour.
+        transcript: the context and all that was settled, in 32 bytes.
+    """
+
+    def __init__(self, context_: bytes, settled: Settled) -> None:
+        self.context, self.settled = context_, settled
+        self.keys = {advert.worker: advert.keys for advert in settled.adverts}
+        self.quorum = 2 * len(self.keys) // 3 + 1
+        self.complete = degree_of(len(self.keys)) == len(self.keys) - 1
+        adverts = (part for a in settled.adverts for part in (a.worker, a.keys, a.signature))
+        self.transcript = digest(context_, settled.threshold, digest(*adverts), digest(*settled.metrics))
+        # Harary's graph over an order that nobody chooses: on a ring, the nearest on both sides
+        ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
+        half = len(ring) if self.complete else degree_of(len(ring)) // 2
+        near = ring * 3
+        self._holders = {
+            name: tuple(sorted(set(near[at - half : at + half + 1]))) for at, name in enumerate(ring, len(ring))
+        }
+
+    def holders(self, worker: str) -> tuple[str, ...]:
+        """Who has a share of a member's secrets: its neighbours and itself, sorted; the first has x = 1."""
+        return self._holders[worker]
+
+    def neighbours(self, worker: str) -> tuple[str, ...]:
+        """To whom a member deals shares, and against whom it masks; sorted."""
+        return tuple(name for name in self._holders[worker] if name != worker)
+
+    def dealers(self, worker: str, dealers: Container[str]) -> bytes:
+        """What a worker signs when it has masked against those of its neighbours that are among the dealers."""
+        return digest(self.transcript, "dealers", worker, *(n for n in self.neighbours(worker) if n in dealers))
+
+    def finishers(self, finishers: Finishers) -> bytes:
+        """What a worker signs when it vows."""
+        return digest(self.transcript, "finishers", digest(*finishers.workers), digest(*finishers.lost))
+
+    def pair_mask(self, key: X25519PrivateKey, me: str, other: str, bits: int) -> Mask:
+        """What `me`, whose mask key this is, adds against `other`; `other` adds the same with the other sign.
+
+        Words of another size have another keystream.
+
+        Raises:
+            Refused: the other's key is not usable.
+        """
+        shared = _shared(key, self.keys[other][:32], other)
+        return Mask(self._derive(shared, "pair", min(me, other), max(me, other), bits), plus=me < other)
+
+    def self_mask(self, secret: bytes, me: str, bits: int) -> Mask:
+        """What a worker adds so that its words stay hidden should it be called lost and come late."""
+        return Mask(self._derive(secret, "self", me, bits), plus=True)
+
+    def commitment(self, worker: str, secret: bytes) -> bytes:
+        """A hash of the self mask's secret, which says nothing of 32 random bytes."""
+        return digest(self.transcript, "commitment", worker, secret)
+
+    def seal(self, key: X25519PrivateKey, me: str, to: str, shares: bytes) -> bytes:
+        """Shares that only `to` can open. A direction has a key of its own, which seals once: hence no nonce."""
+        cipher = ChaCha20Poly1305(self._derive(_shared(key, self.keys[to][32:], to), "seal", me, to))
+        return cipher.encrypt(bytes(12), shares, None)
+
+    def unseal(self, key: X25519PrivateKey, sender: str, me: str, sealed: bytes) -> bytes:
+        """What `sender` has sealed for `me`; empty if that is not so."""
+        cipher = ChaCha20Poly1305(self._derive(_shared(key, self.keys[sender][32:], sender), "seal", sender, me))
+        try:
+            return cipher.decrypt(bytes(12), sealed, None)
+        except InvalidTag:
+            return b""
+
+    def _derive(self, secret: bytes, *info: str | int) -> bytes:
+        return HKDF(SHA256(), 32, salt=self.transcript, info=digest(*info)).derive(secret)
+
+
+def degree_of(members: int) -> int:
+    """How many neighbours each of so many members has: all others up to 64, then 8·⌈log2 members⌉."""
+    return members - 1 if members <= COMPLETE_MAX else 8 * (members - 1).bit_length()
+
+
+def threshold_of(members: int, *, part: float = 2 / 3) -> int:
+    """How many of a member's holders it takes: ⌊part · holders⌋ + 1."""
+    return math.floor(part * (degree_of(members) + 1) + 1e-9) + 1
+
+
+# -- who says so, and what only two know -----------------------------------------------------------------------------
+
+
+def advertise(context_: bytes, worker: str, keys: bytes, identity: Ed25519PrivateKey) -> Advert:
+    """A signed advert."""
+    return Advert(worker, keys, identity.sign(digest(context_, "advert", worker, keys)))
+
+
+def check_advert(context_: bytes, advert: Advert, roster: Mapping[str, bytes]) -> None:
+    """Whether an advert is of a name on the roster, for this context, and its keys are usable.
+
+    Raises:
+        Refused: it is not.
+    """
+    signed = digest(context_, "advert", advert.worker, advert.keys)
+    check_signature(roster, advert.worker, advert.signature, signed)
+    for key in (advert.keys[:32], advert.keys[32:]):
+        _shared(_PROBE, key, advert.worker)
+
+
+def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, signed: bytes) -> None:
+    """Whether a member has signed this.
+
+    Raises:
+        Refused: it is not on the roster, or has not.
+    """
+    insist(worker in roster, f"{worker} is not on the roster.")
+    try:
+        Ed25519PublicKey.from_public_bytes(roster[worker]).verify(signature, signed)
+    except (InvalidSignature, ValueError):
+        raise Refused(
+            f"{worker}'s signature is wrong: its key is not the roster's, or model, plan, roster or attempt differ."
+        ) from None
+
+
+def insist(holds: bool, otherwise: str) -> None:
+    """Refuse, for this reason, what does not hold."""
+    if not holds:
+        raise Refused(otherwise)
+
+
+_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
+"""Any key will do: what is not usable gives zero with every one."""
+
+
+def _shared(key: X25519PrivateKey, theirs: bytes, whose: str) -> bytes:
+    try:
+        return key.exchange(X25519PublicKey.from_public_bytes(theirs))
+    except ValueError:
+        raise Refused(f"{whose} advertises a key that gives no secret.") from None

@@ -1,0 +1,303 @@
+"""The coordinator's part in one attempt at a secure round: who is in which stage, and at the end the sum alone.
+
+Knows what was said, checks it, adds masked words and takes the masks off. Does not know queues, clocks or disks: the
+caller says when a stage is over. Its whole state follows from the messages in their order, so it can be made again
+from those that were kept.
+
+    stage      hears                closed by           gives
+    adverts    `advert`             `settle`            Settled, the same for all
+    shares     `shares`             `deal`              Dealt, one for each
+    masked     `masked` (`expects`) `finishers`         Finishers, the same for all
+    vows       `vow`                `reveal`            Reveal, the same for all; after it, no other attempt
+    opened     `opened`             `result`            the sum of the finishers' words
+
+What is heard counts (True), has been heard before (False), or is refused (raises Refused with the reason). Where too
+few are left, closing raises Aborted with the reason; nothing has been revealed then, for a masked vector says nothing
+without the shares of a threshold of its holders.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from broker.errors import Aborted
+from broker.masks import Mask, Words, apply
+from broker.pact import (
+    COHORT_MAX,
+    COHORT_MIN,
+    Advert,
+    Dealt,
+    Finishers,
+    Masked,
+    Opened,
+    Pact,
+    Reveal,
+    Settled,
+    Shares,
+    Vow,
+    check_advert,
+    check_signature,
+    insist,
+    threshold_of,
+)  # fmt: skip
+from broker.pieces import CHUNK_ITEMS
+from broker.ring import Form, counted, means_of_others
+from broker.shamir import combine
+from coordinator.aggregation import LOW_BITS, Sums
+
+Stage = Literal["adverts", "shares", "masked", "vows", "opened", "done"]
+
+
+class Unmasking:
+    """One attempt.
+
+    Args:
+        context: `pact.context` of what was sent to the workers.
+        roster: name → Ed25519 public key (32 bytes).
+        cohort_min: fewest members; at least 3.
+        threshold: the threshold is above this part of a member's holders.
+
+    Attributes:
+        stage: see above.
+        liars: whose opened shares were found to be false.
+    """
+
+    def __init__(
+        self, context: bytes, roster: Mapping[str, bytes], *, cohort_min: int = COHORT_MIN, threshold: float = 2 / 3
+    ) -> None:
+        self._context, self._roster = context, roster
+        self._cohort_min, self._part = max(COHORT_MIN, cohort_min), threshold
+        self.liars: set[str] = set()
+        self._keys: set[bytes] = set()
+        self._adverts: dict[str, Advert] = {}
+        self._shares: dict[str, Shares] = {}
+        self._masked: dict[str, Masked] = {}
+        self._vows: dict[str, Vow] = {}
+        self._opened: dict[str, Opened] = {}
+        self._enter("adverts", roster, self._adverts)
+
+    def _enter(self, stage: Stage, expected: Iterable[str], heard: Mapping[str, object]) -> None:
+        """Who may speak in the stage that begins, and where it will be kept what they say."""
+        self.stage, self._expected, self._heard = stage, expected, heard
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Who may still speak in this stage, and has not."""
+        return frozenset(self._expected).difference(self._heard)
+
+    # -- A: who is ready ---------------------------------------------------------------------------------------------
+
+    def advert(self, advert: Advert) -> bool:
+        """A worker is ready."""
+        if _said(self._adverts, advert.worker, advert):
+            return False
+        self._at("adverts", advert.worker)
+        insist(len(self._adverts) < COHORT_MAX, f"a secure round has at most {COHORT_MAX} members.")
+        check_advert(self._context, advert, self._roster)
+        keys = {advert.keys[:32], advert.keys[32:]}
+        insist(len(keys - self._keys) == 2, f"{advert.worker} advertises a key that is there already.")
+        self._keys |= keys
+        self._adverts[advert.worker] = advert
+        return True
+
+    def settle(self, metrics: Iterable[str] = ()) -> Settled:
+        """Close the cohort; `metrics` are those that all of it have."""
+        assert self.stage == "adverts"
+        _enough(len(self._adverts), self._cohort_min, "workers were ready")
+        adverts = tuple(self._adverts[name] for name in sorted(self._adverts))
+        settled = Settled(adverts, threshold_of(len(adverts), part=self._part), tuple(metrics))
+        self.pact = Pact(self._context, settled)
+        self._enter("shares", self._adverts, self._shares)
+        return settled
+
+    # -- B: shares ---------------------------------------------------------------------------------------------------
+
+    def shares(self, worker: str, shares: Shares) -> bool:
+        """A member has dealt."""
+        if _said(self._shares, worker, shares):
+            return False
+        self._at("shares", worker)
+        neighbours = len(self.pact.neighbours(worker))
+        insist(
+            len(shares.sealed) == neighbours and all(shares.sealed), f"{worker} has not dealt to {neighbours} others."
+        )
+        self._shares[worker] = shares
+        return True
+
+    def deal(self, form: Form) -> dict[str, Dealt]:
+        """Close the dealing; worker → what its neighbours have dealt. Room is made for sums of `form`."""
+        assert self.stage == "shares"
+        self._check_holders(self._shares, "have dealt")
+        sealed = {
+            dealer: dict(zip(self.pact.neighbours(dealer), shares.sealed, strict=True))
+            for dealer, shares in self._shares.items()
+        }
+        self.total: Words = np.zeros(form.words, form.ring.dtype)
+        self._points: dict[str, dict[int, bytes]] = {dealer: {} for dealer in self._shares}  # x → share
+        self._enter("masked", self._shares, self._masked)
+        return {
+            worker: Dealt(tuple(sealed.get(dealer, {}).get(worker, b"") for dealer in self.pact.neighbours(worker)))
+            for worker in self._shares
+        }
+
+    # -- C: masked words ---------------------------------------------------------------------------------------------
+
+    def expects(self, worker: str) -> bool:
+        """Whether a member's masked words would be added; False if they have been.
+
+        Raises:
+            Refused: it is too late, or the worker has not dealt.
+        """
+        if worker in self._masked:
+            return False
+        self._at("masked", worker)
+        return True
+
+    def masked(self, worker: str, words: Words, masked: Masked) -> bool:
+        """Add a member's words, once."""
+        if not self.expects(worker):
+            return False
+        fits = (words.dtype, words.shape) == (self.total.dtype, self.total.shape)
+        insist(fits, f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
+        check_signature(self._roster, worker, masked.dealers, self.pact.dealers(worker, self._shares))
+        np.add(self.total, words, out=self.total)
+        self._masked[worker] = masked
+        return True
+
+    def finishers(self) -> Finishers:
+        """Close the sum."""
+        assert self.stage == "masked"
+        self._check_holders(self._masked, "have sent their masked update")
+        done = tuple(sorted(self._masked))
+        lost = tuple(sorted(self._shares.keys() - self._masked.keys()))
+        dealers = () if self.pact.complete else tuple(self._masked[name].dealers for name in done)
+        self._finishers = Finishers(done, lost, dealers)
+        self._enter("vows", self._masked, self._vows)
+        return self._finishers
+
+    # -- D: what may be known ----------------------------------------------------------------------------------------
+
+    def vow(self, worker: str, vow: Vow) -> bool:
+        """A finisher has vowed."""
+        if _said(self._vows, worker, vow):
+            return False
+        self._at("vows", worker)
+        check_signature(self._roster, worker, vow.signature, self.pact.finishers(self._finishers))
+        self._vows[worker] = vow
+        return True
+
+    def reveal(self) -> Reveal:
+        """Close the vows. From here on the round must not be tried again."""
+        assert self.stage == "vows"
+        _enough(len(self._vows), self.pact.quorum, "members vow for the same finishers")
+        self._enter("opened", self._masked, self._opened)
+        vows = (self._vows.get(name) for name in self._finishers.workers)
+        return Reveal(tuple(vow.signature if vow else b"" for vow in vows))
+
+    def opened(self, worker: str, opened: Opened) -> bool:
+        """A finisher has opened its shares."""
+        if _said(self._opened, worker, opened):
+            return False
+        self._at("opened", worker)
+        holders = self.pact.holders(worker)
+        insist(len(opened.shares) == len(holders), f"{worker} has not opened one share for each of its holders.")
+        for dealer, share in zip(holders, opened.shares, strict=True):
+            if share and dealer in self._points:
+                self._points[dealer][self.pact.holders(dealer).index(worker) + 1] = share
+        self._opened[worker] = opened
+        return True
+
+    @property
+    def enough(self) -> bool:
+        """Whether the shares that were opened suffice for `result`, if all are true; no more need be waited for."""
+        least = self.pact.settled.threshold
+        return self.stage == "opened" and all(len(points) >= least for points in self._points.values())
+
+    def result(self) -> Words:
+        """Take all masks off: the sum of the finishers' words, in memory that is this object's."""
+        assert self.stage == "opened"
+        pact, bits, off = self.pact, 8 * self.total.itemsize, list[Mask]()
+        for name in self._finishers.workers:
+            off.append(pact.self_mask(self._secret(name), name, bits)._replace(plus=False))
+        for name in self._finishers.lost:
+            key = X25519PrivateKey.from_private_bytes(self._secret(name))
+            near = (other for other in pact.neighbours(name) if other in self._masked)
+            # what the lost one would have added is what its neighbours' masks leave in the sum, with the other sign
+            off += [pact.pair_mask(key, name, other, bits) for other in near]
+        apply(self.total, off)
+        self._enter("done", (), {})
+        return self.total
+
+    def _secret(self, dealer: str) -> bytes:
+        """A dealer's secret, from shares of which one may be false.
+
+        Raises:
+            Aborted: there are too few, or more are false.
+        """
+        holders, threshold = self.pact.holders(dealer), self.pact.settled.threshold
+        points = {x: share for x, share in self._points[dealer].items() if holders[x - 1] not in self.liars}
+        _enough(len(points), threshold, f"shares of {dealer}'s secret were opened")
+        for without in ("", *holders):
+            chosen = [x for x in points if holders[x - 1] != without][:threshold]
+            found = combine({x: points[x] for x in chosen}) if len(chosen) == threshold else None
+            if found and self._is_secret(dealer, found):
+                self.liars |= {without} - {""}
+                return found
+        raise Aborted(f"the shares of {dealer}'s secret do not fit together: it or several of its holders have lied.")
+
+    def _is_secret(self, dealer: str, found: bytes) -> bool:
+        """Whether this is what the dealer has committed to, or belongs to the key that it has advertised."""
+        if dealer in self._masked:
+            return self.pact.commitment(dealer, found) == self._shares[dealer].commitment
+        public = X25519PrivateKey.from_private_bytes(found).public_key().public_bytes_raw()
+        return public == self.pact.keys[dealer][:32]
+
+    def _at(self, stage: Stage, worker: str) -> None:
+        """Refuse what comes too late, too early, or from a stranger."""
+        insist(self.stage == stage, f"{worker} is late or early: it speaks of {stage} in the stage of {self.stage}.")
+        insist(worker in self._expected, f"{worker} is not one of those who may speak here.")
+
+    def _check_holders(self, here: Mapping[str, object], did: str) -> None:
+        """End the attempt unless a quorum and, of each dealer's holders, the threshold are left."""
+        pact = self.pact
+        _enough(len(here), max(COHORT_MIN, pact.quorum), f"members {did}")
+        for dealer in self._shares:
+            left = sum(holder in here for holder in pact.holders(dealer))
+            _enough(left, pact.settled.threshold, f"holders of {dealer}'s secrets {did}")
+
+
+def _said(before: Mapping[str, object], worker: str, said: object) -> bool:
+    """Whether a worker has said just this before.
+
+    Raises:
+        Refused: it has said something else.
+    """
+    insist(before.get(worker, said) == said, f"{worker} has said something else before.")
+    return worker in before
+
+
+def _enough(found: int, needed: int, what: str) -> None:
+    if found < needed:
+        raise Aborted(f"{found} {what}, and {needed} are needed: the attempt ends, and no update was revealed.")
+
+
+def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> None:
+    """Put an unmasked sum of so many updates where the rule `mean` finishes it; `sums` are of the model's layout.
+
+    Floats are `examples · delta` on a coarser grid; integers and booleans their means, in place of the largest.
+
+    Raises:
+        WireError: the words are no sum of updates; some worker has sent something else.
+    """
+    sums.clear()
+    sums.examples, sums.updates = counted(form, total).examples, updates
+    sums.reach = updates * form.ring.limit * form.ring.examples_max
+    sums.largest = means_of_others(form, total, updates)
+    grid, steps = form.ring.grid, form.signed(total)[: form.floats]
+    np.right_shift(steps, grid, out=sums.high, dtype=np.int64)
+    np.bitwise_and(steps, (1 << grid) - 1, out=sums.low, dtype=np.int64)
+    sums.low <<= LOW_BITS - grid
+    sums.carried.update(range(-(-form.floats // CHUNK_ITEMS)))
+    sums.bounds = dict.fromkeys(sums.carried, 1.0)

@@ -135,7 +135,7 @@ def furnish(folder: Path, address: Address, conf: str) -> None:
             raise UsageError(f"port {port} of 127.0.0.1 cannot be used ({reason}): choose another port")
     own = CONF.format(port=address.port, user=address.user, password=address.password)
     write_private(folder / "rabbitmq.conf", own + conf)
-    write_private(folder / "enabled_plugins", "[].\n")
+    write_private(folder / "enabled_plugins", "[rabbitmq_auth_mechanism_ssl].\n")  # logins by certificate
     if not (folder / ".erlang.cookie").exists():
         write_private(folder / ".erlang.cookie", secrets.token_hex(16))
         (folder / ".erlang.cookie").chmod(0o400)  # Erlang insists

@@ -109,7 +109,7 @@ class MemoryBroker:
         source.deliver()
         return consumer
 
-    def take(self, message: Outgoing) -> bool:
+    def take(self, message: Outgoing, user: str = "") -> bool:
         """Put a message into every queue that its keys reach, once each; False when one of them is full.
 
         RabbitMQ gives it to those that have room and refuses all the same; here it is all or none.
@@ -126,14 +126,19 @@ class MemoryBroker:
         if any(queue.refuses(len(message.body)) for queue in reached.values()):
             return False
         for queue in reached.values():
-            queue.put(message)
+            queue.put(message, user)
         return True
 
 
 class MemoryLink:
-    """Keeps the promises of `broker.link.Link` on a `MemoryBroker`."""
+    """Keeps the promises of `broker.link.Link` on a `MemoryBroker`, which vouches for `user`, if there is one.
 
-    def __init__(self, broker: MemoryBroker) -> None:
+    It checks no rights: whoever declares what is not theirs to declare gets it.
+    """
+
+    def __init__(self, broker: MemoryBroker, user: str = "") -> None:
+        self.vouched = bool(user)
+        self._user = user
         self._broker = broker
         self._consumers: list[_Consumer] = []
         self._closed = False
@@ -154,7 +159,7 @@ class MemoryLink:
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
         """See `Link.publish`."""
         assert 0 < len(message.keys) <= BROADCAST_MAX
-        await self._until(lambda: self._broker.up and self._broker.take(message), within_s)
+        await self._until(lambda: self._broker.up and self._broker.take(message, self._user), within_s)
 
     @asynccontextmanager
     async def consume(
@@ -226,6 +231,7 @@ class _Stored:
 
     place: int
     message: Outgoing
+    user: str
     expires_at: float
     delivered: bool = False
 
@@ -251,10 +257,10 @@ class _Queue:
         self.expire()
         return self._may_refuse and (len(self.ready) + 1 > self._length_max or self._bytes + size > self._bytes_max)
 
-    def put(self, message: Outgoing) -> None:
+    def put(self, message: Outgoing, user: str) -> None:
         """Append; then the oldest that wait go until the limits are kept."""
         self._places += 1
-        self._push(_Stored(self._places, message, self._clock() + self._ttl_s))
+        self._push(_Stored(self._places, message, user, self._clock() + self._ttl_s))
         self.deliver()
         while len(self.ready) > self._length_max or self._bytes > self._bytes_max:
             self._pop()
@@ -360,6 +366,10 @@ class _Delivery:
     @property
     def key(self) -> str:
         return self.stored.message.keys[0]
+
+    @property
+    def user(self) -> str:
+        return self.stored.user
 
     async def ack(self) -> None:
         self.consumer.settle(self.stored.place, back=False)

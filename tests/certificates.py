@@ -2,6 +2,7 @@
 
 import ipaddress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
@@ -18,6 +19,29 @@ class Issued(NamedTuple):
 
     certificate: str
     key: str
+
+
+CONF = """
+listeners.ssl.1 = 127.0.0.1:{port}
+ssl_options.cacertfile = {folder}/ca.pem
+ssl_options.certfile = {folder}/broker.pem
+ssl_options.keyfile = {folder}/broker.key
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = true
+ssl_options.versions.1 = tlsv1.3
+ssl_options.versions.2 = tlsv1.2
+auth_mechanisms.1 = EXTERNAL
+auth_mechanisms.2 = PLAIN
+ssl_cert_login_from = common_name
+"""
+
+
+def secured(folder: Path, authority: "Authority", port: int) -> str:
+    """More lines for a node's rabbitmq.conf: it listens by TLS, for those who have a certificate of the authority."""
+    own = authority.issue("localhost", server=True)
+    for name, text in (("ca.pem", authority.pem), ("broker.pem", own.certificate), ("broker.key", own.key)):
+        (folder / name).write_text(text)
+    return CONF.format(port=port, folder=folder)
 
 
 class Authority:

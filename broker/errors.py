@@ -6,6 +6,7 @@ FluffleError
  ├── WireError           the sender: bytes that lie; the message is dropped with this sentence as the reason
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
+ │    ├── Lacking        a queue or a right is not there, and only somebody else can give it
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
  │    └── LinkClosed     our own side closed the link
  ├── LearnerFailed       the learner's author: the user's code raised; carries the end of its traceback
@@ -39,6 +40,10 @@ class LinkError(FluffleError):
 
 class Unroutable(LinkError):
     """No queue takes this message: its receiver has not been here, or has been removed."""
+
+
+class Lacking(LinkError):
+    """A queue that is not there, or a right that an invited worker has not: others may put that right meanwhile."""
 
 
 class QueueInUse(LinkError):

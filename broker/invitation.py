@@ -234,6 +234,11 @@ class Access:
         log.info("%s is another one by now, until %s: using that", self.file, f"{fresh.until:%Y-%m-%d}")
         return fresh
 
+    @property
+    def said(self) -> str:
+        """Who is invited, until when."""
+        return f"{self.user}, by {self.file}, until {self.until:%Y-%m-%d}"
+
     def expiry(self, now: datetime | None = None) -> str:
         """A sentence where the invitation ends soon; else nothing."""
         left = (self.until or datetime.max.replace(tzinfo=UTC)) - (now or datetime.now(UTC))

@@ -135,8 +135,8 @@ class Link(Protocol):
 
         Raises:
             QueueInUse: (on entering) someone else consumes it, and one of the two wants it alone.
-            LinkError: (on entering) there is no such queue; (while iterating) the connection was lost, or the queue
-                was deleted.
+            Lacking: (on entering) there is no such queue.
+            LinkError: (while iterating) the connection was lost, or the queue was deleted.
             LinkClosed: this link was closed.
         """
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
+from broker.errors import BrokerRefused, Lacking, LinkClosed, LinkError, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.messages import Buffer, Part
 from broker.parts import Aim
@@ -101,7 +101,7 @@ class MemoryBroker:
         """
         source = self.queue(queue)
         if source is None:
-            raise LinkError(f"there is no queue {queue}: declare it, then consume again.")
+            raise Lacking(f"there is no queue {queue}: declare it, then consume again.")
         if source.consumers and (alone or any(other.alone for other in source.consumers)):
             raise QueueInUse(f"the queue {queue} is consumed by someone else already.")
         consumer = _Consumer(source, prefetch, self.tell, alone)

@@ -17,7 +17,7 @@ from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, Chann
 from broker import lanes
 from broker.amqp import Connection
 from broker.channels import Channel, Refused
-from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable, UsageError
+from broker.errors import BrokerRefused, Lacking, LinkClosed, LinkError, QueueInUse, Unroutable, UsageError
 from broker.invitation import Access
 from broker.lanes import Asking, backoff_s, interruptions, words
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
@@ -258,7 +258,7 @@ class RabbitLink:
                 return connection, channel
             except Refused as problem:
                 if problem.code == NOT_FOUND:
-                    raise LinkError(f"there is no queue {queue}: declare it, then consume again.") from None
+                    raise Lacking(f"there is no queue {queue}: declare it, then consume again.") from None
                 if "exclusive" in problem.text:
                     raise QueueInUse(f"the queue {queue} is consumed by someone else already.") from None
                 raise _refusal(problem, f"consuming {queue}") from None

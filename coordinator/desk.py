@@ -190,7 +190,9 @@ class Desk:
         """
         self.store.claim.check()
         now = time.monotonic()
-        if isinstance(message, Hello):
+        if isinstance(message, Hello) and not message.incarnation:
+            await self.post.restore(message.worker)
+        elif isinstance(message, Hello):
             self._greet(message, now)
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import LinkError, WireError
+from broker.errors import BrokerRefused, LinkError, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
 from broker.messages import Answer, Closed, Message, Part, Resumed, Task, Update, encode
@@ -29,6 +29,8 @@ FORGET_PARTS = 32
 INBOX_PREFETCH = 2048
 """Accepted updates stay unacknowledged until their version is saved; small messages must still get past them."""
 RETRY_S = 0.2
+RESTORE_S = 2.0
+"""So long at least between two looks at one worker's queues, however often it says that they are gone."""
 DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
@@ -41,6 +43,7 @@ class Post:
         self.link = link
         self.run = run
         self.epoch = epoch
+        self._restored: dict[str, float] = {}  # whose queues were made anew, and when
 
     async def declare(self) -> None:
         """Make sure that the run's queues and the federation's exchanges exist."""
@@ -98,6 +101,12 @@ class Post:
         if getattr(message, "worker", None) != sender:
             await self.bury(delivery, f"a message of {sender} speaks in the name of someone else.")
             return
+        if self.link.vouched and delivery.user != sender:
+            whose = (
+                f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody whom the broker vouches for"
+            )
+            await self.bury(delivery, f"a message of {sender} is a stranger's: it comes from {whose}.")
+            return
         await take(message, delivery)
 
     async def bury(self, delivery: Delivery, reason: str) -> None:
@@ -110,6 +119,22 @@ class Post:
         except LinkError as problem:  # it is bad mail; losing it is better than reading it for ever
             log.debug("could not put it aside: %s", problem)
         await delivery.ack()
+
+    async def restore(self, worker: str) -> None:
+        """Make the queues of an invited worker anew: it says that they are gone, and may not do so itself.
+
+        The broker vouches for who says so: whoever is not invited any more cannot.
+        """
+        now = asyncio.get_running_loop().time()
+        if not self.link.vouched or now - self._restored.get(worker, -RESTORE_S) < RESTORE_S:
+            return
+        self._restored[worker] = now
+        try:
+            await self.link.declare(topology.of_worker(worker, invited=True))
+        except (LinkError, BrokerRefused) as problem:
+            log.warning("the queues of %s are gone and could not be made anew: %s", worker, problem)
+        else:
+            log.info("the queues of %s were gone: made anew", worker)
 
     async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str]) -> int:
         """Send a version to these workers, as one copy to the broker; how many bytes that was.
@@ -165,7 +190,7 @@ class Post:
                         return
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
-                    await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker
+                    await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker, or at its word
         raise WireError(f"{assembly.missing} of its parts did not come.")
 
     async def _collect(self, assembly: Assembly, queue: str, look_s: float) -> None:
@@ -183,6 +208,8 @@ class Post:
                     if now() < due_at and (assembly.arriving or await self.link.depth(queue)):
                         continue
                     raise
+                # A part does not say whose it is, nor need the broker say who sent it: what reaches this queue was
+                # published with its worker's name in the routing key, and the broker lets nobody else use that.
                 message = read(delivery)
                 if not isinstance(message, Part):
                     raise WireError("something that is not a part lies in the upload queue.")

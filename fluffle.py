@@ -389,7 +389,9 @@ app.command()(coordinator.cli.status)
 app.command()(coordinator.cli.verify)
 app.command()(coordinator.cli.replay)
 app.command()(workers.cli.evaluate)
-app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine.")
+app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine, secured or not.")
+app.command()(broker.cli.invite)
+app.command()(broker.cli.revoke)
 app.command()(version)
 
 if __name__ == "__main__":

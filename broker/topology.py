@@ -19,6 +19,9 @@ CONTROL = "fluffle.control"  # coordinator → workers: answers and closings, ro
 UP = "fluffle.up"  # workers → coordinators: hello.W, inbox.RUN.W, upload.W
 DEAD = "fluffle.dead"  # what was refused, with the reason in a header
 
+OPERATOR = "operator"
+"""The broker's user that says goodbye for a worker which has been revoked."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:

@@ -10,6 +10,7 @@ certificates, nor whether a broker runs: what is made here is the same for the s
 
 import hashlib
 import json
+import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from broker.topology import OPERATOR
 
 FILE, READ_BY_RABBIT = "federation.json", "broker"
 COORDINATOR = "coordinator"
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]*:[0-9a-fA-F:.]+")
 SERVER = "the broker of "
 """Before the vhost it is the server's common name, which can be nobody's: names have no spaces."""
 WORKER_CONNECTIONS, WORKER_CHANNELS = 12, 64
@@ -74,7 +76,7 @@ class Federation:
         if NAME.fullmatch(self.vhost) is None:
             raise UsageError(f"{self.vhost!r} is no name for a vhost: it is {NAME_RULE}.")
         for host in self.hosts:
-            if URL.build(scheme="amqps", host=host).host != host.lower():
+            if HOST.fullmatch(host) is None:
                 raise UsageError(f"--host takes a host's name or address, not {host!r}.")
 
     @classmethod

@@ -45,10 +45,11 @@ class Management:
     Args:
         url: where they are, as `checked`; the user in it is not looked at.
         login: name and password.
-        ca: who may vouch for them, as PEM, beside those whom this machine trusts.
+        ca: who may vouch for them, as PEM.
+        public: those whom this machine trusts may, too.
     """
 
-    def __init__(self, url: URL, login: tuple[str, str], ca: str) -> None:
+    def __init__(self, url: URL, login: tuple[str, str], ca: str, *, public: bool = False) -> None:
         self._where = f"{url.host}:{url.port}"
         self._user = login[0]
         self._headers = {
@@ -57,8 +58,9 @@ class Management:
         }
         assert url.host
         if url.scheme == "https":
-            context = strict(ssl.create_default_context())
-            context.load_verify_locations(cadata=ca)
+            context = strict(ssl.create_default_context(cadata=ca))
+            if public:
+                context.load_default_certs()
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
                 url.host, url.port, timeout=ANSWER_S, context=context
             )

@@ -200,7 +200,7 @@ def _pages(folder: Path, now: Federation, *, by_operator: bool = False) -> Manag
     login = (OPERATOR, now.parties[OPERATOR].password)
     if url.user and not by_operator:
         login = url.user, url.password or ""
-    return Management(url, login, (folder / READ_BY_RABBIT / "ca.pem").read_text())
+    return Management(url, login, (folder / READ_BY_RABBIT / "ca.pem").read_text(), public=not now.owned)
 
 
 @contextlib.contextmanager

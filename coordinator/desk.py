@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
+from broker import topology
 from broker.errors import WireError
 from broker.files import Put
 from broker.formats import CHUNK_ITEMS, format_of
@@ -194,6 +195,11 @@ class Desk:
             await self.post.restore(message.worker)
         elif isinstance(message, Hello):
             self._greet(message, now)
+        elif isinstance(message, Goodbye) and delivery.user == topology.OPERATOR:
+            self.roster.leave(message.worker)
+            log.warning("%s is out of the federation: %s", message.worker, message.reason)
+            if self.open:
+                self.open.round.revoke(message.worker, message.reason)
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)
             if self.open:

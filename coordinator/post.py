@@ -13,7 +13,7 @@ from broker import topology
 from broker.errors import BrokerRefused, LinkError, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
-from broker.messages import Answer, Closed, Message, Part, Resumed, Task, Update, encode
+from broker.messages import Answer, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
 from broker.parts import Assembly, split
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,8 @@ class Post:
         if getattr(message, "worker", None) != sender:
             await self.bury(delivery, f"a message of {sender} speaks in the name of someone else.")
             return
-        if self.link.vouched and delivery.user != sender:
+        revoked = isinstance(message, Goodbye) and delivery.user == topology.OPERATOR
+        if self.link.vouched and delivery.user != sender and not revoked:
             whose = (
                 f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody whom the broker vouches for"
             )
@@ -208,8 +209,12 @@ class Post:
                     if now() < due_at and (assembly.arriving or await self.link.depth(queue)):
                         continue
                     raise
-                # A part does not say whose it is, nor need the broker say who sent it: what reaches this queue was
-                # published with its worker's name in the routing key, and the broker lets nobody else use that.
+                # A part does not say whose it is, nor need the broker say who sent it: nobody else may publish with
+                # its worker's name in the key. Further keys in a header are not looked at by RabbitMQ 3.10.
+                if delivery.key != topology.upload_key(queue.removeprefix(topology.upload_queue(""))):
+                    log.warning("dropped what %s put into %s", delivery.key, queue)
+                    await delivery.ack()
+                    continue
                 message = read(delivery)
                 if not isinstance(message, Part):
                     raise WireError("something that is not a part lies in the upload queue.")

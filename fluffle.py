@@ -31,8 +31,9 @@ import workers.cli
 from broker.daemon import GAVE_UP, PARENT, STOPPED, StoppedEarly
 from broker.errors import FluffleError, GaveUp, RunEnded, UsageError
 from broker.fields import legible
+from broker.invitation import Access
 from broker.node import Node
-from broker.options import SettingPairs, parse_settings
+from broker.options import BROKER, INVITE, Insecure, SettingPairs, parse_settings
 from coordinator import history, report
 from coordinator import plan as plans
 from coordinator.store import Store, new_run_name
@@ -131,8 +132,11 @@ def demo(
     data: Annotated[list[str] | None, typer.Option(help="A worker's source; give one for each worker.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Begins all dice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Train one model across several workers through RabbitMQ, and say whether it was worth it."""
+    if broker_url:
+        Access.at(broker_url, insecure=insecure)  # or everybody would find out alone
     out = Console(stderr=as_json, highlight=False)
     folder = run or _free_folder(Path("fluffle-demo"))
     cast = _cast(learner, workers, data or [], seed)
@@ -215,7 +219,8 @@ class Company:
         self._logs = logs
         self._state = state
         # in the environment, because every user of the machine can read a command line
-        self._env = {**os.environ, "FLUFFLE_BROKER": url, PARENT: str(os.getpid())}
+        self._env = {**os.environ, BROKER: url, PARENT: str(os.getpid()), "FLUFFLE_INSECURE": "1"}
+        self._env.pop(INVITE, None)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str) -> None:
@@ -392,7 +397,9 @@ app.command()(coordinator.cli.verify)
 app.command()(coordinator.cli.replay)
 app.command()(workers.cli.evaluate)
 app.command()(workers.attack_cli.attack)
-app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine.")
+app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine, secured or not.")
+app.command()(broker.cli.invite)
+app.command()(broker.cli.revoke)
 app.add_typer(broker.roster_cli.app, name="roster")
 app.command()(broker.roster_cli.keygen)
 app.command()(version)

@@ -10,6 +10,7 @@ FluffleError
  ├── Aborted             nobody: too few are left of a secure attempt; nothing was revealed
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
+ │    ├── Lacking        a queue or a right is not there, and only somebody else can give it
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
  │    ├── NoRoom         a queue is full and says so; waiting has not helped
  │    └── LinkClosed     our own side closed the link
@@ -60,6 +61,10 @@ class LinkError(FluffleError):
 
 class Unroutable(LinkError):
     """No queue takes this message: its receiver has not been here, or has been removed."""
+
+
+class Lacking(LinkError):
+    """A queue that is not there, or a right that an invited worker has not: others may put that right meanwhile."""
 
 
 class QueueInUse(LinkError):

@@ -77,6 +77,10 @@ class Delivery(Protocol):
         """The routing key it was published with; the first one, whichever of several brought it here."""
 
     @property
+    def user(self) -> str:
+        """Who published it, if the broker vouches for that; else empty."""
+
+    @property
     def redelivered(self) -> bool:
         """Whether it may have been delivered before."""
 
@@ -88,7 +92,14 @@ class Delivery(Protocol):
 
 
 class Link(Protocol):
-    """A connected party's way to the broker."""
+    """A connected party's way to the broker.
+
+    Attributes:
+        vouched: the broker vouches for who publishes: what we say carries our name, what others say must carry
+            theirs, and a worker's queues are not its own to declare.
+    """
+
+    vouched: bool
 
     async def declare(self, topology: Topology) -> None:
         """Make sure that these exist.
@@ -125,8 +136,8 @@ class Link(Protocol):
 
         Raises:
             QueueInUse: (on entering) someone else consumes it, and one of the two wants it alone.
-            LinkError: (on entering) there is no such queue; (while iterating) the connection was lost, or the queue
-                was deleted.
+            Lacking: (on entering) there is no such queue.
+            LinkError: (while iterating) the connection was lost, or the queue was deleted.
             LinkClosed: this link was closed.
         """
 

@@ -20,8 +20,9 @@ from rich.table import Table
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
 from broker.fields import legible
+from broker.invitation import Access
 from broker.link import Link
-from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings
+from broker.options import BrokerUrl, GiveUp, Insecure, Invite, SettingPairs, parse_settings, way_in
 from coordinator import history, service, standby, updates
 from coordinator import plan as plans
 from coordinator import replay as replaying
@@ -34,7 +35,8 @@ PlanOptions = dict[str, Any]
 
 def coordinator(
     run: RunFolder,
-    broker: BrokerUrl,
+    broker: BrokerUrl = None,
+    invite: Invite = None,
     rounds: Annotated[int | None, typer.Option(help="Versions to make.")] = None,
     cohort: Annotated[int | None, typer.Option(help="Workers chosen for a round.")] = None,
     over_select: Annotated[
@@ -64,11 +66,13 @@ def coordinator(
     ] = service.DRAINS,
     settings: SettingPairs = None,
     give_up_s: GiveUp = None,
+    insecure: Insecure = False,
 ) -> None:
     """Make versions until the plan's rounds are done. Options change the plan until version 1 is made.
 
     Where another coordinator is at work on the run, stand by, and take over when it is gone.
     """
+    access = way_in("coordinator", broker, invite=invite, insecure=insecure)
     store = Store.open(run)
     given = {
         "rounds": rounds,
@@ -95,7 +99,7 @@ def coordinator(
         store = Store.open(run)  # as it is now
         store.begin_epoch()
         store.adopt(plans.change(store.plan, changes))
-        connect = partial(rabbit.connect, broker, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
+        connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
         daemon.run(lambda stop: _serve(store, connect, stop, drains=drains, forced=forced))
 
 
@@ -120,8 +124,9 @@ async def _serve(
 def status(
     run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    invite: Invite = None,
 ) -> None:
-    """What has happened in a run, and what is happening."""
+    """What has happened in a run, and what is happening; and how long an invitation holds, if there is one."""
     store = Store.open(run)
     lines, now = store.history(), store.now()
     if (left_s := now.get("deadline_s")) is not None:  # when that was written
@@ -142,6 +147,8 @@ def status(
 
     console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
+    for said in _said_of(invite):
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     if waits := standby.waiting(run):
         say(f"standing by: process {waits['process']} on {waits['machine']}")
     for said in [*_said_now(now), *_said_last(abandoned)]:
@@ -164,6 +171,13 @@ def status(
     console.print(table)
     for said in _said_before(lines):
         say(said)
+
+
+def _said_of(invite: Path | None) -> Iterator[str]:
+    """As whom an invitation lets the coordinator in, and whether it ends soon."""
+    if invite:
+        access = Access.invited(invite, "coordinator")
+        yield from filter(None, (f"invited: {access.said}", access.expiry()))
 
 
 def _said_before(lines: list[history.Line]) -> Iterator[str]:

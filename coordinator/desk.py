@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
+from broker import topology
 from broker.errors import PartsLost, WireError
 from broker.fields import NAME
 from broker.files import Put
@@ -192,8 +193,15 @@ class Desk:
         """
         self.store.claim.check()
         now = time.monotonic()
-        if isinstance(message, Hello):
+        if isinstance(message, Hello) and not message.incarnation:
+            await self.post.restore(message.worker)
+        elif isinstance(message, Hello):
             self._greet(message, now)
+        elif isinstance(message, Goodbye) and delivery.user == topology.OPERATOR:
+            self.roster.leave(message.worker)
+            log.warning("%s is out of the federation: %s", message.worker, message.reason)
+            if self.open:
+                self.open.round.revoke(message.worker, message.reason)
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)
             if self.open:

@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import LinkError, PartsLost, WireError
+from broker.errors import BrokerRefused, LinkError, PartsLost, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
-from broker.messages import Answer, Closed, Message, Part, Resumed, Task, Update, encode
+from broker.messages import Answer, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
 from broker.parts import Assembly, split
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ INBOX_PREFETCH, INBOX_SPARE = 2048, 64
 however large each of them is, all that may be here at a time must find room in memory."""
 HELLO_PREFETCH = 64
 RETRY_S = 0.2
+RESTORE_S = 2.0
+"""So long at least between two looks at one worker's queues, however often it says that they are gone."""
 DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
@@ -48,6 +50,7 @@ class Post:
         self.run = run
         self.epoch = epoch
         self.blame: Callable[[Delivery, str], None] = lambda *_: None
+        self._restored: dict[str, float] = {}  # whose queues were made anew, and when
 
     async def declare(self) -> None:
         """Make sure that the run's queues and the federation's exchanges exist."""
@@ -107,6 +110,13 @@ class Post:
         if getattr(message, "worker", None) != sender:
             await self.bury(delivery, f"a message of {sender} speaks in the name of someone else.")
             return
+        revoked = isinstance(message, Goodbye) and delivery.user == topology.OPERATOR
+        if self.link.vouched and delivery.user != sender and not revoked:
+            whose = (
+                f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody whom the broker vouches for"
+            )
+            await self.bury(delivery, f"a message of {sender} is a stranger's: it comes from {whose}.")
+            return
         await take(message, delivery)
 
     async def bury(self, delivery: Delivery, reason: str) -> None:
@@ -120,6 +130,22 @@ class Post:
         except LinkError as problem:  # it is bad mail; losing it is better than reading it for ever
             log.debug("could not put it aside: %s", problem)
         await delivery.ack()
+
+    async def restore(self, worker: str) -> None:
+        """Make the queues of an invited worker anew: it says that they are gone, and may not do so itself.
+
+        The broker vouches for who says so: whoever is not invited any more cannot.
+        """
+        now = asyncio.get_running_loop().time()
+        if not self.link.vouched or now - self._restored.get(worker, -RESTORE_S) < RESTORE_S:
+            return
+        self._restored[worker] = now
+        try:
+            await self.link.declare(topology.of_worker(worker, invited=True))
+        except (LinkError, BrokerRefused) as problem:
+            log.warning("the queues of %s are gone and could not be made anew: %s", worker, problem)
+        else:
+            log.info("the queues of %s were gone: made anew", worker)
 
     async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str]) -> int:
         """Send a version to these workers, as one copy to the broker; how many bytes that was.
@@ -175,7 +201,7 @@ class Post:
                         return
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
-                    await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker
+                    await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker, or at its word
         raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
     async def _collect(self, assembly: Assembly, queue: str, look_s: float) -> None:
@@ -193,6 +219,12 @@ class Post:
                     if now() < due_at and (assembly.arriving or await self.link.depth(queue)):
                         continue
                     raise
+                # A part does not say whose it is, nor need the broker say who sent it: nobody else may publish with
+                # its worker's name in the key. Further keys in a header are not looked at by RabbitMQ 3.10.
+                if delivery.key != topology.upload_key(queue.removeprefix(topology.upload_queue(""))):
+                    log.warning("dropped what %s put into %s", delivery.key, queue)
+                    await delivery.ack()
+                    continue
                 message = read(delivery)
                 if not isinstance(message, Part):
                     raise WireError("something that is not a part lies in the upload queue.")

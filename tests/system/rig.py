@@ -175,8 +175,9 @@ class Lesson:
 class Wire:
     """A `MemoryLink` that shows a hook everything it has published and everything it is about to hand over."""
 
-    def __init__(self, broker: MemoryBroker, hook: Hook | None = None) -> None:
-        self.link = MemoryLink(broker)
+    def __init__(self, broker: MemoryBroker, hook: Hook | None = None, *, user: str = "") -> None:
+        self.link = MemoryLink(broker, user)
+        self.vouched = self.link.vouched
         self.hook = hook
         self.declare = self.link.declare
         self.purge = self.link.purge
@@ -260,6 +261,7 @@ class Federation:
     names: set[str] = field(default_factory=set)
     drains: int = 2
     lasting: bool = True  # a worker that returns finds the files of the one before
+    invited: bool = False  # everybody is, and so the broker vouches for who says what
     coordinator: Coordinator | None = None
     _serving: asyncio.Task[None] | None = None
     _wire: Wire | None = None
@@ -275,10 +277,13 @@ class Federation:
 
     # -- who takes part -----------------------------------------------------------------------------------------
 
+    def _way_of(self, name: str) -> Wire:
+        return Wire(self.broker, self.hook, user=name if self.invited else "")
+
     def join(self, name: str, **of_who: Any) -> Place:
         """One more worker; it is started at once."""
         spool = Spool(self.folder / (f"spool-{name}" if self.lasting else f"spool-{name}-{next(self._spools)}"))
-        lesson, wire, stop = Lesson(spool), Wire(self.broker, self.hook), asyncio.Event()
+        lesson, wire, stop = Lesson(spool), self._way_of(name), asyncio.Event()
         who = Who(name, "lesson", **{"lease_s": LEASE_S, "drain_s": 5.0, **of_who})
         # it asks for the class, and uses these methods
         worker = Worker(who, Shared(wire, spool), cast(Seat, lesson))
@@ -289,7 +294,7 @@ class Federation:
 
     def begin(self) -> asyncio.Task[None]:
         """Start the coordinator, or start it anew on the same folder."""
-        self._wire = Wire(self.broker, self.hook)
+        self._wire = self._way_of("coordinator")
         self.coordinator = Coordinator(self.store, self._wire, drains=self.drains)
         self._serving = asyncio.create_task(self.coordinator.serve())
         return self._serving

@@ -1,4 +1,4 @@
-"""A worker that belongs to the federation no more: what the operator's goodbye does, and that nobody else can say it."""
+"""A worker that belongs to the federation no more: what the operator's goodbye does, which nobody else can say."""
 
 from pathlib import Path
 
@@ -98,4 +98,5 @@ async def test_what_others_put_into_an_upload_queue_by_a_second_key_is_dropped(
             join(fed, name)
         await fed.end()
         assert not tricks
+        assert [line["event"] for line in fed.lines() if line["event"] in ("round", "abandoned")] == ["round"]
         assert fed.weights() == expected(fed.store.plan, [NAMES])

@@ -44,7 +44,7 @@ def authority(name: str) -> Issued:
     return _sealed(builder, key, key)
 
 
-def issue(by: Issued, name: str, hosts: Sequence[str] = ()) -> Issued:
+def issue(by: Issued, name: str, *, hosts: Sequence[str] = ()) -> Issued:
     """A certificate for a party called `name`; or, with host names and addresses, for a broker that answers there.
 
     It ends no later than the authority.

@@ -229,7 +229,7 @@ def _authority(folder: Path, now: Federation) -> Issued:
 def _certify_server(folder: Path, now: Federation, by: Issued, *, renew: bool) -> None:
     certificate, key = (folder / READ_BY_RABBIT / name for name in ("server.pem", "server.key"))
     if renew or not certificate.exists() or hosts_of(certificate.read_text()) != set(now.names):
-        made = issue(by, SERVER + now.vhost, now.names)
+        made = issue(by, SERVER + now.vhost, hosts=now.names)
         _put(key, made.key)
         _put(certificate, made.certificate)
 

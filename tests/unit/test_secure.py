@@ -76,7 +76,7 @@ def test_whoever_has_no_tls_or_no_certificate_is_not_let_in(tmp_path: Path) -> N
 
 def test_certificates_are_for_one_use_each_and_of_the_curve_p_256() -> None:
     above = authority("the authority")
-    server, worker = issue(above, "the broker of x", ("localhost", "127.0.0.1")), issue(above, "ada")
+    server, worker = issue(above, "the broker of x", hosts=("localhost", "127.0.0.1")), issue(above, "ada")
     for issued, use in ((server, ExtendedKeyUsageOID.SERVER_AUTH), (worker, ExtendedKeyUsageOID.CLIENT_AUTH)):
         found = x509.load_pem_x509_certificate(issued.certificate.encode())
         assert [*found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value] == [use]

@@ -280,11 +280,14 @@ class Desk:
         await delivery.ack()
         self.changed.set()
 
+    @property
+    def _facts(self) -> Facts:
+        return self.open.facts if self.open else self._between
+
     def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
-        facts = self.open.facts if self.open else self._between
-        facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
+        self._facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
         if lie:
-            facts.strike(worker, reason)
+            self._facts.strike(worker, reason)
 
     def _blame(self, delivery: Delivery, reason: str) -> None:
         """See `Post.blame`. A routing key is anybody's to choose: only whom the broker vouches for is struck."""
@@ -346,7 +349,7 @@ class Desk:
                 await self._turn_out(here, update, problem)
 
     async def _receive(self, here: Open, update: Update, data: memoryview) -> bool:
-        """Let an update land in `data`; False if its turn has ended before it was there.
+        """Let an update land in `data`; False if its turn has ended before it was there, or others come first.
 
         Raises:
             WireError: its parts lie, or do not come.
@@ -356,7 +359,9 @@ class Desk:
         try:
             async with asyncio.timeout(None) as receiving:  # until the turn ends
                 self._receiving[receiving] = None
-                await self.post.drain(update, data, within_s=self.plan.round_s)
+                if not await self.post.drain(update, data, within_s=self.plan.round_s, crowded=self._is_crowded):
+                    self._uploads.put_nowait((here, update))
+                    return False
         except TimeoutError:
             log.info("%s: what %s has sent is left: the turn is over", update.of, update.worker)
             return False
@@ -374,6 +379,10 @@ class Desk:
         here.facts.trained[update.worker] = update.metrics
         here.facts.bytes_up += len(data)
         self.changed.set()
+
+    def _is_crowded(self) -> bool:
+        """Whether uploads wait for a room."""
+        return not self._uploads.empty()
 
     def _wanted(self, here: Open, update: Update) -> bool:
         return here is self.open and here.round.takes(update.worker)

@@ -280,18 +280,15 @@ class Desk:
         await delivery.ack()
         self.changed.set()
 
-    @property
-    def _facts(self) -> Facts:
-        return self.open.facts if self.open else self._between
-
     def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
-        self._facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
+        facts = self.open.facts if self.open else self._between
+        facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
         if lie:
-            self._facts.strike(worker, reason)
+            facts.strike(worker, reason)
 
     def _blame(self, delivery: Delivery, reason: str) -> None:
         """See `Post.blame`. A routing key is anybody's to choose: only whom the broker vouches for is struck."""
-        user: str = getattr(delivery, "user", "")
+        user = delivery.user if self.post.link.vouched else ""
         name = user or delivery.key.rsplit(".", 1)[-1]
         self._note_other(name if NAME.fullmatch(name) else "somebody", "invalid", reason, lie=bool(user))
 
@@ -359,7 +356,7 @@ class Desk:
         try:
             async with asyncio.timeout(None) as receiving:  # until the turn ends
                 self._receiving[receiving] = None
-                if not await self.post.drain(update, data, within_s=self.plan.round_s, crowded=self._is_crowded):
+                if not await self.post.drain(update, data, within_s=self.plan.round_s, waiting=self._uploads.qsize):
                     self._uploads.put_nowait((here, update))
                     return False
         except TimeoutError:
@@ -379,10 +376,6 @@ class Desk:
         here.facts.trained[update.worker] = update.metrics
         here.facts.bytes_up += len(data)
         self.changed.set()
-
-    def _is_crowded(self) -> bool:
-        """Whether uploads wait for a room."""
-        return not self._uploads.empty()
 
     def _wanted(self, here: Open, update: Update) -> bool:
         return here is self.open and here.round.takes(update.worker)

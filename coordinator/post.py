@@ -176,13 +176,13 @@ class Post:
             await self.link.purge(topology.upload_queue(worker))
 
     async def drain(
-        self, update: Update, room: memoryview, *, within_s: float, crowded: Callable[[], bool] = lambda: False
+        self, update: Update, room: memoryview, *, within_s: float, waiting: Callable[[], int] = lambda: 0
     ) -> bool:
         """Let the bytes of an update land in `room`, out of its worker's upload queue; False if that is to wait.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
         asked to send them again. All of it together takes at most `within_s`, whatever worker and broker do; and who
-        has to be waited for makes room while it is `crowded`, for others whose parts may be there.
+        has to be waited for makes room while others are `waiting`, whose parts may be there.
 
         Raises:
             WireError: the parts lie.
@@ -196,7 +196,7 @@ class Post:
                     try:
                         # what was asked for takes its time: its worker may be cut off, or its line slow
                         queue = topology.upload_queue(update.worker)
-                        await self._collect(assembly, queue, patient=resent > 0, crowded=crowded)
+                        await self._collect(assembly, queue, patient=resent > 0, waiting=waiting)
                     except (TimeoutError, LinkError) as problem:
                         missing, worker = assembly.missing, update.worker
                         log.info("%s: %d parts of %s are missing (%s)", update.of, missing, worker, problem)
@@ -206,11 +206,11 @@ class Post:
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
                     await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker, or at its word
-                    if crowded():
+                    if waiting():
                         return False
         raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, crowded: Callable[[], bool]) -> None:
+    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Callable[[], int]) -> None:
         """Take parts out of a queue until all are here.
 
         Raises:
@@ -229,12 +229,12 @@ class Post:
                 waited_s += now() - began_at
                 if delivery is not None and await self._land(delivery, assembly, queue):
                     due_at = now() + STALL_S
-                if assembly.complete or (delivery is not None and not (waited_s >= LOOK_S and crowded())):
+                if assembly.complete or (delivery is not None and not (waited_s >= LOOK_S and waiting())):
                     continue
                 waited_s = 0.0
                 # all have been in the queue: what is neither there nor half here is lost
                 there = assembly.arriving or await self.link.depth(queue)
-                if now() >= due_at or not (there or (patient and not crowded())):
+                if now() >= due_at or not (there or (patient and not waiting())):
                     raise TimeoutError
 
     async def _land(self, delivery: Delivery, assembly: Assembly, queue: str) -> bool:

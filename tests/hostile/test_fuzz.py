@@ -7,6 +7,7 @@ import logging
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from tests.hostile import fuzz
 
 SEARCH_S = 600
-VARIANTS = {"past": 150, "plan": 200, "sums": 300}
+VARIANTS = {"past": 100, "plan": 100, "sums": 200, "round": 150, "version": 150, "kept": 200, "invitation": 100}
 FOUND = {
     "a plan nested too deep": ("plan", b"settings.x = " + b"[" * 5000),
     "a plan with a number of 5000 digits": ("plan", b"rounds = " + b"9" * 5000),
@@ -72,12 +73,8 @@ def case(data: bytes) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> None:
+def _quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
-
-
-@pytest.fixture(autouse=True)
-def _heard() -> object:
     yield
     logging.disable(logging.NOTSET)
 

@@ -288,7 +288,7 @@ class Desk:
 
     def _blame(self, delivery: Delivery, reason: str) -> None:
         """See `Post.blame`. A routing key is anybody's to choose: only whom the broker vouches for is struck."""
-        user: str = getattr(delivery, "user", "")
+        user = delivery.user if self.post.link.vouched else ""
         name = user or delivery.key.rsplit(".", 1)[-1]
         self._note_other(name if NAME.fullmatch(name) else "somebody", "invalid", reason, lie=bool(user))
 
@@ -346,7 +346,7 @@ class Desk:
                 await self._turn_out(here, update, problem)
 
     async def _receive(self, here: Open, update: Update, data: memoryview) -> bool:
-        """Let an update land in `data`; False if its turn has ended before it was there.
+        """Let an update land in `data`; False if its turn has ended before it was there, or others come first.
 
         Raises:
             WireError: its parts lie, or do not come.
@@ -356,7 +356,9 @@ class Desk:
         try:
             async with asyncio.timeout(None) as receiving:  # until the turn ends
                 self._receiving[receiving] = None
-                await self.post.drain(update, data, within_s=self.plan.round_s)
+                if not await self.post.drain(update, data, within_s=self.plan.round_s, waiting=self._uploads.qsize):
+                    self._uploads.put_nowait((here, update))
+                    return False
         except TimeoutError:
             log.info("%s: what %s has sent is left: the turn is over", update.of, update.worker)
             return False

@@ -175,14 +175,18 @@ class Post:
         with contextlib.suppress(LinkError):
             await self.link.purge(topology.upload_queue(worker))
 
-    async def drain(self, update: Update, room: memoryview, *, within_s: float) -> None:
-        """Let the bytes of an update land in `room`, out of its worker's upload queue.
+    async def drain(
+        self, update: Update, room: memoryview, *, within_s: float, waiting: Callable[[], int] = lambda: 0
+    ) -> bool:
+        """Let the bytes of an update land in `room`, out of its worker's upload queue; False if that is to wait.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
-        asked to send them again. All of it together takes at most `within_s`, whatever worker and broker do.
+        asked to send them again. All of it together takes at most `within_s`, whatever worker and broker do; and who
+        has to be waited for makes room while others are `waiting`, whose parts may be there.
 
         Raises:
-            WireError: the parts lie, or do not come.
+            WireError: the parts lie.
+            PartsLost: they do not come.
         """
         assembly = Assembly(update.payload, room)
         with contextlib.suppress(TimeoutError):
@@ -191,45 +195,65 @@ class Post:
                     pause_s = 0.0
                     try:
                         # what was asked for takes its time: its worker may be cut off, or its line slow
-                        look_s = STALL_S if resent else LOOK_S
-                        await self._collect(assembly, topology.upload_queue(update.worker), look_s)
+                        queue = topology.upload_queue(update.worker)
+                        await self._collect(assembly, queue, patient=resent > 0, waiting=waiting)
                     except (TimeoutError, LinkError) as problem:
                         missing, worker = assembly.missing, update.worker
                         log.info("%s: %d parts of %s are missing (%s)", update.of, missing, worker, problem)
                         pause_s = LOOK_S if isinstance(problem, LinkError) else 0.0
                     if assembly.complete:
-                        return
+                        return True
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
                     await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker, or at its word
+                    if waiting():
+                        return False
         raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str, look_s: float) -> None:
+    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Callable[[], int]) -> None:
+        """Take parts out of a queue until all are here.
+
+        Raises:
+            TimeoutError: some are not there, and are not waited for (any longer).
+        """
         if assembly.complete:
             return
         now = asyncio.get_running_loop().time
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
-            due_at = now() + STALL_S
+            due_at, waited_s = now() + STALL_S, 0.0
             while not assembly.complete:
-                try:
-                    async with asyncio.timeout_at(min(due_at, now() + look_s)):
+                began_at, delivery = now(), None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(min(due_at, began_at + LOOK_S)):
                         delivery = await anext(deliveries)
-                except TimeoutError:
-                    # all have been in the queue: what is neither there nor half here is lost
-                    if now() < due_at and (assembly.arriving or await self.link.depth(queue)):
-                        continue
-                    raise
-                # A part does not say whose it is, nor need the broker say who sent it: nobody else may publish with
-                # its worker's name in the key. Further keys in a header are not looked at by RabbitMQ 3.10.
-                if delivery.key != topology.upload_key(queue.removeprefix(topology.upload_queue(""))):
-                    log.warning("dropped what %s put into %s", delivery.key, queue)
-                    await delivery.ack()
-                    continue
-                message = read(delivery)
-                if not isinstance(message, Part):
-                    raise WireError("something that is not a part lies in the upload queue.")
-                if assembly.add(message):
+                waited_s += now() - began_at
+                if delivery is not None and await self._land(delivery, assembly, queue):
                     due_at = now() + STALL_S
-                    if message.index % FORGET_PARTS == FORGET_PARTS - 1:
-                        forget(assembly.data)
-                await delivery.ack()
+                if assembly.complete or (delivery is not None and not (waited_s >= LOOK_S and waiting())):
+                    continue
+                waited_s = 0.0
+                # all have been in the queue: what is neither there nor half here is lost
+                there = assembly.arriving or await self.link.depth(queue)
+                if now() >= due_at or not (there or (patient and not waiting())):
+                    raise TimeoutError
+
+    async def _land(self, delivery: Delivery, assembly: Assembly, queue: str) -> bool:
+        """Put a part in its place; whether it was one that was missing.
+
+        Raises:
+            WireError: it lies, or is no part.
+        """
+        # A part does not say whose it is, nor need the broker say who sent it: nobody else may publish with its
+        # worker's name in the key. Further keys in a header are not looked at by RabbitMQ 3.10.
+        if delivery.key != topology.upload_key(queue.removeprefix(topology.upload_queue(""))):
+            log.warning("dropped what %s put into %s", delivery.key, queue)
+            await delivery.ack()
+            return False
+        message = read(delivery)
+        if not isinstance(message, Part):
+            raise WireError("something that is not a part lies in the upload queue.")
+        added = assembly.add(message)
+        if added and message.index % FORGET_PARTS == FORGET_PARTS - 1:
+            forget(assembly.data)
+        await delivery.ack()
+        return added

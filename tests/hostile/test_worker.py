@@ -393,14 +393,13 @@ async def test_updates_without_verdicts_do_not_pile_up(tmp_path: Path) -> None:
         await false.tell(*(Answer(Attempt(RUN, number, 1), "accepted", "thank you") for number in range(1, 6)))
 
 
-async def test_an_upload_for_which_the_queue_has_no_room_waits_for_it_untrained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_an_upload_for_which_the_queue_has_no_room_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker's owner allows this worker less than an update, and then enough."""
+    """The broker's owner allows this worker less than an update."""
     monkeypatch.setattr(topology, "of_worker", narrow)
-    monkeypatch.setattr("workers.outbox.AGAIN_S", 0.01)
     asked = task(LIE)
-    async with a_worker(tmp_path) as (fed, false):
+    async with a_worker(tmp_path) as (_, false):
         publish = false.place.wire.link.publish
 
         async def impatient(message: Outgoing, *, within_s: float) -> None:
@@ -408,12 +407,12 @@ async def test_an_upload_for_which_the_queue_has_no_room_waits_for_it_untrained(
 
         monkeypatch.setattr(false.place.wire.link, "publish", impatient)
         await false.send(asked, *parts(asked))
-        await fed.until(lambda: "the update waits for the broker: the broker did not take it" in caplog.text)
+        reason = (await false.hear(Refusal)).reason
+        assert reason.startswith("what came of it could not be sent: the broker did not take it within 0.05 s")
+        assert false.place.lesson.done == [(True, 1)]
         monkeypatch.undo()
         await false.link.delete(topology.upload_queue(WORKER))
         await false.link.declare(topology.of_worker(WORKER))
-        await false.take_update(LIE)
-        assert false.place.lesson.done == [(True, 1)]
         await false.get_honest_work()
 
 

@@ -21,18 +21,19 @@ Line = dict[str, Any]
 _Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
 _Numbers, _Reasons = dict[str, float], dict[str, str]
 _STRICT = ConfigDict(strict=True)
-_OTHER = create_model(
+_OTHER: Any = create_model(
     "_OTHER", __config__=_STRICT, worker=(str, ...), verdict=(str, ...), reason=(str, ...), times=(_Count, 1)
 )
-_STRUCK = create_model("_STRUCK", __config__=_STRICT, times=(_Count, ...), why=(str, ...))
-_RESTED = create_model("_RESTED", __config__=_STRICT, rounds=(_Count, ...), why=(str, ...))
+_STRUCK: Any = create_model("_STRUCK", __config__=_STRICT, times=(_Count, ...), why=(str, ...))
+_RESTED: Any = create_model("_RESTED", __config__=_STRICT, rounds=(_Count, ...), why=(str, ...))
 _KINDS: dict[str, Any] = {
     "event": str, "round": _Count, "attempt": _Count, "version": _Count, "why": str, "cohort": list[str],
     "counted": dict[str, Line], "refused": _Reasons, "failed": _Reasons, "metrics": _Numbers, "scored": _Numbers,
     "others": list[_OTHER], "struck": dict[str, _STRUCK], "rested": dict[str, _RESTED],
     "worker": str, "seconds": float, "bytes_down": float, "bytes_up": float,
 }  # fmt: skip
-_LINE = create_model("_LINE", __config__=_STRICT, **{name: (kind, None) for name, kind in _KINDS.items()})
+_FIELDS: dict[str, Any] = {name: (kind, None) for name, kind in _KINDS.items()}
+_LINE = create_model("_LINE", __config__=_STRICT, **_FIELDS)
 
 
 @dataclass(slots=True)

@@ -123,7 +123,8 @@ def _read(path: Path) -> list[Try]:
         raise ValueError("it does not match its checksum")
     tries = [Try(**{**each, "cohort": tuple(each["cohort"])}) for each in found["tries"]]
     for each in tries:
-        made = each.line is None or (isinstance(each.line, dict) and isinstance(each.line.get("version"), int))
+        line: Any = each.line
+        made = line is None or (isinstance(line, dict) and isinstance(line.get("version"), int))
         if not made or [type(each.round), type(each.attempt), type(each.until)] != [int, int, float]:
             raise ValueError("it does not say what a journal says")
         if not all(isinstance(worker, str) for worker in each.cohort):

@@ -6,7 +6,7 @@ Knows queues, parts and reconnecting. Does not know rounds' rules: every decisio
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from broker import topology
@@ -222,10 +222,8 @@ class Post:
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
             due_at, waited_s = now() + STALL_S, 0.0
             while not assembly.complete:
-                began_at, delivery = now(), None
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(min(due_at, began_at + LOOK_S)):
-                        delivery = await anext(deliveries)
+                began_at = now()
+                delivery = await _next(deliveries, until=min(due_at, began_at + LOOK_S))
                 waited_s += now() - began_at
                 if delivery is not None and await self._land(delivery, assembly, queue):
                     due_at = now() + STALL_S
@@ -257,3 +255,11 @@ class Post:
             forget(assembly.data)
         await delivery.ack()
         return added
+
+
+async def _next(deliveries: AsyncIterator[Delivery], *, until: float) -> Delivery | None:
+    """The next delivery; None if there is none by then."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(until):
+            return await anext(deliveries)
+    return None

@@ -66,7 +66,8 @@ FORBIDDEN_WORDS = {
 NODE_IS_RABBITMQS = {"broker/node.py", "class Node"}
 TOP_LEVEL = {
     "broker", "coordinator", "workers", "tests", "fluffle.py", "pyproject.toml", "docker-compose.yml", "Dockerfile",
-    "Makefile", "constraints.txt", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "SECURITY.md",
+    "Makefile", "constraints.txt", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE",
+    "SECURITY.md",
 }  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

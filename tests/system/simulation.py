@@ -29,11 +29,11 @@ import numpy as np
 import pytest
 
 from broker import topology
+from broker.chain import Chain
 from broker.errors import LearnerFailed, RunEnded
 from broker.messages import Answer, Attempt, Message
 from broker.tensors import Layout
 from coordinator import history
-from coordinator.chain import Chain
 from coordinator.service import Coordinator
 from coordinator.store import VERSIONS, Store
 from coordinator.verify import verify

@@ -1,7 +1,7 @@
 """A log as a chain: every line vouches for all that stand before it, so none can be changed without a trace.
 
-Knows how a line is written, and what has become of lines that were written so. Does not know what a line says: a run's
-history and a worker's ledger are both written so.
+Knows how a line is written, and what has become of lines that were written so: a run's history, a worker's ledger.
+Does not know what a line says.
 
 A line's `chain` is the hex SHA-256 of the chain before it (nothing before the first) and of the line itself without
 `chain`. A line is written in one way only, as JSON with sorted keys and without spaces, so that no other byte of it

@@ -136,6 +136,7 @@ def status(
     if as_json:
         shown = [{"version": p.version, "scored": p.scored, "held_out": p.held_out} for p in points]
         found = {"run": store.plan.run, "version": store.latest(), "rounds": store.plan.rounds, "now": now}
+        found |= {"contract": store.plan.contract, "learner_file": store.plan.learner_file}
         found |= {"updates_bytes": sum(kept), "abandoned": abandoned, "standby": standby.waiting(run)}
         json.dump({**found, "versions": shown, "history": lines}, sys.stdout)
         sys.stdout.write("\n")
@@ -146,6 +147,9 @@ def status(
         console.print(legible(text), markup=False, highlight=False)
 
     console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
+    if contract := store.plan.contract:
+        pinned = f"; pinned to the learner file {store.plan.learner_file[:16]}…" if store.plan.learner_file else ""
+        console.print(f"contract {contract}{pinned}", markup=False, highlight=False, soft_wrap=True)
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
     for said in _said_of(invite):
         console.print(said, markup=False, highlight=False, soft_wrap=True)

@@ -118,6 +118,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         },
         "refused": dict(sorted(done.refused.items())),
         "failed": {worker: why for worker, why in done.fared.items() if why},
+        "declined": dict(sorted(done.declined.items())),
         "others": facts.others,
         "struck": facts.struck,
         "rested": facts.rested,

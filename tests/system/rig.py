@@ -23,6 +23,7 @@ import coordinator.post
 import coordinator.service
 import workers.post
 from broker import topology
+from broker.contract import Contract, fingerprint
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import FORMATS, format_of
 from broker.link import PUBLISH_S, Delivery, Lane, Outgoing
@@ -125,6 +126,8 @@ class Lesson:
 
     Those that share a `turn` train one after another.
     """
+
+    contract = Contract(fingerprint(MODEL))
 
     def __init__(self, spool: Spool, *, turn: asyncio.Lock | None = None) -> None:
         self.gate = asyncio.Event()

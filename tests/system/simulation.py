@@ -372,7 +372,7 @@ class Bench:
     """Stands in for the training process: takes its time, or fails."""
 
     def __init__(self, simulation: Simulation, party: Party, lesson: Lesson) -> None:
-        self.start = lesson.start
+        self.start, self.contract = lesson.start, lesson.contract
         self._simulation = simulation
         self._party = party
         self._lesson = lesson

@@ -65,7 +65,7 @@ async def hosting(fed: Federation, names: tuple[str, ...] = NAMES) -> AsyncItera
         await wire.close()
         spool.remove()
     assert spool.in_use == 0
-    assert {path.suffix for path in spool.folder.iterdir()} == {SUFFIX}
+    assert {path.suffix for path in spool.folder.glob("*")} <= {SUFFIX}
 
 
 async def test_a_sampled_cohort_of_hosted_workers_makes_what_workers_alone_would_make(tmp_path: Path) -> None:

@@ -183,8 +183,8 @@ async def test_an_update_that_is_given_up_is_not_written_down_afterwards(
     monkeypatch.setattr("workers.outbox.checked", slowly)
     spool = Spool(tmp_path / "spool")
     outbox = Outbox(
-        "a", cast(Post, Stuck()), owner=Owner(Who("a", "lesson"), spool.folder), residuals=Residuals(spool.folder, "a"),
-        tell=lambda *_: None, rest=lambda: None,
+        "a", cast(Post, Stuck()), owner=Owner(Who("a", "lesson"), spool.folder),
+        residuals=Residuals(spool.folder, "a"), tell=lambda *_: None, rest=lambda: None,
     )  # fmt: skip
     payload, works = Payload("p", 262144, MODEL.specs), []
 

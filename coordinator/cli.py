@@ -147,11 +147,8 @@ def status(
         console.print(legible(text), markup=False, highlight=False)
 
     console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
-    if contract := store.plan.contract:
-        pinned = f"; pinned to the learner file {store.plan.learner_file[:16]}…" if store.plan.learner_file else ""
-        console.print(f"contract {contract}{pinned}", markup=False, highlight=False, soft_wrap=True)
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
-    for said in _said_of(invite):
+    for said in [*_said_contract(store.plan), *_said_of(invite)]:
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     if waits := standby.waiting(run):
         say(f"standing by: process {waits['process']} on {waits['machine']}")
@@ -175,6 +172,12 @@ def status(
     console.print(table)
     for said in _said_before(lines):
         say(said)
+
+
+def _said_contract(plan: plans.Plan) -> Iterator[str]:
+    """What every worker's learner must be; a former fluffle did not say."""
+    if plan.contract:
+        yield f"contract {plan.contract}" + (f", learner file {plan.learner_file}" if plan.learner_file else "")
 
 
 def _said_of(invite: Path | None) -> Iterator[str]:

@@ -29,7 +29,8 @@ _RESTED: Any = create_model("_RESTED", __config__=_STRICT, rounds=(_Count, ...),
 _KINDS: dict[str, Any] = {
     "event": str, "round": _Count, "attempt": _Count, "version": _Count, "why": str, "cohort": list[str],
     "counted": dict[str, Line], "refused": _Reasons, "failed": _Reasons, "declined": _Reasons,
-    "metrics": _Numbers, "scored": _Numbers, "others": list[_OTHER], "struck": dict[str, _STRUCK], "rested": dict[str, _RESTED],
+    "metrics": _Numbers, "scored": _Numbers,
+    "others": list[_OTHER], "struck": dict[str, _STRUCK], "rested": dict[str, _RESTED],
     "worker": str, "seconds": float, "bytes_down": float, "bytes_up": float,
 }  # fmt: skip
 _FIELDS: dict[str, Any] = {name: (kind, None) for name, kind in _KINDS.items()}

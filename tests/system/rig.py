@@ -120,6 +120,7 @@ class Lesson:
         gate: training waits for it; open unless a test closes it.
         began: set when a training has begun.
         fails: training raises LearnerFailed with this text.
+        layout, contract: of the learner.
         unready: there is nothing to train with, for this reason.
         done: the (train, round) of everything that was done.
         received: round → checksum of the weights from which it was trained.
@@ -127,14 +128,13 @@ class Lesson:
     Those that share a `turn` train one after another.
     """
 
-    contract = Contract(fingerprint(MODEL))
-
     def __init__(self, spool: Spool, *, turn: asyncio.Lock | None = None) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
         self.began = asyncio.Event()
         self.fails = ""
         self.unready = ""
+        self.layout, self.contract = MODEL, Contract(fingerprint(MODEL))
         self.done: list[tuple[bool, int]] = []
         self.received: dict[int, int] = {}
         self._spool = spool
@@ -143,7 +143,7 @@ class Lesson:
     async def start(self) -> Layout:
         if self.unready:
             raise UsageError(self.unready)
-        return MODEL
+        return self.layout
 
     async def run(self, work: Work, layout: Layout, *, weights: Slot, residual: Residual | None = None) -> Done:
         del residual  # what formats leave out is lost here

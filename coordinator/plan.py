@@ -5,19 +5,17 @@ Knows what settings there are, their bounds and which contradict each other. Doe
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from broker import wording
-from broker.errors import UsageError
 from broker.fields import NAME
 from broker.formats import KEEP
 from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
@@ -173,13 +171,7 @@ def make(values: Mapping[str, Any], source: str = "the plan") -> Plan:
     Raises:
         UsageError: a setting that is unknown, of the wrong type, out of bounds, or contradicts another.
     """
-    given = dict(values)
-    if isinstance(given.get("workers"), list):  # TOML has lists only
-        given["workers"] = tuple(given["workers"])
-    try:
-        return Plan(**given)
-    except ValidationError as problem:
-        raise UsageError(f"{source}: {_said(problem.errors(include_url=False)[0])}.") from None
+    return wording.make(Plan, values, source, say=_said)
 
 
 def _said(error: ErrorDetails) -> str:
@@ -212,12 +204,7 @@ def read(path: Path) -> Plan:
     Raises:
         UsageError: no such file, not TOML, or not a plan.
     """
-    try:
-        return make(tomllib.loads(path.read_text()), str(path))
-    except OSError as problem:
-        raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
-    except (ValueError, RecursionError) as problem:  # also of text, and of numbers with thousands of digits
-        raise UsageError(f"{path} is not TOML ({problem}): mend it or restore it.") from None
+    return make(wording.read(path), str(path))
 
 
 def to_toml(plan: Plan) -> bytes:

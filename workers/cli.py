@@ -183,23 +183,21 @@ def ledger(
     called = name if name is not None else _name_of_machine()
     path = ledgers.find(state, called)
     data = path.read_bytes()
-    lines = [*ledgers.lines(data)]
-    findings, last = check(data, "ledger", remembered=remembered)
+    lines, (findings, last) = [*ledgers.lines(data)], check(data, "ledger", remembered=remembered)
+    bad = sum(each.bad for each in findings)
     if as_json:
         found = {"worker": called, "lines": lines, "chain": last, "findings": [each._asdict() for each in findings]}
         sys.stdout.write(json.dumps(found) + "\n")
     elif verify or remembered:
-        bad = sum(each.bad for each in findings)
-        sys.stdout.writelines(f"{each.said}\n" for each in findings)
         said = f"{bad} things are not as they were written" if bad else "all is well"
+        sys.stdout.writelines(f"{each.said}\n" for each in findings)
         sys.stdout.write(f"{said}: {len(lines)} lines in {path}; the chain ends in {last or 'nothing'}\n")
     else:
-        table = Table("when", "what", "run", "round", "asked by", "")
+        table, bad = Table("when", "what", "run", "round", "asked by", ""), 0
         for line in lines:
             table.add_row(*map(Text, ledgers.told(line)))
         Console().print(table)
-        return
-    if any(each.bad for each in findings):
+    if bad:
         raise typer.Exit(1)
 
 

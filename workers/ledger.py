@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from broker.chain import Chain, bare
+from broker.chain import AFTER_TORN, CHAIN, Chain
 from broker.errors import LearnerFailed, UsageError
 from broker.files import sync
 from broker.options import state_folder
@@ -61,13 +61,13 @@ class Ledger:
                 self._named = True
 
     def read(self) -> list[Line]:
-        """All its lines, see `read`.
+        """All its lines in order; torn ones are passed over.
 
         Raises:
             LearnerFailed: they cannot be read.
         """
         with self._disk("read"):
-            return read(self.path)
+            return [*lines(self.path.read_bytes())] if self.path.exists() else []
 
     @contextlib.contextmanager
     def _disk(self, what: str = "written") -> Iterator[None]:
@@ -78,11 +78,6 @@ class Ledger:
                 f"this worker's ledger cannot be {what} ({problem.strerror}), and without it nothing leaves: make "
                 "room on its disk, or choose another folder with --state."
             ) from None
-
-
-def read(path: Path) -> list[Line]:
-    """All lines in order; torn ones are passed over. None where there is no such file."""
-    return [bare(line) for line in lines(path.read_bytes())] if path.exists() else []
 
 
 def lines(data: bytes) -> Iterator[Line]:
@@ -118,22 +113,15 @@ def moment(line: Line) -> datetime | None:
 
 
 def told(line: Line) -> tuple[str, ...]:
-    """A line for people: when, what, run, round and attempt, who asked, and what else it says."""
-    when, shown = moment(line), ("event", "at", "run", "round", "asked_by")
-    left = {name: fact for name, fact in plain(line).items() if name not in shown}
-    number = f"{line.get('round', '')}" + (f", attempt {tried}" if (tried := left.pop("attempt", 1)) != 1 else "")
-    facts = (
-        f"{name} {', '.join(map(str, fact)) or 'none'}" if isinstance(fact, list) else f"{name} {fact}"
+    """A line for people: when, what, run, round, who asked, and what else it says."""
+    when, left = moment(line), plain(line)
+    first = [str(left.pop(name, "")) for name in ("event", "run", "round", "asked_by")]
+    rest = (
+        f"{name} {', '.join(map(str, fact)) if isinstance(fact, list) else fact}"
         for name, fact in left.items()
+        if name not in ("at", CHAIN, AFTER_TORN)
     )
-    who = (plain(str(line.get(name, ""))) for name in ("event", "run"))
-    return (
-        f"{when:%Y-%m-%d %H:%M:%S}" if when else "?",
-        *who,
-        plain(number),
-        plain(str(line.get("asked_by", ""))),
-        "; ".join(facts),
-    )
+    return f"{when:%Y-%m-%d %H:%M:%S}" if when else "?", *first, "; ".join(rest)
 
 
 def plain(fact: Any) -> Any:

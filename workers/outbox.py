@@ -151,7 +151,7 @@ class Outbox:
         `declined`: the data's owner does not allow it.
         """
         self._tell(f"{task.of} refused: {reason}", logging.WARNING)
-        self._owner.refuse(task.of, reason)
+        self._owner.note("refused", task.of, reason=reason)
         await self._try_to_say(Refusal(task.of, self._worker, reason[:TEXT_MAX], declined))
 
     # -- one of them --------------------------------------------------------------------------------------------

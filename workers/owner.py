@@ -40,7 +40,6 @@ class Owner:
         self._who = who
         self._read: tuple[int, int] | None = None  # the file's time and size when it was read
         self._askers: deque[tuple[Attempt, str]] = deque(maxlen=REMEMBERED)
-        self._refused: tuple[Attempt, str] | None = None
         self._today: date | None = None
         self._done_today = 0
 
@@ -108,20 +107,12 @@ class Owner:
         Raises:
             LearnerFailed: that cannot be written down.
         """
-        facts: dict[str, Any] = {"version": task.version, "scores": sorted(done.scores)}
-        if done.delta is None:
-            self.ledger.write("score", **self._told(task.of), **facts)
-            return
-        self.ledger.write(
-            "update", **self._told(task.of), **facts, format=task.format, bytes=len(done.delta.data),
-            examples=done.examples, metrics=sorted(done.metrics),
-        )  # fmt: skip
-
-    def refuse(self, of: Attempt, reason: str) -> None:
-        """A task is refused; the same again for the same reason is no news."""
-        if (of, reason) != self._refused:
-            self.note("refused", of, reason=reason)
-        self._refused = of, reason
+        facts: dict[str, Any] = {}
+        if done.delta is not None:
+            facts = {"format": task.format, "bytes": len(done.delta.data), "examples": done.examples}
+            facts["metrics"] = sorted(done.metrics)
+        told = {**self._told(task.of), "version": task.version, "scores": sorted(done.scores)}
+        self.ledger.write("update" if facts else "score", **told, **facts)
 
     def note(self, event: str, of: Attempt, **facts: Any) -> None:
         """Write what has happened anyway, if it can be written."""

@@ -7,18 +7,16 @@ argument (`owner.py` asks).
 
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass as record
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from broker import wording
-from broker.errors import UsageError
 from broker.tensors import PAYLOAD_BYTES_MAX
 
 DAY_MINUTES = 24 * 60
@@ -154,30 +152,10 @@ def _minutes(window: str) -> tuple[int, int]:
     return start, stop
 
 
-def make(values: Mapping[str, Any], source: str) -> Policy:
-    """Checked rules.
-
-    Raises:
-        UsageError: a rule that is unknown, of the wrong type or out of bounds; `source` is named.
-    """
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    try:
-        return Policy(**given)
-    except ValidationError as problem:
-        raise UsageError(f"{source}: {wording.said(problem.errors(include_url=False)[0])}.") from None
-
-
 def read(path: Path) -> Policy:
     """The rules in a file.
 
     Raises:
         UsageError: no such file, not TOML, or no policy.
     """
-    try:
-        return make(tomllib.loads(path.read_text()), str(path))
-    except OSError as problem:
-        raise UsageError(f"the policy {path} cannot be read: {problem.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise UsageError(f"the policy {path} is not TOML: {problem}.") from None
+    return wording.make(Policy, wording.read(path), str(path))

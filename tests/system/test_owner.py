@@ -19,8 +19,9 @@ from broker.messages import Refusal, Score, Update
 from broker.tensors import Layout
 from coordinator.roster import REST_ROUNDS
 from tests.system.rig import MODEL, Federation, expected, federation, read
-from workers import ledger, owner
+from workers import owner
 from workers.learner import load
+from workers.ledger import Ledger
 from workers.spool import Spool
 from workers.training import Trainer
 from workers.work import Work
@@ -39,7 +40,7 @@ def lines(fed: Federation, name: str, event: str = "") -> list[dict[str, Any]]:
     """What is in a worker's ledger, which must be as it was written."""
     path = fed.places[name].worker.spool.folder / f"{name}.ledger"
     assert check(path.read_bytes(), "ledger")[0] == []
-    return [line for line in ledger.read(path) if event in ("", line["event"])]
+    return [line for line in Ledger(path).read() if event in ("", line["event"])]
 
 
 def policy(folder: Path, text: str) -> Path:

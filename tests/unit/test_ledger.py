@@ -36,12 +36,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def test_what_was_written_is_read_again_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     data = written(tmp_path / "ada.ledger")
-    lines = ledger.read(tmp_path / "ada.ledger")
+    lines = Ledger(tmp_path / "ada.ledger").read()
     assert [line["event"] for line in lines] == ["taken", "update", "verdict"]
     assert lines[1]["metrics"] == ["loss"]
     assert bad(data) == []
     assert stat.S_IMODE((tmp_path / "ada.ledger").stat().st_mode) == 0o600
-    assert ledger.read(tmp_path / "nobody.ledger") == []
+    assert Ledger(tmp_path / "nobody.ledger").read() == []
 
 
 def test_a_change_of_any_byte_is_found(good: bytes) -> None:
@@ -78,7 +78,7 @@ def test_a_line_that_a_power_failure_has_torn_is_vouched_for_by_the_next(tmp_pat
     Ledger(path).write("refused", run="digits-1", reason="no room")
     findings, _ = check(path.read_bytes(), "ledger")
     assert findings == [("line 3 was torn, as by a power failure; line 4 vouches for that.", False)]
-    assert [line["event"] for line in ledger.read(path)] == ["taken", "update", "refused"]
+    assert [line["event"] for line in Ledger(path).read()] == ["taken", "update", "refused"]
 
 
 @given(st.text(max_size=2 * TEXT_MAX))
@@ -93,7 +93,7 @@ def test_what_no_line_can_hold_is_told_in_words_or_left_out(tmp_path: Path) -> N
     account = Ledger(tmp_path / "ada.ledger")
     names = {f"{n}": float(n) for n in range(1000)}
     account.write("update", loss=float("nan"), odd="\ud800\x1b[2J\u202e", many=[*names], map=names)
-    (line,) = ledger.read(account.path)
+    (line,) = account.read()
     assert (line["loss"], line["odd"]) == ("nan", "\\ud800\\x1b[2J\\u202e")
     assert len(line["many"]) == len(line["map"]) == ENTRIES_MAX
 

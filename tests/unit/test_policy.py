@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker import wording
 from broker.errors import UsageError
 from workers import policy
 from workers.policy import DAY_MINUTES, Asked, Policy
@@ -19,7 +20,7 @@ NOON = 12 * 60
 
 
 def made(**rules: Any) -> Policy:
-    return policy.make(rules, "policy.toml")
+    return wording.make(Policy, rules, "policy.toml")
 
 
 def refused(rules: Policy, asked: Asked = ASKED, *, minute: int = NOON, done_today: int = 0) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from broker import wording
@@ -54,6 +54,10 @@ def clock(minute: int) -> str:
 
 
 @given(MINUTES, st.integers(1, DAY_MINUTES - 1), MINUTES)
+@example(NOON, 60, NOON)
+@example(NOON, 60, NOON + 60)
+@example(22 * 60, 8 * 60, 22 * 60)
+@example(22 * 60, 8 * 60, 6 * 60)
 def test_hours_are_open_from_their_first_minute_and_before_their_last_also_over_midnight(
     start: int, length: int, minute: int
 ) -> None:

@@ -11,13 +11,13 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
-from broker.errors import LinkClosed, LinkError, NoRoom
+from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Closed, Payload, Refusal, Score, Task, Update
 from workers.journal import Kept, Place, checked, forget, keep
+from workers.owner import Owner
 from workers.post import SAY_S, Post
 from workers.residuals import Residuals
 from workers.spool import Slot
@@ -43,6 +43,7 @@ class Sent:
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
     bell: asyncio.TimerHandle | None = None
     work: asyncio.Task[None] | None = None
+    verdict: tuple[str, str] = "none", "nobody has said what became of it"
 
     @property
     def owes(self) -> bool:
@@ -56,7 +57,7 @@ class Outbox:
     Args:
         worker: its name.
         post: its end of the wire.
-        folder: where finished updates are kept until they have a verdict.
+        owner: of the data; in whose folder finished updates are kept until they have a verdict.
         residuals: what its updates have left out.
         tell: writes a line into the log, at a level.
         rest: called when something is done with.
@@ -67,14 +68,15 @@ class Outbox:
         worker: str,
         post: Post,
         *,
-        folder: Path,
+        owner: Owner,
         residuals: Residuals,
         tell: Callable[[str, int], None],
         rest: Callable[[], None],
     ) -> None:
         self._worker = worker
         self._post = post
-        self._folder = folder
+        self._owner = owner
+        self._folder = owner.folder
         self._residuals = residuals
         self._tell = tell
         self._rest = rest
@@ -143,10 +145,14 @@ class Outbox:
             else:
                 self._heed(sent, message)
 
-    async def refuse(self, task: Task, reason: str) -> None:
-        """Tell the coordinator why a task is not done here; if it does not hear that, it waits for its deadline."""
+    async def refuse(self, task: Task, reason: str, *, declined: bool = False) -> None:
+        """Tell the coordinator why a task is not done here; if it does not hear that, it waits for its deadline.
+
+        `declined`: the data's owner does not allow it.
+        """
         self._tell(f"{task.of} refused: {reason}", logging.WARNING)
-        await self._try_to_say(Refusal(task.of, self._worker, reason[:TEXT_MAX]))
+        self._owner.note("refused", task.of, reason=reason)
+        await self._try_to_say(Refusal(task.of, self._worker, reason[:TEXT_MAX], declined))
 
     # -- one of them --------------------------------------------------------------------------------------------
 
@@ -154,13 +160,16 @@ class Outbox:
         task, ended = sent.task, True
         try:
             async with asyncio.timeout(task.deadline_s + SAY_S):
+                if sent.payload is None:  # else an earlier process has written that it left
+                    self._owner.let_go(task, sent.done)
+                    await asyncio.to_thread(self._owner.ledger.keep)
                 await self._send_all(sent)
         except asyncio.CancelledError:
             ended = sent.over  # else this process ends, and the next one goes on
             raise
         except TimeoutError:
             self._tell(f"{task.of}: no verdict has come", logging.WARNING)
-        except LinkError as problem:
+        except (LearnerFailed, LinkError) as problem:  # the first: the ledger cannot be written
             await self.refuse(task, f"what came of it could not be sent: {problem}")
         finally:
             sent.over = sent.over or ended
@@ -171,6 +180,7 @@ class Outbox:
             if ended and sent.owes:
                 self._residuals.forget(task.of)
             if ended and sent.done.delta is not None:
+                self._owner.note("verdict", task.of, verdict=sent.verdict[0], reason=sent.verdict[1])
                 forget(self._folder, self._worker, task.of)
             self._rest()
 
@@ -249,14 +259,14 @@ class Outbox:
             self._tell(f"{of}: the update is accepted: {answer.reason}", logging.DEBUG)
             if sent.owes:
                 self._residuals.accept(of)
-            sent.over = True
         else:
             self._tell(f"{of}: the update is {answer.verdict}: {answer.reason}", logging.WARNING)
-            sent.over = True
+        if answer.verdict != "resend":
+            sent.over, sent.verdict = True, (answer.verdict, answer.reason)
         sent.news.set()
 
     def _give_up(self, sent: Sent, reason: str) -> None:
         """Not in the midst of an upload, though: half of one is of no use."""
         self._tell(f"{sent.task.of} is given up: {reason}", logging.INFO)
-        sent.over = True
+        sent.over, sent.verdict = True, ("given up", reason)
         sent.news.set()

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from mmap import mmap
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -43,6 +44,7 @@ class Who:
         lease_s: how long a sign of life counts; one is sent three times as often.
         drain_s: how long SIGTERM lets the job in hand go on.
         hosted: it is one of many in its process, and the log tells only what is unusual.
+        policy: the file in which the data's owner says what is allowed; None for anything.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Who:
     lease_s: float = LEASE_S
     drain_s: float = 30.0
     hosted: bool = False
+    policy: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Work:
 
     The update is written in `format`, of which `keep` is an argument where it wants one. Its norm is at most `clip`,
     unless that is 0, and its examples are `examples_max` where the learner says more.
+    It is done by a learner whose file has the SHA-256 `learner_file`, or by any if that is empty.
     """
 
     train: bool
@@ -70,6 +74,7 @@ class Work:
     keep: float = 1.0
     clip: float = 0.0
     examples_max: int = EXAMPLES_MAX
+    learner_file: str = ""
 
     @property
     def owes(self) -> bool:

@@ -40,7 +40,7 @@ with _instrumented:
     from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
     import coordinator.cli
-    from broker import files, frames
+    from broker import chain, files, frames
     from broker.amqp import Connection
     from broker.changes import apply_change
     from broker.errors import LinkError, UsageError, WireError
@@ -65,7 +65,7 @@ with _instrumented:
     from broker.norms import clip
     from broker.parts import Assembly, split
     from broker.tensors import Layout, TensorSpec
-    from coordinator import chain, history, journal, snapshot, standby, updates
+    from coordinator import history, journal, snapshot, standby, updates
     from coordinator import plan as plans
     from coordinator.aggregation import MEAN, finished
     from coordinator.claim import Claim as RunClaim

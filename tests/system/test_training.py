@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import uvloop
 
+from broker.contract import Contract, fingerprint
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import count_floats, format_of
 from broker.messages import Attempt, Scalar
-from broker.tensors import FLOATS, as_float64, view
+from broker.tensors import FLOATS, Layout, TensorSpec, as_float64, view
+from workers.learner import load
 from workers.residuals import Residual, Residuals
 from workers.spool import SMALL_BYTES, Spool
 from workers.training import Trainer
@@ -390,6 +392,8 @@ def test_a_trial_measures_a_learner() -> None:
     assert (report.tensors, report.parameters, report.weights_bytes, report.examples) == (2, 2, 8, 64)
     assert report.after["loss"] < report.before["loss"] / 2
     assert report.warnings == ()
+    line = [TensorSpec("weight", "float32", (1, 1)), TensorSpec("bias", "float32", (1,))]
+    assert report.contract == Contract(fingerprint(Layout.of(line)), load("line").file)
 
 
 def test_a_trial_refuses_a_model_that_is_another_every_time(tmp_path: Path) -> None:

@@ -192,14 +192,18 @@ async def test_an_update_that_is_given_up_is_not_written_down_afterwards(
         works.append(asyncio.create_task(work))
         return works[-1]
 
+    def keeping() -> set[Any]:
+        return asyncio.all_tasks() - {asyncio.current_task(), *works}
+
     for number in range(1, SENT_MAX + 2):
         task = Task(Attempt("test", number, 1), "train", number - 1, 60.0, 0, {}, payload)
         outbox.put(task, Done(1, {}, {}, spool.take(MODEL.size_bytes), 0.0, MODEL), start)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    keeping = asyncio.all_tasks() - {asyncio.current_task(), *works}
+        async with asyncio.timeout(BOUND_S):
+            while len(keeping()) < number:  # noqa: ASYNC110 - tasks ring no bell when they begin
+                await asyncio.sleep(0.001)
+    at_it = keeping()
     let.set()
-    await asyncio.wait(keeping, timeout=BOUND_S)
+    await asyncio.wait(at_it, timeout=BOUND_S)
     names = sorted(path.name for path in spool.folder.glob(f"*{SUFFIX}"))
     for work in works:
         work.cancel()

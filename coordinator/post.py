@@ -227,7 +227,7 @@ class Post:
                 waited_s += now() - began_at
                 if delivery is not None and await self._land(delivery, assembly, queue):
                     due_at = now() + STALL_S
-                if assembly.complete or (delivery is not None and not (waited_s >= LOOK_S and waiting())):  # type: ignore[redundant-expr]  # parts land meanwhile
+                if not assembly.missing or (delivery is not None and not (waited_s >= LOOK_S and waiting())):
                     continue
                 waited_s = 0.0
                 # all have been in the queue: what is neither there nor half here is lost

@@ -4,6 +4,9 @@ FluffleError
  ├── UsageError          the user: wrong plan, learner, folder, URL … (exit status 2)
  │    └── BrokerRefused  RabbitMQ answered, and said no: password, vhost, permission
  ├── WireError           the sender: bytes that lie; the message is dropped with this sentence as the reason
+ ├── Refused             the other side of a secure round: it asks for, or says, what must not be; nothing was given
+ │    └── Alarm          … and an honest one never would: the data's owner should look
+ ├── Aborted             nobody: too few are left of a secure attempt; nothing was revealed
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
@@ -31,6 +34,18 @@ class BrokerRefused(UsageError):
 
 class WireError(FluffleError):
     """The bytes received do not keep the protocol; the sender's contribution is dropped, nothing else."""
+
+
+class Refused(FluffleError):
+    """The other side of a secure round asked for, or said, what it must not; nothing was given, nothing counted."""
+
+
+class Alarm(Refused):
+    """What an honest coordinator never asks: a second cohort, second survivors, a round that is over."""
+
+
+class Aborted(FluffleError):
+    """An attempt at a secure round cannot be finished, for too few are left; nothing was revealed."""
 
 
 class LinkError(FluffleError):

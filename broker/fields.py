@@ -99,7 +99,7 @@ def _check_plain(hint: Any, value: Any, where: str) -> Any:
         if not math.isfinite(number):
             raise WireError(f"{where} must be a finite number.")
         return number
-    if hint in (bool, int, str) and type(value) is hint:
+    if hint in (bool, int, str, bytes) and type(value) is hint:
         return value
     raise WireError(f"{where} has the wrong type.")
 

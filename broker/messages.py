@@ -42,6 +42,9 @@ COUNT_MAX = 2**53
 Count = Annotated[int, Within(0, COUNT_MAX)]
 Number = float  # finite: `fields` sees to it
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
+EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
+Examples = Annotated[int, Within(1, EXAMPLES_MAX)]
+CLIP_MAX = 1e9
 Key = Annotated[str, Within(0, KEY_MAX)]
 Scalar = bool | int | float | str
 Buffer = bytes | bytearray | memoryview
@@ -105,8 +108,9 @@ class Task:
 
     A worker that only evaluates answers a train task with a `Score`. `seed` and the worker's name make the learner's
     dice, so that the same task trained twice gives the same update. `format` and, for top-k, `keep` say how that is
-    to be written. The payload holds the version's weights if `down` is `full`, else its change, in that format, from
-    the version before, which everyone has claimed to whom this is sent.
+    to be written; its norm is at most `clip`, unless that is 0, and its `examples` are `examples_max` where they were
+    more. The payload holds the version's weights if `down` is `full`, else its change, in that format, from the
+    version before, which everyone has claimed to whom this is sent.
     """
 
     of: Attempt
@@ -120,6 +124,8 @@ class Task:
     keep: Annotated[float, Within(0, 1)] = 1.0
     down: Literal["full", "bfloat16", "int8"] = "full"
     epoch: Count = 0
+    clip: Annotated[float, Within(0, CLIP_MAX)] = 0.0
+    examples_max: Examples = EXAMPLES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,7 @@ class Update:
     of: Attempt
     worker: Name
     version: Count
-    examples: Annotated[int, Within(1, 2**29 - 1)]
+    examples: Examples
     metrics: Metrics
     payload: Payload
 

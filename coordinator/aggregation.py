@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from broker.errors import WireError
 from broker.formats import CHUNK_ITEMS, Format, Run, count_floats
+from broker.norms import SLACK, squares
 from broker.pieces import Piece, look, pieces
 from broker.tensors import Layout, are_finite, as_float64, from_float64
 
@@ -78,10 +79,12 @@ class Sums:
         layout: the tensors' places in the weights.
         fmt: how updates are written.
         seats: for how many at a time there are temporaries.
+        clip: the largest norm of an update (`broker/norms.py`); 0 for any.
 
     Attributes:
         layout: the tensors' places in the weights.
         fmt: how updates are written.
+        clip: the largest norm of an update, or 0.
         low: int64 sums in steps of 2^-52, one item for each float of the layout, in its order.
         high: int64 sums in ones.
         bounds: chunk → largest possible |low| · 2^-52 there; where a chunk is absent, `low` is void and the sum zero.
@@ -91,10 +94,11 @@ class Sums:
         reach: the sum of the updates' bounds on |examples · delta|.
     """
 
-    def __init__(self, layout: Layout, fmt: Format, *, seats: int = 1) -> None:
+    def __init__(self, layout: Layout, fmt: Format, *, seats: int = 1, clip: float = 0.0) -> None:
         floats = count_floats(layout)
         self.layout = layout
         self.fmt = fmt
+        self.clip = clip
         self.low = np.empty(floats, np.int64)
         self.high = np.empty(floats, np.int64)  # costs nothing until it is touched
         self.x = [np.empty(min(floats, CHUNK_ITEMS)) for _ in range(seats)]  # temporaries of one chunk
@@ -114,9 +118,9 @@ class Sums:
 class Rule(NamedTuple):
     """Many updates into one change.
 
-    `init(layout, fmt, seats=…)` begins the first round, `Sums.clear` every other one. `add(sums, examples, update,
-    spread=…)` folds one update in, wholly or (raising WireError) not at all. `finish(sums, weights, put, spread=…)`
-    puts the next version's bytes, each piece good only during the call.
+    `init(layout, fmt, seats=…, clip=…)` begins the first round, `Sums.clear` every other one. `add(sums, examples,
+    update, spread=…)` folds one update in, wholly or (raising WireError) not at all. `finish(sums, weights, put,
+    spread=…)` puts the next version's bytes, each piece good only during the call.
     """
 
     init: Callable[..., Sums]
@@ -148,11 +152,15 @@ def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Sprea
         spread: who does the work, chunk by chunk.
 
     Raises:
-        WireError: NaN, infinity, values beyond the grid's reach, booleans that are neither 0 nor 1, what the format
-            cannot decode; nothing has been added then.
+        WireError: NaN, infinity, a norm above the clip, values beyond the grid's reach, booleans that are neither 0
+            nor 1, what the format cannot decode; nothing has been added then.
     """
     others = list(sums.fmt.others(sums.layout, update))
-    reaches = spread(lambda chunk, _: examples * _largest_delta(chunk), _chunks(sums, update))
+    sizes = spread(lambda chunk, _: _sizes(chunk, sums.clip), _chunks(sums, update))
+    norm = math.sqrt(sum(squared for _, squared in sizes))
+    if norm > sums.clip * (1 + SLACK):
+        raise WireError(f"its norm is {norm:.6g}, and the plan allows {sums.clip:.6g} (clip).")
+    reaches = [examples * largest for largest, _ in sizes]
     reach = max(reaches, default=0.0)
     if reach > REACH:
         raise WireError(f"examples times the largest delta is {reach:.3g}, over the limit of {REACH:.3g}.")
@@ -238,8 +246,8 @@ def _first(run: Run) -> int:
     return int(run.where.start if isinstance(run.where, slice) else run.where[0])
 
 
-def _largest_delta(runs: list[Run]) -> float:
-    """The largest |delta|.
+def _sizes(runs: list[Run], clip: float) -> tuple[float, float]:
+    """The largest |delta|, and, if there is a clip, the sum of their squares: one look while they are in the cache.
 
     Raises:
         WireError: one is not finite.
@@ -250,7 +258,7 @@ def _largest_delta(runs: list[Run]) -> float:
         if not math.isfinite(here):
             raise WireError("the update holds NaN or infinity: training has diverged there.")
         largest = max(largest, here)
-    return largest
+    return largest, squares(runs) if clip else 0.0
 
 
 def _fold(sums: Sums, run: Run, examples: int, *, bound: float, seat: int) -> None:

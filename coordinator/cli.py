@@ -50,6 +50,10 @@ def coordinator(
     down: Annotated[
         str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")
     ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="The largest norm of an update; longer ones are refused.")
+    ] = None,
+    examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
     keep_updates: Annotated[
         bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
     ] = None,
@@ -76,6 +80,8 @@ def coordinator(
         "format": how,
         "keep": keep,
         "down": down,
+        "clip": clip,
+        "examples_max": examples_max,
         "keep_updates": keep_updates,
     }
     changes: PlanOptions = {name: value for name, value in given.items() if value is not None}

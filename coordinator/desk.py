@@ -64,7 +64,7 @@ class Desk:
         self.format = format_of(self.plan.format, keep=self.plan.kept)
         self.payload_layout = self.format.layout(layout)
         self.rule = RULES[self.plan.rule]
-        self.sums = self.rule.init(layout, read_lightly(self.format), seats=SEATS)
+        self.sums = self.rule.init(layout, read_lightly(self.format), seats=SEATS, clip=self.plan.clip)
         self._hands = Hands()
         # a model of one chunk is added before a second thread has woken up
         self._spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone
@@ -253,7 +253,8 @@ class Desk:
             await self.post.tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
             await self._leave_parts(update.worker)
         else:
-            verdict, reason = judge(update, here.round if here else None, self.payload_layout)
+            most = self.plan.examples_max
+            verdict, reason = judge(update, here.round if here else None, self.payload_layout, examples_max=most)
             if here and verdict is Verdict.ACCEPTED and not here.is_of_this_turn(update):
                 log.info("%s: %s has trained from other weights: asking for another", update.of, update.worker)
                 here.untidy.add(update.worker)

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.formats import KEEP
-from broker.messages import KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
+from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
 from broker.parts import PART_BYTES
 from coordinator.aggregation import RULES
 
@@ -67,6 +67,17 @@ _WORDS = {
 class Plan:
     """All settings of a run.
 
+    **How far one worker can move the model.** Its update Δ, counted for n examples beside N of the others, adds
+    n·Δ / (n + N) to the version before: in a parallel round, where at least quorum − 1 others are counted with one
+    example each, at most
+
+        reach = clip · examples_max / (examples_max + quorum − 1),
+
+    in L2 norm over all floats, whatever it sends (times 1 + `norms.SLACK`). With examples_max = 1 all count the same,
+    and that is clip / quorum. Against the mean of the others, all of whom keep to the clip, it makes a difference of
+    at most twice that. In a cyclic round each turn is one worker's: reach is clip. None of this holds of integers
+    and booleans, of which the largest counts.
+
     Attributes:
         run: the run's name on the wire, unique among the federation's runs.
         learner: what is learned; a name for people, the coordinator never loads it.
@@ -86,6 +97,9 @@ class Plan:
         keep: the part of its floats that an update in the format top-k sends; 0.01 unless given, and then only there.
         down: how a version travels to those who have the one before: `full` as it is; else as the change from that
             one, in this format. The others get whole weights.
+        clip: the largest norm of an update (`broker/norms.py`), 0 for any. A worker scales a longer one down; what
+            comes longer all the same is refused.
+        examples_max: the most examples that an update counts for; a worker that learned from more says this.
         keep_updates: every counted update stays in the run's folder, so that each version can be made again.
         settings: what the learner's `train` is given.
     """
@@ -106,6 +120,8 @@ class Plan:
     format: Literal["float32", "bfloat16", "int8", "top-k"] = "float32"
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     down: Literal["full", "bfloat16", "int8"] = "full"
+    clip: Annotated[float, Field(ge=0, le=CLIP_MAX)] = 0.0
+    examples_max: Annotated[int, Field(ge=1, le=EXAMPLES_MAX)] = EXAMPLES_MAX
     keep_updates: bool = False
     settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
@@ -146,6 +162,12 @@ class Plan:
     def asks(self) -> int:
         """How many workers are asked in a round, if they are here."""
         return math.ceil(round(self.cohort * self.over_select, 6))  # 10 · 1.1 is 11, not the float above it
+
+    @property
+    def reach(self) -> float:
+        """How far one worker can move the model in a round, as above; infinite without a clip."""
+        others = self.least - 1 if self.schedule == "parallel" else 0
+        return self.clip * self.examples_max / (self.examples_max + others) if self.clip else math.inf
 
     @property
     def kept(self) -> float:

@@ -20,7 +20,7 @@ more is taken into its sum; what was being added counts, what was only being rec
 from collections.abc import Sequence
 from enum import Enum
 
-from broker.messages import Attempt, Update
+from broker.messages import EXAMPLES_MAX, Attempt, Update
 from broker.tensors import Layout
 
 DRAIN_S_MIN = 60.0
@@ -264,7 +264,9 @@ class Round:
         return Phase.ABANDONED, f"{tally}: {why}{refusals}"
 
 
-def judge(update: Update, now_open: Round | None, layout: Layout) -> tuple[Verdict, str]:
+def judge(
+    update: Update, now_open: Round | None, layout: Layout, *, examples_max: int = EXAMPLES_MAX
+) -> tuple[Verdict, str]:
     """What an update is to the round that is open, if one is, and why; `layout` is what its payload must have."""
     if now_open is None:
         return Verdict.LATE, f"it is for {update.of}, which is over"
@@ -275,6 +277,11 @@ def judge(update: Update, now_open: Round | None, layout: Layout) -> tuple[Verdi
         return Verdict.INVALID, f"its tensors are not those that the plan asks for: {differs}"
     if update.version != now_open.of.round - 1:  # round n makes version n
         return Verdict.INVALID, f"it is made from version {update.version}, not {now_open.of.round - 1}"
+    if update.examples > examples_max:
+        return (
+            Verdict.INVALID,
+            f"it counts {update.examples} examples, and the plan allows {examples_max} (examples_max)",
+        )
     if now_open.outcome:
         return Verdict.LATE, f"{now_open.of} is being summed up"
     return verdict, reason

@@ -361,7 +361,7 @@ class Coordinator:
         plan, payload = self.plan, Payload(called, self.plan.part_bytes, self.layout.specs)
         return Task(
             of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
-            format=plan.format, keep=plan.kept, epoch=self.post.epoch,
+            format=plan.format, keep=plan.kept, epoch=self.post.epoch, clip=plan.clip, examples_max=plan.examples_max,
         )  # fmt: skip
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:

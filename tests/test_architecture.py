@@ -29,7 +29,7 @@ ROOMS = set(MAY_IMPORT) | {"tests"}
 # decisions and arithmetic: time and chance come in as arguments, so that tests need no sleep and runs can be replayed
 PURE = (
     "broker/changes.py", "broker/errors.py", "broker/fields.py", "broker/formats.py", "broker/frames.py",
-    "broker/messages.py",
+    "broker/messages.py", "broker/norms.py",
     "broker/parts.py", "broker/pieces.py", "broker/tensors.py", "broker/topology.py",
     "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/roster.py",
     "coordinator/round.py",

@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
-from broker.formats import count_floats, format_of
+from broker.formats import FORMATS, count_floats, format_of
+from broker.norms import clip
 from broker.tensors import Layout, TensorSpec
 from workers import learner, task, weights
 from workers.work import CLOSED, LENGTH_BYTES, Work, framed
@@ -154,11 +155,13 @@ class Pupil:
         except LearnerFailed:
             self._mend()
             raise
-        delta = done.delta
+        delta, examples = done.delta, done.examples and min(done.examples, work.examples_max)
+        if delta is not None and work.clip:
+            clip(FORMATS["float32"], layout, memoryview(delta), work.clip)
         if delta is not None and not as_it_is:
             delta = _packed(layout, memoryview(delta), work, room=room, residual=request["residual"])
         return {
-            "examples": done.examples, "metrics": done.metrics, "scores": done.scores,
+            "examples": examples, "metrics": done.metrics, "scores": done.scores,
             "delta": delta if room is None else None, "seconds": time.monotonic() - began,
         }  # fmt: skip
 
@@ -215,6 +218,8 @@ def _packed(
         if residual is not None:
             owed = _read_floats(Path(residual[0]), count_floats(layout))
         packed = fmt.pack(layout, delta, residual=owed, dice=dice, into=room)
+        if work.clip:
+            clip(fmt, layout, packed, work.clip)
         if residual is not None and owed is not None:
             owed.tofile(residual[1])
     except WireError as problem:

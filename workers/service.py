@@ -313,6 +313,7 @@ class Worker:
         work = Work(
             train=train, evaluate=True, seed=task_seed(task.seed, task.of.round, self.who.name),
             settings=task.settings, round=task.of.round, format=task.format, keep=task.keep,
+            clip=task.clip, examples_max=task.examples_max,
         )  # fmt: skip
         try:
             async with asyncio.timeout_at(job.due_at):

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from broker.errors import LearnerFailed, OutOfMemory, UsageError
-from broker.messages import MAP_MAX
+from broker.messages import EXAMPLES_MAX, MAP_MAX
 from broker.tensors import Layout
 from workers import weights
 from workers.learner import Learner, out_of_memory, told
-from workers.work import EXAMPLES_MAX, Outcome, Work
+from workers.work import Outcome, Work
 
 METRIC_NAME_LENGTH_MAX = 200
 

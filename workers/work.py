@@ -13,12 +13,11 @@ from typing import Any
 import msgpack
 
 from broker.formats import FORMATS
-from broker.messages import Scalar
+from broker.messages import EXAMPLES_MAX, Scalar
 from broker.tensors import Layout
 from workers.spool import Slot
 
 LEASE_S = 15.0
-EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
 
 # what daemon, guard and training process say to each other
 LENGTH_BYTES = 4
@@ -58,7 +57,8 @@ class Who:
 class Work:
     """What to do with the weights received; both, and the version is scored before it is trained.
 
-    The update is written in `format`, of which `keep` is an argument where it wants one.
+    The update is written in `format`, of which `keep` is an argument where it wants one. Its norm is at most `clip`,
+    unless that is 0, and its examples are `examples_max` where the learner says more.
     """
 
     train: bool
@@ -68,6 +68,8 @@ class Work:
     round: int
     format: str = "float32"
     keep: float = 1.0
+    clip: float = 0.0
+    examples_max: int = EXAMPLES_MAX
 
     @property
     def owes(self) -> bool:

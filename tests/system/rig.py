@@ -28,6 +28,7 @@ from broker.formats import FORMATS, format_of
 from broker.link import PUBLISH_S, Delivery, Lane, Outgoing
 from broker.memory import MemoryBroker, MemoryLink
 from broker.messages import PART_BYTES_MIN, Message, decode
+from broker.norms import clip
 from broker.parts import Aim
 from broker.tensors import Layout, TensorSpec, view
 from coordinator import plan as plans
@@ -162,7 +163,11 @@ class Lesson:
         fmt, dice = format_of(work.format, keep=work.keep), np.random.default_rng(work.seed)
         delta = self._spool.take(fmt.layout(layout).size_bytes)
         fmt.pack(layout, memoryview(learned_), residual=None, dice=dice, into=delta.data)
-        return Done(examples, {"loss": 1.0 / work.round}, scores, delta, 0.0, fmt.layout(layout))
+        if work.clip:
+            clip(fmt, layout, delta.data, work.clip)
+        return Done(
+            min(examples, work.examples_max), {"loss": 1.0 / work.round}, scores, delta, 0.0, fmt.layout(layout)
+        )
 
 
 class Wire:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from broker.errors import LearnerFailed, UsageError
+from broker.messages import EXAMPLES_MAX
 from broker.tensors import Layout, TensorSpec
 from workers import task, weights
 from workers.learner import Learner
-from workers.work import EXAMPLES_MAX, Outcome, Work, task_seed
+from workers.work import Outcome, Work, task_seed
 
 BOTH = Work(train=True, evaluate=True, seed=11, settings={"lr": 0.5}, round=4)
 

@@ -54,6 +54,15 @@ def coordinator(
         float | None, typer.Option(help="The largest norm of an update; longer ones are refused.")
     ] = None,
     examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
+    privacy: Annotated[
+        str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
+    ] = None,
+    ring_bits: Annotated[int | None, typer.Option(help="Secure: 32 or 64 bits a number.")] = None,
+    min_cohort: Annotated[int | None, typer.Option(help="Secure: fewest updates in a sum, from 3.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 to 1.")
+    ] = None,
+    roster: RosterFile = None,
     keep_updates: Annotated[
         bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
     ] = None,
@@ -82,6 +91,10 @@ def coordinator(
         "down": down,
         "clip": clip,
         "examples_max": examples_max,
+        "privacy": privacy,
+        "ring_bits": ring_bits,
+        "min_cohort": min_cohort,
+        "threshold": threshold,
         "keep_updates": keep_updates,
     }
     changes: PlanOptions = {name: value for name, value in given.items() if value is not None}

@@ -8,13 +8,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from broker.errors import WireError
 from broker.files import Put
 from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
-from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Refusal, Score, Update
+from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Ready, Refusal, Score, Step, Update
 from broker.tensors import Layout
 from coordinator import history, updates
 from coordinator import plan as plans
@@ -47,6 +47,8 @@ class Desk:
         sums: what the present turn has added up, in memory that all turns of all rounds use.
         version: the last one that was made.
         unsafe: the round that made it, while that is not on the disk.
+        take_secret: takes what is said in a secure sum; None where updates come as they are.
+        add_secret: adds the words of a secure sum that a worker has sent.
         final: worker → its score of the last version, once that has been asked for.
         changed: set whenever something was heard.
     """
@@ -55,6 +57,8 @@ class Desk:
         self.roster = Roster()
         self.open: Open | None = None
         self.final: dict[str, dict[str, float]] = {}
+        self.take_secret: Callable[[Ready | Step], Awaitable[None]] | None = None
+        self.add_secret: Callable[[Open, str, memoryview], None] | None = None
         self.changed = asyncio.Event()
         self.store = store
         self.plan = store.plan
@@ -180,6 +184,8 @@ class Desk:
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
+        if not self.sums.updates:
+            return put(0, weights)
         self.rule.finish(self.sums, weights, forgetting_put(put, weights), spread=self._spread)
 
     async def hear(self, message: Message, delivery: Delivery) -> None:
@@ -229,6 +235,8 @@ class Desk:
             case Update():
                 await self._judge(message, delivery)
                 return
+            case Ready() | Step() if self.take_secret:
+                await self.take_secret(message)
             case Score():
                 self._score(message)
             case Refusal():
@@ -249,12 +257,14 @@ class Desk:
         here = self.open
         if self.unsafe and update.of == self.unsafe.of and update.worker in self.unsafe.counted:
             await self._leave_parts(update.worker)  # it will be told when the version is safe
-        elif any(update.of == of and update.worker in counted for of, counted in self._made):
+        elif self.has_counted(update.of, update.worker):
             await self.post.tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
             await self._leave_parts(update.worker)
         else:
             most = self.plan.examples_max
             verdict, reason = judge(update, here.round if here else None, self.payload_layout, examples_max=most)
+            if self.take_secret and verdict is Verdict.ACCEPTED:
+                verdict, reason = Verdict.INVALID, "updates of this run are only added up in secret"
             if here and verdict is Verdict.ACCEPTED and not here.is_of_this_turn(update):
                 log.info("%s: %s has trained from other weights: asking for another", update.of, update.worker)
                 here.untidy.add(update.worker)
@@ -263,12 +273,20 @@ class Desk:
             elif here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
                 here.held.append(delivery)
-                self._uploads.put_nowait((here, update))
+                self.await_upload(here, update)
                 return
             else:
                 await self._turn_down(update, verdict, reason)
         await delivery.ack()
         self.changed.set()
+
+    def has_counted(self, of: Attempt, worker: str) -> bool:
+        """Whether a worker is in the version that an attempt has made."""
+        return any(of == made and worker in who for made, who in self._made)
+
+    def await_upload(self, here: Open, update: Update) -> None:
+        """What was said to be in the upload queue is wanted: drain it when there is room."""
+        self._uploads.put_nowait((here, update))
 
     async def _turn_down(self, update: Update, verdict: Verdict, reason: str) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
@@ -301,6 +319,8 @@ class Desk:
         log.warning("%s: %s refused: %s", refusal.of, refusal.worker, refusal.reason)
         if self.open and refusal.of == self.open.round.of:
             self.open.round.withdraw(refusal.worker, refusal.reason)
+            if self.open.secret:
+                self.open.secret.gone.setdefault(refusal.worker, refusal.reason)
         elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
             self.final.setdefault(refusal.worker, {})
 
@@ -316,7 +336,7 @@ class Desk:
     async def _drain_uploads(self, room: Room) -> None:
         while True:
             here, update = await self._uploads.get()
-            data = room.clear(self.payload_layout.size_bytes)
+            data = room.clear(update.payload.layout.size_bytes)
             try:
                 if await self._receive(here, update, data):
                     await self._add_up(here, update, data)
@@ -347,17 +367,23 @@ class Desk:
         async with self._adding:
             if not self._wanted(here, update):  # any more
                 return
-            await asyncio.to_thread(self._add, update, data)
-            here.round.count(update.worker, update.examples)
-        here.facts.trained[update.worker] = update.metrics
+            if self.add_secret:
+                await asyncio.to_thread(self.add_secret, here, update.worker, data)
+            else:
+                await asyncio.to_thread(self._add, update, data)
+                here.round.count(update.worker, update.examples)
+                here.facts.trained[update.worker] = update.metrics
         here.facts.bytes_up += len(data)
         self.changed.set()
 
     def _wanted(self, here: Open, update: Update) -> bool:
-        return here is self.open and here.round.takes(update.worker)
+        takes = here.secret.wants if here.secret else here.round.takes
+        return here is self.open and takes(update.worker)
 
     async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
-        if here is self.open:
+        if here.secret:
+            here.secret.gone.setdefault(update.worker, str(problem))
+        elif here is self.open:
             await self._turn_down(update, Verdict.INVALID, str(problem))
         self.changed.set()
 

@@ -152,6 +152,17 @@ class Round:
         self._arriving.discard(worker)
         self.counted[worker] = examples
 
+    def drop_out(self, worker: str, reason: str) -> None:
+        """What was counted, because it was ready for a secure sum, is not in it."""
+        if self.counted.pop(worker, None) is not None:
+            self.refuse(worker, reason)
+
+    def go_without(self, reason: str) -> None:
+        """Nothing is counted, and the version stays what it was: a sum that is lost may not be asked for again."""
+        for worker in [*self.counted]:
+            self.drop_out(worker, reason)
+        self.quorum = 0
+
     def withdraw(self, worker: str, reason: str) -> None:
         """The worker says that it will not contribute; what is arriving already counts all the same."""
         if worker not in self._arriving and worker not in self.refused:  # the first reason is the one to read

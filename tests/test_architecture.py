@@ -29,10 +29,12 @@ ROOMS = set(MAY_IMPORT) | {"tests"}
 # decisions and arithmetic: time and chance come in as arguments, so that tests need no sleep and runs can be replayed
 PURE = (
     "broker/changes.py", "broker/errors.py", "broker/fields.py", "broker/formats.py", "broker/frames.py",
-    "broker/messages.py",
-    "broker/parts.py", "broker/pieces.py", "broker/tensors.py", "broker/topology.py",
+    "broker/masks.py", "broker/messages.py", "broker/pact.py",
+    "broker/parts.py", "broker/pieces.py", "broker/ring.py", "broker/shamir.py", "broker/tensors.py",
+    "broker/topology.py",
     "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/roster.py",
-    "coordinator/round.py",
+    "coordinator/round.py", "coordinator/unmasking.py",
+    "workers/masking.py",
 )  # fmt: skip
 OUTSIDE_WORLD = {
     "asyncio", "datetime", "logging", "os", "secrets", "signal", "socket", "subprocess", "tempfile", "threading",

@@ -8,9 +8,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
 
-TILE_ITEMS = 64 * 1024
+TILE_BYTES = 256 * 1024
+"""So much of the words, and of one keystream, stays in a core's cache."""
+_BLOCK_BYTES = 16
+
 Words = NDArray[np.uint32] | NDArray[np.uint64]
 
 
@@ -23,4 +29,15 @@ class Mask(NamedTuple):
 
 def apply(words: Words, masks: Iterable[Mask]) -> None:
     """Add each mask to the words, or take it off, in place; sums wrap."""
-    raise NotImplementedError
+    streams = [
+        (Cipher(AES(mask.key), CTR(bytes(_BLOCK_BYTES))).encryptor(), np.add if mask.plus else np.subtract)
+        for mask in masks
+    ]
+    zeros, room = memoryview(bytes(TILE_BYTES)), bytearray(TILE_BYTES + _BLOCK_BYTES - 1)
+    items = TILE_BYTES // words.itemsize
+    for at in range(0, len(words), items):
+        tile = words[at : at + items]
+        fresh = np.frombuffer(room, words.dtype, len(tile))
+        for stream, fold in streams:
+            stream.update_into(zeros[: tile.nbytes], room)
+            fold(tile, fresh, out=tile)

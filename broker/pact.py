@@ -13,16 +13,33 @@ operator's roster and signed survivors. What differs from the papers:
   another cohort, another model or another plan has other keys: its words are noise, its shares stay sealed.
 - A message has one slot for each peer, so a worker cannot even write down both shares of one peer.
 - A dealer commits to its self mask's secret, so that a false share is noticed.
+- Where not everyone is everyone's neighbour, a worker signs against whom it has masked, and its neighbours look at
+  that before they vow. Else a coordinator with colluders in a third of a neighbourhood could show one worker few
+  dealers, call the honest ones among them lost, and have its update. In a complete graph the quorum prevents it.
+
+Whom it takes. A coordinator that lies learns one worker's update only with more than a third of a complete graph's
+members; beyond 64, with colluders among the holders of its secrets for all but one of the threshold. With `degree_of`
+and the default threshold, the odds that any of 100 to 10,000 members has so many are below 2^-64 if a fifth of all
+collude, and 2^-25 if a third does (union bound over hypergeometric neighbourhoods); a coordinator that tries many
+cohorts does a little better, for it chooses whose adverts it shows. The odds that a tenth of all, dropping out, end
+an attempt are below 2^-20.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Annotated
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from broker.errors import Refused
 from broker.fields import NAME, Within
 from broker.masks import Mask
 
@@ -89,15 +106,27 @@ class Dealt:
 
 
 @dataclass(frozen=True, slots=True)
+class Masked:
+    """C · worker → coordinator, with the masked words: against whom they are masked, signed (`dealers_of`)."""
+
+    dealers: Signature
+
+
+@dataclass(frozen=True, slots=True)
 class Finishers:
-    """C closed · coordinator → finishers: whose masked words are in the sum, sorted by name."""
+    """C closed · coordinator → finishers: whose words are in the sum, and who has dealt and is lost, sorted by name.
+
+    `dealers` are the finishers' statements (`Masked`) in their order; none where all are everyone's neighbours.
+    """
 
     workers: Annotated[tuple[Name, ...], Within(COHORT_MIN, COHORT_MAX)]
+    lost: Annotated[tuple[Name, ...], Within(0, COHORT_MAX)]
+    dealers: Annotated[tuple[Signature, ...], Within(0, COHORT_MAX)] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Vow:
-    """D1 · worker → coordinator: these finishers, and in this attempt never others."""
+    """D1 · worker → all: these finishers and lost ones, signed (`finishers_of`); in this attempt never others."""
 
     signature: Signature
 
@@ -119,6 +148,12 @@ class Opened:
     shares: Annotated[tuple[Share, ...], Within(0, COHORT_MAX)]
 
 
+def digest(*fields: bytes | str | int) -> bytes:
+    """SHA-256 of fields, each behind its length: no two lists of fields have the same bytes."""
+    raw = [field if isinstance(field, bytes) else str(field).encode() for field in fields]
+    return sha256(b"".join(len(field).to_bytes(8, "big") + field for field in raw)).digest()
+
+
 def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, roster: Mapping[str, bytes]) -> bytes:
     """What all keys and signatures of an attempt bind, in 32 bytes.
 
@@ -130,7 +165,8 @@ def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, r
         plan: whatever settings both sides must agree upon, written in one way only.
         roster: name → Ed25519 public key (32 bytes), as this side has pinned it.
     """
-    raise NotImplementedError
+    known = digest(*(part for name in sorted(roster) for part in (name, roster[name])))
+    return digest("fluffle-secure/1", run, round_, attempt, model, digest(plan), known)
 
 
 @dataclass(frozen=True)
@@ -143,40 +179,59 @@ class Pact:
     @cached_property
     def transcript(self) -> bytes:
         """The context and all that was settled, in 32 bytes."""
-        raise NotImplementedError
+        adverts = (part for a in self.settled.adverts for part in (a.worker, a.keys, a.signature))
+        return digest(self.context, self.settled.threshold, digest(*adverts), digest(*self.settled.metrics))
 
     @cached_property
-    def members(self) -> tuple[str, ...]:
-        """U1, sorted."""
-        raise NotImplementedError
+    def keys(self) -> dict[str, bytes]:
+        """U1, sorted: name → both public keys."""
+        return {advert.worker: advert.keys for advert in self.settled.adverts}
 
     @property
     def quorum(self) -> int:
         """How many members must vow for the same finishers: ⌊2·|U1|/3⌋ + 1, so that two sets cannot both have it."""
-        raise NotImplementedError
+        return 2 * len(self.keys) // 3 + 1
 
-    def neighbours(self, worker: str) -> tuple[str, ...]:
-        """To whom a member deals shares, and against whom it masks; sorted."""
-        raise NotImplementedError
+    @property
+    def complete(self) -> bool:
+        """Whether everyone is everyone's neighbour."""
+        return degree_of(len(self.keys)) == len(self.keys) - 1
 
     def holders(self, worker: str) -> tuple[str, ...]:
         """Who has a share of a member's secrets: its neighbours and itself, sorted; the first has x = 1."""
-        raise NotImplementedError
+        return self._holders[worker]
+
+    def neighbours(self, worker: str) -> tuple[str, ...]:
+        """To whom a member deals shares, and against whom it masks; sorted."""
+        return tuple(name for name in self._holders[worker] if name != worker)
+
+    @cached_property
+    def _holders(self) -> dict[str, tuple[str, ...]]:
+        """Harary's graph over an order that nobody chooses: on a ring, the nearest on both sides."""
+        ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
+        if self.complete:
+            return dict.fromkeys(ring, tuple(sorted(ring)))
+        half = degree_of(len(ring)) // 2
+        around = ring[-half:] + ring + ring[:half]
+        return {name: tuple(sorted(around[at : at + 2 * half + 1])) for at, name in enumerate(ring)}
 
 
 def degree_of(members: int) -> int:
-    """How many neighbours each of so many members has."""
-    raise NotImplementedError
+    """How many neighbours each of so many members has: all others up to 64, then 8·⌈log2 members⌉."""
+    return members - 1 if members <= COMPLETE_MAX else 8 * (members - 1).bit_length()
 
 
 def threshold_of(members: int, *, part: float = 2 / 3) -> int:
     """How many of a member's holders it takes: ⌊part · holders⌋ + 1."""
-    raise NotImplementedError
+    return math.floor(part * (degree_of(members) + 1) + 1e-9) + 1
+
+
+# -- who says so ----------------------------------------------------------------------------------------------------
 
 
 def advertise(context_: bytes, worker: str, keys: bytes, identity: Ed25519PrivateKey) -> Advert:
     """A signed advert."""
-    raise NotImplementedError
+    return Advert(worker, keys, identity.sign(digest(context_, "advert", worker, keys)))
 
 
 def check_advert(context_: bytes, advert: Advert, roster: Mapping[str, bytes]) -> None:
@@ -185,13 +240,88 @@ def check_advert(context_: bytes, advert: Advert, roster: Mapping[str, bytes]) -
     Raises:
         Refused: it is not.
     """
-    raise NotImplementedError
+    worker, keys = advert.worker, advert.keys
+    check_signature(roster, worker, advert.signature, digest(context_, "advert", worker, keys))
+    for at in (0, 32):
+        _shared(_PROBE, keys[at : at + 32], worker)
+
+
+def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, signed: bytes) -> None:
+    """Whether a member has signed this.
+
+    Raises:
+        Refused: it is not on the roster, or has not.
+    """
+    if worker not in roster:
+        raise Refused(f"{worker} is not on the roster.")
+    try:
+        Ed25519PublicKey.from_public_bytes(roster[worker]).verify(signature, signed)
+    except (InvalidSignature, ValueError):
+        raise Refused(
+            f"{worker}'s signature is wrong: its key is not the roster's, or model, plan, roster or attempt differ."
+        ) from None
+
+
+def dealers_of(pact: Pact, worker: str, dealers: Iterable[str]) -> bytes:
+    """What a worker signs when it has masked against these of its neighbours, given sorted."""
+    return digest(pact.transcript, "dealers", worker, *dealers)
+
+
+def finishers_of(pact: Pact, finishers: Finishers) -> bytes:
+    """What a worker signs when it vows."""
+    return digest(pact.transcript, "finishers", digest(*finishers.workers), digest(*finishers.lost))
+
+
+# -- what only two know ---------------------------------------------------------------------------------------------
 
 
 def pair_mask(pact: Pact, key: X25519PrivateKey, me: str, other: str, bits: int) -> Mask:
-    """What `me` adds against `other`; `other` adds the same with the other sign.
+    """What `me`, whose mask key this is, adds against `other`; `other` adds the same with the other sign.
+
+    Words of another size have another keystream.
 
     Raises:
         Refused: the other's key is not usable.
     """
-    raise NotImplementedError
+    shared = _shared(key, pact.keys[other][:32], other)
+    return Mask(_derive(pact, shared, "pair", min(me, other), max(me, other), bits), plus=me < other)
+
+
+def self_mask(pact: Pact, secret: bytes, me: str, bits: int) -> Mask:
+    """What a worker adds so that its words stay hidden should it be called lost and come late."""
+    return Mask(_derive(pact, secret, "self", me, bits), plus=True)
+
+
+def commitment(pact: Pact, worker: str, secret: bytes) -> bytes:
+    """A hash of the self mask's secret, which says nothing of 32 random bytes."""
+    return digest(pact.transcript, "commitment", worker, secret)
+
+
+def seal(pact: Pact, key: X25519PrivateKey, me: str, to: str, shares: bytes) -> bytes:
+    """Shares that only `to` can open. A direction has a key of its own, which seals once: hence no nonce."""
+    cipher = ChaCha20Poly1305(_derive(pact, _shared(key, pact.keys[to][32:], to), "seal", me, to))
+    return cipher.encrypt(bytes(12), shares, digest(pact.context, me, to))
+
+
+def unseal(pact: Pact, key: X25519PrivateKey, sender: str, me: str, sealed: bytes) -> bytes | None:
+    """What `sender` has sealed for `me`; None if that is not so."""
+    cipher = ChaCha20Poly1305(_derive(pact, _shared(key, pact.keys[sender][32:], sender), "seal", sender, me))
+    try:
+        return cipher.decrypt(bytes(12), sealed, digest(pact.context, sender, me))
+    except InvalidTag:
+        return None
+
+
+_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
+"""Any key will do: what is not usable gives zero with every one."""
+
+
+def _shared(key: X25519PrivateKey, theirs: bytes, whose: str) -> bytes:
+    try:
+        return key.exchange(X25519PublicKey.from_public_bytes(theirs))
+    except ValueError:
+        raise Refused(f"{whose} advertises a key that gives no secret.") from None
+
+
+def _derive(pact: Pact, secret: bytes, *info: str | int) -> bytes:
+    return HKDF(SHA256(), 32, salt=pact.transcript, info=digest(*info)).derive(secret)

@@ -2,19 +2,54 @@
 
 Knows the field of integers modulo p = 2^256 + 297, the smallest prime above 2^256, so that any 32 bytes are an item
 of it (Shamir 1979). Does not know who holds a share: a share is told apart by its x, which is 1 for the first.
+
+Python's integers do not take the same time for all values. Whoever can measure that on the machine of a worker could
+as well read its memory.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 PRIME = 2**256 + 297
 SECRET_BYTES, SHARE_BYTES = 32, 33
+_DRAW_BYTES = 48  # reduced modulo p, so many are uniform but for 2^-127
 
 
 def split(secret: bytes, shares: int, threshold: int, draw: Callable[[int], bytes]) -> list[bytes]:
     """Shares of 33 bytes for x = 1, 2, …; `draw(n)` gives n secret random bytes."""
-    raise NotImplementedError
+    assert len(secret) == SECRET_BYTES
+    assert 1 <= threshold <= shares
+    drawn = draw(_DRAW_BYTES * (threshold - 1))
+    above = [drawn[at : at + _DRAW_BYTES] for at in range(0, len(drawn), _DRAW_BYTES)]
+    coefficients = [int.from_bytes(each, "big") % PRIME for each in above]
+    return [
+        _at(x, [*coefficients, int.from_bytes(secret, "big")]).to_bytes(SHARE_BYTES, "big")
+        for x in range(1, shares + 1)
+    ]
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes | None:
     """The secret of exactly as many shares (x → share) as the threshold; None where there is no such secret."""
-    raise NotImplementedError
+    factors = _at_zero(tuple(shares))
+    found = sum(f * int.from_bytes(s, "big") for f, s in zip(factors, shares.values(), strict=True)) % PRIME
+    return found.to_bytes(SECRET_BYTES, "big") if found < 2 ** (8 * SECRET_BYTES) else None
+
+
+def _at(x: int, coefficients: list[int]) -> int:
+    """The polynomial's value (Horner); the highest power's coefficient comes first."""
+    value = 0
+    for coefficient in coefficients:
+        value = (value * x + coefficient) % PRIME
+    return value
+
+
+@lru_cache(maxsize=256)
+def _at_zero(xs: tuple[int, ...]) -> tuple[int, ...]:
+    """Lagrange's factors: Π x_j / (x_j − x_i) over all j ≠ i."""
+    return tuple(
+        math.prod(other for other in xs if other != x)
+        * pow(math.prod(other - x for other in xs if other != x), -1, PRIME)
+        % PRIME
+        for x in xs
+    )

@@ -47,8 +47,8 @@ class Desk:
         sums: what the present turn has added up, in memory that all turns of all rounds use.
         version: the last one that was made.
         unsafe: the round that made it, while that is not on the disk.
-        take_secret: takes what is said in a secure sum; None where updates come as they are.
-        add_secret: adds the words of a secure sum that a worker has sent.
+        uploads: what was accepted and is to be drained.
+        take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
         final: worker → its score of the last version, once that has been asked for.
         changed: set whenever something was heard.
     """
@@ -77,7 +77,7 @@ class Desk:
         self._receiving: dict[asyncio.Timeout, None] = {}  # in the order in which they began
         self._received = asyncio.Event()
         self._between = Facts()  # what was heard while no round was open, for the next one's line
-        self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
+        self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
         self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
@@ -185,7 +185,8 @@ class Desk:
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
         if not self.sums.updates:
-            return put(0, weights)
+            put(0, weights)
+            return
         self.rule.finish(self.sums, weights, forgetting_put(put, weights), spread=self._spread)
 
     async def hear(self, message: Message, delivery: Delivery) -> None:
@@ -273,7 +274,7 @@ class Desk:
             elif here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
                 here.held.append(delivery)
-                self.await_upload(here, update)
+                self.uploads.put_nowait((here, update))
                 return
             else:
                 await self._turn_down(update, verdict, reason)
@@ -283,10 +284,6 @@ class Desk:
     def has_counted(self, of: Attempt, worker: str) -> bool:
         """Whether a worker is in the version that an attempt has made."""
         return any(of == made and worker in who for made, who in self._made)
-
-    def await_upload(self, here: Open, update: Update) -> None:
-        """What was said to be in the upload queue is wanted: drain it when there is room."""
-        self._uploads.put_nowait((here, update))
 
     async def _turn_down(self, update: Update, verdict: Verdict, reason: str) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
@@ -335,7 +332,7 @@ class Desk:
 
     async def _drain_uploads(self, room: Room) -> None:
         while True:
-            here, update = await self._uploads.get()
+            here, update = await self.uploads.get()
             data = room.clear(update.payload.layout.size_bytes)
             try:
                 if await self._receive(here, update, data):

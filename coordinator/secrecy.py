@@ -270,7 +270,8 @@ class Secrecy:
         if form is None or payload is None or form.layout.difference(payload.layout):
             raise Refused(f"{step.worker} sends masked words of another form.")
         secret.coming[step.worker] = step
-        self._desk.await_upload(here, Update(step.of, step.worker, step.of.round - 1, 1, {}, payload))
+        update = Update(step.of, step.worker, step.of.round - 1, 1, {}, payload)
+        self._desk.uploads.put_nowait((here, update))
 
     def _add(self, here: Open, worker: str, data: memoryview) -> None:
         """Add masked words to the sum.

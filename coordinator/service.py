@@ -193,8 +193,7 @@ class Coordinator:
         except (LinkError, WireError, Aborted) as problem:
             trouble = str(problem)
         await self._sealed()  # the version before this one
-        phase, why = trying.outcome or (Phase.OPEN, "")
-        seconds = time.monotonic() - began_at
+        (phase, why), seconds = trying.outcome or (Phase.OPEN, ""), time.monotonic() - began_at
         self._rest(here)
         if phase is Phase.CLOSED and not trouble:
             await self._close(here, why, seconds)
@@ -384,8 +383,6 @@ class Coordinator:
                 for worker in workers:
                     self.desk.open.round.lose(worker)
             return 0
-
-    # -- waiting ------------------------------------------------------------------------------------------------
 
     async def _wait(self, until: float | None) -> None:
         """Until something was heard, or a lease ends, or the given instant."""

@@ -7,7 +7,7 @@ from those that were kept.
     stage      hears                closed by           gives
     adverts    `advert`             `settle`            Settled, the same for all
     shares     `shares`             `deal`              Dealt, one for each
-    masked     `masked`             `finishers`         Finishers, the same for all
+    masked     `masked` (`expects`) `finishers`         Finishers, the same for all
     vows       `vow`                `reveal`            Reveal, the same for all; after it, no other attempt
     opened     `opened`             `result`            the sum of the finishers' words
 
@@ -19,10 +19,37 @@ without the shares of a threshold of its holders.
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from broker.masks import Words
-from broker.pact import Advert, Dealt, Finishers, Opened, Reveal, Settled, Shares, Vow
-from broker.ring import Form
-from coordinator.aggregation import Sums
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from broker.errors import Aborted, Refused
+from broker.masks import Mask, Words, apply
+from broker.pact import (
+    COHORT_MAX,
+    COHORT_MIN,
+    Advert,
+    Dealt,
+    Finishers,
+    Masked,
+    Opened,
+    Pact,
+    Reveal,
+    Settled,
+    Shares,
+    Vow,
+    check_advert,
+    check_signature,
+    commitment,
+    dealers_of,
+    finishers_of,
+    pair_mask,
+    self_mask,
+    threshold_of,
+)  # fmt: skip
+from broker.pieces import CHUNK_ITEMS
+from broker.ring import Form, counted, means_of_others
+from broker.shamir import combine
+from coordinator.aggregation import LOW_BITS, Sums
 
 Stage = Literal["adverts", "shares", "masked", "vows", "opened", "done"]
 
@@ -38,71 +65,264 @@ class Unmasking:
 
     Attributes:
         stage: see above.
-        liars: whose shares were found to be false.
+        liars: whose opened shares were found to be false.
     """
 
-    stage: Stage
-    liars: set[str]
-
     def __init__(
-        self, context: bytes, roster: Mapping[str, bytes], *, cohort_min: int = 3, threshold: float = 2 / 3
+        self, context: bytes, roster: Mapping[str, bytes], *, cohort_min: int = COHORT_MIN, threshold: float = 2 / 3
     ) -> None:
-        raise NotImplementedError
+        self._context, self._roster = context, roster
+        self._cohort_min, self._part = max(COHORT_MIN, cohort_min), threshold
+        self.stage: Stage = "adverts"
+        self.liars: set[str] = set()
+        self._adverts: dict[str, Advert] = {}
+        self._shares: dict[str, Shares] = {}
+        self._masked: dict[str, Masked] = {}
+        self._vows: dict[str, Vow] = {}
+        self._opened: dict[str, Opened] = {}
 
     @property
     def waiting(self) -> frozenset[str]:
-        """Who may still say something in this stage and has not; empty while adverts come."""
-        raise NotImplementedError
+        """Who is expected to speak in this stage and has not; while adverts come, nobody can tell."""
+        heard: dict[Stage, tuple[Iterable[str], Iterable[str]]] = {
+            "shares": (self._adverts, self._shares),
+            "masked": (self._shares, self._masked),
+            "vows": (self._masked, self._vows),
+            "opened": (self._masked, self._opened),
+        }
+        expected, said = heard.get(self.stage, ((), ()))
+        return frozenset(expected).difference(said)
 
     @property
-    def enough(self) -> bool:
-        """Whether the shares that were opened suffice for `result`: the others need not be waited for."""
-        raise NotImplementedError
+    def total(self) -> Words:
+        """The masked words added up so far; void after `result`."""
+        return self._total
+
+    # -- A: who is ready ---------------------------------------------------------------------------------------------
 
     def advert(self, advert: Advert) -> bool:
         """A worker is ready."""
-        raise NotImplementedError
+        if _said(self._adverts, advert.worker, advert):
+            return False
+        self._at("adverts", advert.worker, advert.worker in self._roster)
+        if len(self._adverts) >= COHORT_MAX:
+            raise Refused(f"a secure round has at most {COHORT_MAX} members.")
+        check_advert(self._context, advert, self._roster)
+        keys = advert.keys[:32], advert.keys[32:]
+        if keys[0] == keys[1] or any(key in other.keys for other in self._adverts.values() for key in keys):
+            raise Refused(f"{advert.worker} advertises a key that is in the cohort already.")
+        self._adverts[advert.worker] = advert
+        return True
 
     def settle(self, metrics: Iterable[str] = ()) -> Settled:
         """Close the cohort; `metrics` are those that all of it have."""
-        raise NotImplementedError
+        assert self.stage == "adverts"
+        count = len(self._adverts)
+        _enough(count, self._cohort_min, "workers were ready")
+        adverts = tuple(self._adverts[name] for name in sorted(self._adverts))
+        settled = Settled(adverts, threshold_of(count, part=self._part), tuple(metrics))
+        self.pact = Pact(self._context, settled)
+        self.stage = "shares"
+        return settled
+
+    # -- B: shares ---------------------------------------------------------------------------------------------------
 
     def shares(self, worker: str, shares: Shares) -> bool:
         """A member has dealt."""
-        raise NotImplementedError
+        if _said(self._shares, worker, shares):
+            return False
+        self._at("shares", worker, worker in self._adverts)
+        if len(shares.sealed) != len(self.pact.neighbours(worker)) or not all(shares.sealed):
+            raise Refused(f"{worker} has not dealt one share to each of its neighbours.")
+        self._shares[worker] = shares
+        return True
 
     def deal(self, form: Form) -> dict[str, Dealt]:
         """Close the dealing; worker → what its neighbours have dealt. Room is made for sums of `form`."""
-        raise NotImplementedError
+        assert self.stage == "shares"
+        self._check_holders(self._shares, "have dealt")
+        sealed = {
+            dealer: dict(zip(self.pact.neighbours(dealer), shares.sealed, strict=True))
+            for dealer, shares in self._shares.items()
+        }
+        self._total: Words = np.zeros(form.words, form.ring.dtype)
+        self._points: dict[str, dict[int, bytes]] = {dealer: {} for dealer in self._shares}  # x → share
+        self.stage = "masked"
+        return {
+            worker: Dealt(tuple(sealed.get(dealer, {}).get(worker, b"") for dealer in self.pact.neighbours(worker)))
+            for worker in self._shares
+        }
 
-    def masked(self, worker: str, words: Words) -> bool:
+    # -- C: masked words ---------------------------------------------------------------------------------------------
+
+    def expects(self, worker: str) -> bool:
+        """Whether a member's masked words would be added; False if they have been.
+
+        Raises:
+            Refused: it is too late, or the worker has not dealt.
+        """
+        if worker in self._masked:
+            return False
+        self._at("masked", worker, worker in self._shares)
+        return True
+
+    def masked(self, worker: str, words: Words, masked: Masked) -> bool:
         """Add a member's words, once."""
-        raise NotImplementedError
+        if not self.expects(worker):
+            return False
+        if (words.dtype, words.shape) != (self._total.dtype, self._total.shape):
+            raise Refused(f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
+        dealers = (name for name in self.pact.neighbours(worker) if name in self._shares)
+        check_signature(self._roster, worker, masked.dealers, dealers_of(self.pact, worker, dealers))
+        np.add(self._total, words, out=self._total)
+        self._masked[worker] = masked
+        return True
 
     def finishers(self) -> Finishers:
         """Close the sum."""
-        raise NotImplementedError
+        assert self.stage == "masked"
+        self._check_holders(self._masked, "have sent their masked update")
+        done = tuple(sorted(self._masked))
+        lost = tuple(sorted(self._shares.keys() - self._masked.keys()))
+        dealers = () if self.pact.complete else tuple(self._masked[name].dealers for name in done)
+        self._finishers = Finishers(done, lost, dealers)
+        self.stage = "vows"
+        return self._finishers
+
+    # -- D: what may be known ----------------------------------------------------------------------------------------
 
     def vow(self, worker: str, vow: Vow) -> bool:
         """A finisher has vowed."""
-        raise NotImplementedError
+        if _said(self._vows, worker, vow):
+            return False
+        self._at("vows", worker, worker in self._masked)
+        check_signature(self._roster, worker, vow.signature, finishers_of(self.pact, self._finishers))
+        self._vows[worker] = vow
+        return True
 
     def reveal(self) -> Reveal:
         """Close the vows. From here on the round must not be tried again."""
-        raise NotImplementedError
+        assert self.stage == "vows"
+        _enough(len(self._vows), self.pact.quorum, "members vow for the same finishers")
+        self.stage = "opened"
+        vows = (self._vows.get(name) for name in self._finishers.workers)
+        return Reveal(tuple(vow.signature if vow else b"" for vow in vows))
 
     def opened(self, worker: str, opened: Opened) -> bool:
         """A finisher has opened its shares."""
-        raise NotImplementedError
+        if _said(self._opened, worker, opened):
+            return False
+        self._at("opened", worker, worker in self._masked)
+        if len(opened.shares) != len(self.pact.holders(worker)):
+            raise Refused(f"{worker} has not opened one share for each of its holders.")
+        for dealer, share in zip(self.pact.holders(worker), opened.shares, strict=True):
+            if share and dealer in self._points:
+                self._points[dealer][self.pact.holders(dealer).index(worker) + 1] = share
+        self._opened[worker] = opened
+        return True
+
+    @property
+    def enough(self) -> bool:
+        """Whether the shares that were opened suffice for `result`, if all are true; no more need be waited for."""
+        return self.stage == "opened" and all(
+            len(points) >= self.pact.settled.threshold for points in self._points.values()
+        )
 
     def result(self) -> Words:
         """Take all masks off: the sum of the finishers' words, in memory that is this object's."""
-        raise NotImplementedError
+        assert self.stage == "opened"
+        pact, bits, off = self.pact, 8 * self._total.itemsize, list[Mask]()
+        for name in self._finishers.workers:
+            off.append(self_mask(pact, self._secret(name), name, bits)._replace(plus=False))
+        for name in self._finishers.lost:
+            key = X25519PrivateKey.from_private_bytes(self._secret(name))
+            # what the lost one would have added is what its neighbours' masks leave in the sum, with the other sign
+            off += [
+                pair_mask(pact, key, name, other, bits) for other in pact.neighbours(name) if other in self._masked
+            ]
+        apply(self._total, off)
+        self.stage = "done"
+        return self._total
+
+    def _secret(self, dealer: str) -> bytes:
+        """A dealer's secret, from shares of which one may be false.
+
+        Raises:
+            Aborted: there are too few, or more are false.
+        """
+        holders, threshold = self.pact.holders(dealer), self.pact.settled.threshold
+        points = {x: share for x, share in self._points[dealer].items() if holders[x - 1] not in self.liars}
+        _enough(len(points), threshold, f"shares of {dealer}'s secret were opened")
+        for without in (None, *list(points)[:threshold]):
+            chosen = {x: share for x, share in points.items() if x != without}
+            found = combine(dict(list(chosen.items())[:threshold])) if len(chosen) >= threshold else None
+            if found is not None and self._is_secret(dealer, found):
+                if without is not None:
+                    self.liars.add(holders[without - 1])
+                return found
+        raise Aborted(
+            f"the shares of {dealer}'s secret do not fit together: {dealer}, or several holders, have lied."
+        )
+
+    def _is_secret(self, dealer: str, found: bytes) -> bool:
+        """Whether this is what the dealer has committed to, or belongs to the key that it has advertised."""
+        if dealer in self._masked:
+            return commitment(self.pact, dealer, found) == self._shares[dealer].commitment
+        public = X25519PrivateKey.from_private_bytes(found).public_key().public_bytes_raw()
+        return public == self.pact.keys[dealer][:32]
+
+    def _at(self, stage: Stage, worker: str, known: bool) -> None:
+        """Refuse what comes too late, too early, or from a stranger."""
+        if not known:
+            raise Refused(f"{worker} is not one of those who may speak here.")
+        if self.stage != stage:
+            raise Refused(f"{worker} is late or early: the attempt is at the {self.stage}, not the {stage}.")
+
+    def _check_holders(self, here: Mapping[str, object], did: str) -> None:
+        """End the attempt unless a quorum and, of each dealer's holders, the threshold are left."""
+        pact = self.pact
+        _enough(len(here), max(COHORT_MIN, pact.quorum), f"members {did}")
+        for dealer in self._shares:
+            left = sum(holder in here for holder in pact.holders(dealer))
+            _enough(left, pact.settled.threshold, f"holders of {dealer}'s secrets {did}")
+
+
+def _said(before: Mapping[str, object], worker: str, said: object) -> bool:
+    """Whether a worker has said just this before.
+
+    Raises:
+        Refused: it has said something else.
+    """
+    if worker in before and before[worker] != said:
+        raise Refused(f"{worker} has said something else before.")
+    return worker in before
+
+
+def _enough(found: int, needed: int, what: str) -> None:
+    if found < needed:
+        raise Aborted(f"{found} {what}, and {needed} are needed: the attempt ends, and no update was revealed.")
 
 
 def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> None:
     """Put an unmasked sum of so many updates where the rule `mean` finishes it; `sums` are of the model's layout.
 
     Floats are `examples · delta` on a coarser grid; integers and booleans their means, in place of the largest.
+
+    Raises:
+        WireError: the words are no sum of updates.
     """
-    raise NotImplementedError
+    sums.clear()
+    grid = form.ring.grid
+    up, inside = np.int64(LOW_BITS - grid), (1 << grid) - 1
+    signed = total.view(form.ring.signed)
+    for at in range(0, form.floats, CHUNK_ITEMS):
+        part, chunk = slice(at, min(at + CHUNK_ITEMS, form.floats)), at // CHUNK_ITEMS
+        steps = signed[part].astype(np.int64)
+        np.right_shift(steps, grid, out=sums.high[part])
+        steps &= inside
+        np.left_shift(steps, up, out=sums.low[part])
+        sums.carried.add(chunk)
+        sums.bounds[chunk] = 1.0
+    sums.largest = means_of_others(form, total, updates)
+    sums.examples, sums.updates = counted(form, total).examples, updates
+    sums.reach = updates * form.ring.limit * form.ring.examples_max

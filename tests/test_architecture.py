@@ -29,10 +29,13 @@ ROOMS = set(MAY_IMPORT) | {"tests"}
 # decisions and arithmetic: time and chance come in as arguments, so that tests need no sleep and runs can be replayed
 PURE = (
     "broker/changes.py", "broker/errors.py", "broker/fields.py", "broker/formats.py", "broker/frames.py",
-    "broker/messages.py", "broker/norms.py",
-    "broker/parts.py", "broker/pieces.py", "broker/tensors.py", "broker/topology.py",
+    "broker/masks.py", "broker/messages.py", "broker/norms.py",
+    "broker/pact.py",
+    "broker/parts.py", "broker/pieces.py", "broker/ring.py", "broker/shamir.py", "broker/tensors.py",
+    "broker/topology.py",
     "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/roster.py",
-    "coordinator/round.py",
+    "coordinator/round.py", "coordinator/unmasking.py",
+    "workers/masking.py",
 )  # fmt: skip
 OUTSIDE_WORLD = {
     "asyncio", "datetime", "logging", "os", "secrets", "signal", "socket", "subprocess", "tempfile", "threading",
@@ -43,7 +46,8 @@ MAY_AWAIT = {
     "broker/daemon.py",  # signals
     "broker/amqp.py", "broker/channels.py", "broker/lanes.py", "broker/link.py", "broker/memory.py",
     "broker/rabbit.py",
-    "coordinator/cli.py", "coordinator/desk.py", "coordinator/post.py", "coordinator/service.py",
+    "coordinator/cli.py", "coordinator/desk.py", "coordinator/post.py", "coordinator/secrecy.py",
+    "coordinator/service.py",
     "workers/cli.py", "workers/guarded.py", "workers/host.py", "workers/outbox.py", "workers/post.py",
     "workers/service.py", "workers/training.py",
 }  # fmt: skip

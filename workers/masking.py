@@ -10,12 +10,43 @@ that restarts in the midst of an attempt has dropped out of it.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from broker.masks import Words
-from broker.pact import COHORT_MIN, Advert, Dealt, Draw, Finishers, Opened, Reveal, Settled, Shares, Vow
+from broker.errors import Alarm, Refused
+from broker.masks import Words, apply
+from broker.pact import (
+    COHORT_MAX,
+    COHORT_MIN,
+    Dealt,
+    Draw,
+    Finishers,
+    Masked,
+    Opened,
+    Pact,
+    Reveal,
+    Settled,
+    Shares,
+    Vow,
+    advertise,
+    check_advert,
+    check_signature,
+    commitment,
+    dealers_of,
+    degree_of,
+    finishers_of,
+    pair_mask,
+    seal,
+    self_mask,
+    threshold_of,
+    unseal,
+)
+from broker.shamir import SECRET_BYTES, SHARE_BYTES, split
+
+_Asked = TypeVar("_Asked")
+_Given = TypeVar("_Given")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +91,22 @@ class Masking:
         Alarm: this round has been unmasked before: no further attempt may be.
     """
 
-    advert: Advert
-
     def __init__(self, member: Member, context: bytes, draw: Draw, *, answered: str = "") -> None:
-        raise NotImplementedError
+        if answered:
+            raise Alarm(
+                "this worker has already helped to unmask this round: it takes part in no other attempt at it."
+            )
+        self._member, self._context, self._draw = member, context, draw
+        self._mask_key, self._seal_key = (X25519PrivateKey.from_private_bytes(draw(32)) for _ in range(2))
+        self._secret = draw(SECRET_BYTES)
+        public = b"".join(key.public_key().public_bytes_raw() for key in (self._mask_key, self._seal_key))
+        self.advert = advertise(context, member.name, public, member.identity)
+        self._settled: tuple[Settled, Shares] | None = None
+        self._dealt: tuple[Dealt, Masked] | None = None
+        self._vowed: tuple[Finishers, Vow] | None = None
+        self._held: dict[
+            str, tuple[bytes, bytes]
+        ] = {}  # dealer → its share of its self mask's secret, and of its key
 
     def shares(self, settled: Settled, metrics: Collection[str]) -> Shares:
         """B: check the whole cohort, and deal shares of both secrets. `metrics` are the names that this worker has.
@@ -73,25 +116,122 @@ class Masking:
                 members, too low a threshold, a metric that this worker does not have.
             Alarm: another cohort than before.
         """
-        raise NotImplementedError
+        if self._settled:
+            return _again(self._settled, settled, "cohort")
+        self._check(settled, metrics)
+        pact, me = Pact(self._context, settled), self._member.name
+        holders = pact.holders(me)
+        secrets = self._secret, self._mask_key.private_bytes_raw()
+        dealt = (split(secret, len(holders), settled.threshold, self._draw) for secret in secrets)
+        mine = dict(zip(holders, zip(*dealt, strict=True), strict=True))
+        self._held[me] = mine[me]
+        sealed = (seal(pact, self._seal_key, me, to, b"".join(mine[to])) for to in pact.neighbours(me))
+        self._pact = pact
+        self._settled = settled, Shares(tuple(sealed), commitment(pact, me, self._secret))
+        return self._settled[1]
 
-    def mask(self, dealt: Dealt, words: Words) -> None:
+    def _check(self, settled: Settled, metrics: Collection[str]) -> None:
+        """Refuse a cohort that this worker must not be part of."""
+        member, adverts = self._member, settled.adverts
+        names = [advert.worker for advert in adverts]
+        if names != sorted(set(names)) or len(names) > COHORT_MAX:
+            raise Refused(f"the cohort is not sorted, names a worker twice, or is over the limit of {COHORT_MAX}.")
+        if self.advert not in adverts:
+            raise Refused("this worker's advert is missing from the cohort, or is another.")
+        if len(names) < max(COHORT_MIN, member.cohort_min):
+            raise Refused(f"the cohort has {len(names)} members, and this worker wants {member.cohort_min} or more.")
+        least = threshold_of(len(names), part=member.threshold_min)
+        if not least <= settled.threshold <= degree_of(len(names)) + 1:
+            raise Refused(f"the threshold is {settled.threshold}, and this worker wants {least} or more.")
+        if missing := sorted({*settled.metrics} - {*metrics}):
+            raise Refused(f"this worker has no metric {missing[0][:40]!r}: the sum would hold that of few.")
+        if len({key for a in adverts for key in (a.keys[:32], a.keys[32:])}) < 2 * len(names):
+            raise Refused("two of the cohort's keys are equal.")
+        for advert in adverts:
+            check_advert(self._context, advert, member.roster)
+
+    def mask(self, dealt: Dealt, words: Words) -> Masked:
         """C: hide the words of this worker's update, in place; once.
 
+        What is sealed wrongly is noticed here, and has no share when this worker is asked for it.
+
         Raises:
-            Refused: fewer dealers than the threshold needs, or masked already: what was made then is to be sent.
+            Refused: no cohort yet, fewer dealers than the threshold needs, or masked already: what was made then is
+                to be sent, with `masked`.
             Alarm: other dealers than before.
         """
-        raise NotImplementedError
+        if self._dealt:
+            _again(self._dealt, dealt, "set of dealers")
+            raise Refused("this worker's update is masked: send what was made then.")
+        if not self._settled:
+            raise Refused("shares are dealt out before there is a cohort.")
+        pact, me, bits = self._pact, self._member.name, 8 * words.itemsize
+        neighbours = pact.neighbours(me)
+        if len(dealt.sealed) != len(neighbours):
+            raise Refused(
+                f"{len(dealt.sealed)} sealed shares came, and this worker has {len(neighbours)} neighbours."
+            )
+        sealed = {name: each for name, each in zip(neighbours, dealt.sealed, strict=True) if each}
+        least = max(COHORT_MIN, pact.settled.threshold)
+        if len(sealed) + 1 < least:
+            raise Refused(f"{len(sealed) + 1} holders have dealt where {least} are needed.")
+        for name, each in sealed.items():
+            shares = unseal(pact, self._seal_key, name, me, each)
+            if shares is not None and len(shares) == 2 * SHARE_BYTES:
+                self._held[name] = shares[:SHARE_BYTES], shares[SHARE_BYTES:]
+        masks = [pair_mask(pact, self._mask_key, me, name, bits) for name in sealed]
+        apply(words, [self_mask(pact, self._secret, me, bits), *masks])
+        self._dealers = {me, *sealed}
+        signature = self._member.identity.sign(dealers_of(pact, me, sealed))
+        self._dealt = dealt, Masked(signature)
+        return self._dealt[1]
+
+    @property
+    def masked(self) -> Masked | None:
+        """What to say with the masked words; None before there are any."""
+        return self._dealt and self._dealt[1]
 
     def vow(self, finishers: Finishers) -> Vow:
         """D1: sign who has finished.
 
         Raises:
-            Refused: fewer than three or than the quorum or the threshold, strangers, this worker not among them.
+            Refused: fewer than three or than the quorum or the threshold, strangers, this worker not among them, or
+                who has dealt is not who has dealt to this worker, or to one of its neighbours as that one says.
             Alarm: other finishers than before.
         """
-        raise NotImplementedError
+        if self._vowed:
+            return _again(self._vowed, finishers, "set of finishers")
+        if not self._dealt:
+            raise Refused("the sum is closed before this worker has masked its update.")
+        self._check_finishers(finishers)
+        signature = self._member.identity.sign(finishers_of(self._pact, finishers))
+        self._vowed = finishers, Vow(signature)
+        return self._vowed[1]
+
+    def _check_finishers(self, finishers: Finishers) -> None:
+        pact, me = self._pact, self._member.name
+        done, lost = (_members(names, pact) for names in (finishers.workers, finishers.lost))
+        if me not in done or done & lost:
+            raise Refused("this worker is not among the finishers, or one is called lost as well.")
+        if len(done) < max(COHORT_MIN, pact.quorum):
+            raise Refused(f"{len(done)} finishers are fewer than the {max(COHORT_MIN, pact.quorum)} that it takes.")
+        dealers, holders = done | lost, pact.holders(me)
+        if dealers.intersection(holders) != self._dealers:
+            raise Refused("other neighbours have dealt, by this account, than have dealt to this worker.")
+        if len(done.intersection(holders)) < pact.settled.threshold:
+            raise Refused(f"fewer of this worker's holders have finished than the {pact.settled.threshold} it takes.")
+        if not pact.complete:
+            self._check_dealers(finishers, dealers)
+
+    def _check_dealers(self, finishers: Finishers, dealers: set[str]) -> None:
+        """Refuse finishers if one of this worker's neighbours has masked against others than these dealers."""
+        pact = self._pact
+        if len(finishers.dealers) != len(finishers.workers):
+            raise Refused("the finishers' statements of their dealers are missing.")
+        for name, statement in zip(finishers.workers, finishers.dealers, strict=True):
+            if name in self._dealers:
+                signed = dealers_of(pact, name, (other for other in pact.neighbours(name) if other in dealers))
+                check_signature(self._member.roster, name, statement, signed)
 
     def answer(self, reveal: Reveal) -> Answer:
         """D2: for each holder the one share that the finishers call for.
@@ -99,4 +239,40 @@ class Masking:
         Raises:
             Refused: nothing vowed yet, a wrong signature, fewer vows than the quorum.
         """
-        raise NotImplementedError
+        if not self._vowed:
+            raise Refused("shares are asked for before this worker has vowed who has finished.")
+        finishers, pact = self._vowed[0], self._pact
+        if len(reveal.vows) != len(finishers.workers):
+            raise Refused(f"{len(reveal.vows)} vows came for {len(finishers.workers)} finishers.")
+        vows = [(name, vow) for name, vow in zip(finishers.workers, reveal.vows, strict=True) if vow]
+        if len(vows) < pact.quorum:
+            raise Refused(f"{len(vows)} have vowed where {pact.quorum} are needed.")
+        for name, vow in vows:
+            check_signature(self._member.roster, name, vow, finishers_of(pact, finishers))
+        opened = (
+            self._held[name][name not in finishers.workers] if name in self._held else b""
+            for name in pact.holders(self._member.name)
+        )
+        return Answer(finishers_of(pact, finishers).hex(), Opened(tuple(opened)))
+
+
+def _members(names: tuple[str, ...], pact: Pact) -> set[str]:
+    """The names as a set.
+
+    Raises:
+        Refused: they are not sorted, or one is not of the cohort.
+    """
+    if list(names) != sorted(set(names)) or not pact.keys.keys() >= set(names):
+        raise Refused("the finishers are not sorted, or one is not of the cohort.")
+    return set(names)
+
+
+def _again(before: tuple[_Asked, _Given], asked: _Asked, what: str) -> _Given:
+    """The same answer to the same question.
+
+    Raises:
+        Alarm: it is another question.
+    """
+    if before[0] != asked:
+        raise Alarm(f"this worker has already answered for another {what} in this attempt.")
+    return before[1]

@@ -21,7 +21,7 @@ from xxhash import xxh3_64, xxh3_64_digest
 
 from broker.errors import WireError
 from broker.files import write_whole
-from broker.messages import Attempt, Metrics, Update, decode, encode
+from broker.messages import Attempt, Metrics, Task, Update, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class Kept:
         format: how it is written.
         until: when nobody will wait for it any more, in seconds since 1970.
         delta: its bytes, or where they are.
+        task: of a secure round: what was asked.
+        model: of a secure round: see `work.Done`.
     """
 
     update: Update
@@ -59,6 +61,8 @@ class Kept:
     format: str
     until: float
     delta: bytes | Place
+    task: Task | None = None
+    model: bytes = b""
 
 
 def keep(folder: Path, kept: Kept) -> None:
@@ -70,6 +74,7 @@ def keep(folder: Path, kept: Kept) -> None:
     where = kept.delta
     record = {
         "update": encode(kept.update), "scores": kept.scores, "format": kept.format, "until": kept.until,
+        "task": encode(kept.task) if kept.task else b"", "model": kept.model,
         "delta": where if isinstance(where, bytes) else [where.file, where.at, where.size_bytes, where.check],
     }  # fmt: skip
     packed: bytes = msgpack.packb(record)
@@ -122,7 +127,11 @@ def _read(path: Path) -> Kept:
                 left -= len(piece)
             if left or sum_.digest() != place.check:
                 raise ValueError("its bytes do not match their checksum")
-    return Kept(update, record["scores"], record["format"], record["until"], place)
+    task = decode(record["task"]) if record.get("task") else None
+    assert task is None or isinstance(task, Task)
+    return Kept(
+        update, record["scores"], record["format"], record["until"], place, task=task, model=record.get("model", b"")
+    )
 
 
 def checked(data: bytes | memoryview) -> bytes:

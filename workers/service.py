@@ -14,19 +14,20 @@ import logging
 import random
 import secrets
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from broker.changes import apply_change
 from broker.errors import LearnerFailed, LinkError, UsageError, WireError
 from broker.formats import FORMATS, Format
 from broker.link import Delivery, first_of, read
-from broker.messages import TEXT_MAX, Answer, Claim, Closed, Hello, Message, Part, Resumed, Task
+from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
 from broker.parts import Aimed
 from broker.tensors import Layout
 from workers.outbox import Outbox
 from workers.post import Post, Shared
 from workers.residuals import Residuals
+from workers.secrecy import Secrecy, check, digest_of
 from workers.spool import Held, Landing, Slot
 from workers.training import Seat
 from workers.work import Done, Who, Work, task_seed
@@ -86,6 +87,8 @@ class Worker:
             who.name, self.post, folder=shared.spool.folder, residuals=self._residuals, tell=self._tell,
             rest=self._rest.set,
         )  # fmt: skip
+        if who.member:
+            self._outbox.secrecy = Secrecy(who.member, shared.spool.folder, room=self.post.room, note=self._note)
         self._incarnation = ""  # empty while we do not listen
         self._arrival: Arrival | None = None
         self._next: Job | None = None
@@ -153,6 +156,10 @@ class Worker:
         if self.who.hosted:
             what, level = f"{self.who.name}: {what}", logging.DEBUG if level == logging.INFO else level
         log.log(level, "%s", what)
+
+    def _note(self, event: str, **facts: object) -> None:
+        """For the owner of the data, who has no ledger yet: a line in the log."""
+        self._tell(f"{event}: {facts}", logging.WARNING if event == "alarm" else logging.INFO)
 
     # -- signs of life ------------------------------------------------------------------------------------------
 
@@ -246,9 +253,10 @@ class Worker:
         """Where the parts of a task land; None where it is the change of a version that we do not hold.
 
         Raises:
-            LearnerFailed: it is of another model, or there is no room.
+            LearnerFailed: it is of another model, or there is no room, or it is not for us.
             UsageError: the model has names that the format of the change needs.
         """
+        check(task, self.who)
         expected = self.layout if task.down == "full" else FORMATS[task.down].layout(self.layout)
         if differs := expected.difference(task.payload.layout):
             raise LearnerFailed(f"this worker's learner has other tensors than the version: {differs}.")
@@ -322,7 +330,9 @@ class Worker:
                 if work.owes:
                     await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
                 owed = self._residuals.of(task.of) if work.owes else None
+                model = await asyncio.to_thread(digest_of, weights.data) if task.secure else b""
                 done = await self.seat.run(work, self.layout, weights=weights, residual=owed)
+                done = replace(done, model=model)
         except (LearnerFailed, WireError, TimeoutError) as problem:
             late = f"not done within the {task.deadline_s:.0f} s of the task"
             await self._outbox.refuse(task, str(problem) or late)
@@ -361,7 +371,7 @@ class Worker:
     # -- answers ------------------------------------------------------------------------------------------------
 
     def _hear(self, message: Message) -> None:
-        if not isinstance(message, Answer | Closed | Resumed):
+        if not isinstance(message, Answer | Closed | Resumed | Call):
             kind = type(message).__name__.lower()
             self._tell(f"a {kind} does not belong into the control queue", logging.WARNING)
             return

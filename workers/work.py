@@ -15,6 +15,7 @@ import msgpack
 from broker.formats import FORMATS
 from broker.messages import EXAMPLES_MAX, Scalar
 from broker.tensors import Layout
+from workers.masking import Member
 from workers.spool import Slot
 
 LEASE_S = 15.0
@@ -42,6 +43,7 @@ class Who:
         trains: False for one that only evaluates.
         lease_s: how long a sign of life counts; one is sent three times as often.
         drain_s: how long SIGTERM lets the job in hand go on.
+        member: who it is in secure rounds, and whom it knows; without it takes no part in any.
         hosted: it is one of many in its process, and the log tells only what is unusual.
     """
 
@@ -51,6 +53,7 @@ class Who:
     lease_s: float = LEASE_S
     drain_s: float = 30.0
     hosted: bool = False
+    member: Member | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """An outcome as the daemon sees it: the update is in a slot of its spool, as its format lays it out."""
+    """An outcome as the daemon sees it: the update is in a slot of its spool, as its format lays it out.
+
+    In a secure round `model` is a digest of the weights from which it was trained.
+    """
 
     examples: int | None
     metrics: dict[str, float]
@@ -101,6 +107,7 @@ class Done:
     delta: Slot | None
     seconds: float
     layout: Layout
+    model: bytes = b""
 
 
 def task_seed(seed: int, number: int, worker: str) -> int:

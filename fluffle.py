@@ -29,6 +29,7 @@ from broker.daemon import GAVE_UP, PARENT, STOPPED, StoppedEarly
 from broker.errors import FluffleError, GaveUp, RunEnded, UsageError
 from broker.node import Node
 from broker.options import SettingPairs, parse_settings
+from broker.pinned import draw_keys
 from coordinator import history, report
 from coordinator import plan as plans
 from coordinator.store import Store, new_run_name
@@ -42,6 +43,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 POLL_S = 0.1
+SECURE = {"clip": 8.0, "examples_max": 2048}
+"""Of a demonstration with secure rounds: how long an update may be, and for how many examples it counts."""
 STOP_S = 20.0
 HELD_OUT = "held-out"
 INTERRUPTED = 130
@@ -120,6 +123,7 @@ def demo(
     workers: Annotated[int, typer.Option(min=1, max=64, help="How many workers, where the learner can choose.")] = 4,
     rounds: Annotated[int | None, typer.Option(min=1, help="Versions to make.")] = None,
     schedule: Annotated[str, typer.Option(help="parallel or cyclic.")] = "parallel",
+    privacy: Annotated[str, typer.Option(help="none, or secure: nobody sees a worker's update.")] = "none",
     broker_url: Annotated[
         str | None, typer.Option("--broker", help="Use this RabbitMQ; default: a private one.")
     ] = None,
@@ -137,6 +141,7 @@ def demo(
         "cohort": len(cast.workers),
         "quorum": len(cast.workers),
         "schedule": schedule,
+        **({"privacy": privacy, **SECURE} if privacy != "none" else {}),
         "workers": tuple(cast.workers),
         "gather_s": 120.0,
         "seed": seed,
@@ -195,9 +200,12 @@ def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     logs = store.folder / "log"
     logs.mkdir()
     with _company(url, logs) as company:
-        company.start("coordinator", "coordinator", str(store.folder))
+        secure = store.plan.privacy == "secure"
+        secret = draw_keys(store.folder / "keys", [*cast.workers]) if secure else dict[str, tuple[str, ...]]()
+        company.start("coordinator", "coordinator", str(store.folder), *secret.get("coordinator", ()))
         for name, source in cast.workers.items():
-            company.start(name, "worker", store.plan.learner, "--name", name, "--data", source)
+            options = ("--name", name, "--data", source, *secret.get(name, ()))
+            company.start(name, "worker", store.plan.learner, *options)
         if cast.held_out is not None:
             options = ("--name", HELD_OUT, "--data", cast.held_out, "--evaluate-only")
             company.start(HELD_OUT, "worker", store.plan.learner, *options)

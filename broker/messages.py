@@ -82,7 +82,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Secure:
-    """Within a task: its update is only added up in secret, in words of `bits`, with those of `cohort` at the most."""
+    """Within a task: its update is only added up in secret, in words of `bits`, with those of `cohort` at most."""
 
     bits: Annotated[int, Within(32, 64)]
     cohort: Annotated[int, Within(pact.COHORT_MIN, pact.COHORT_MAX)]

@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +18,10 @@ from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
+from broker.errors import UsageError
 from broker.link import Link
-from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings
+from broker.options import BrokerUrl, GiveUp, RosterFile, SettingPairs, parse_settings
+from broker.pinned import read_roster
 from coordinator import history, service, standby, updates
 from coordinator import plan as plans
 from coordinator import replay as replaying
@@ -106,15 +108,22 @@ def coordinator(
         store = Store.open(run)  # as it is now
         store.begin_epoch()
         store.adopt(plans.change(store.plan, changes))
+        keys = read_roster(roster) if roster else {}
+        if store.plan.privacy == "secure" and not keys:
+            raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
         connect = partial(rabbit.connect, broker, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
-        daemon.run(lambda stop: _serve(store, connect, stop, drains=drains, forced=forced))
+        begin = partial(service.serve, store, drains=drains, forced=forced, keys=keys)
+        daemon.run(lambda stop: _serve(store, connect, stop, begin))
 
 
 async def _serve(
-    store: Store, connect: Callable[[], Awaitable[Link]], stop: asyncio.Event, *, drains: int, forced: bool
+    store: Store,
+    connect: Callable[[], Awaitable[Link]],
+    stop: asyncio.Event,
+    begin: Callable[[Link], Coroutine[None, None, None]],
 ) -> None:
     link = await connect()
-    work = asyncio.create_task(service.serve(store, link, drains=drains, forced=forced))
+    work = asyncio.create_task(begin(link))
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)

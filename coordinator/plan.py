@@ -103,7 +103,7 @@ class Plan:
             comes longer all the same is refused.
         examples_max: the most examples that an update counts for; a worker that learned from more says this.
         privacy: `secure`: updates are only added up in secret (`broker/pact.py`), and nobody sees one; else `none`.
-        ring_bits: secure: 32 or 64 bits for each number of a masked update; the grid is as fine as they have room for.
+        ring_bits: secure: 32 or 64 bits for each number of a masked update, whose grid is as fine as they allow.
         min_cohort: secure: fewest updates in a sum, from 3.
         threshold: secure: more than this part of a worker's neighbours must help to open its secrets.
         keep_updates: every counted update stays in the run's folder, so that each version can be made again.

@@ -21,7 +21,16 @@ import numpy as np
 from broker.errors import Aborted, Refused, WireError
 from broker.messages import Answer, Call, Ready, Step, Task, Update
 from broker.pact import (
-    Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, check_advert, context,
+    Dealt,
+    Finishers,
+    Masked,
+    Opened,
+    Reveal,
+    Settled,
+    Shares,
+    Vow,
+    check_advert,
+    context,
 )  # fmt: skip
 from broker.ring import Form, counted
 from coordinator.desk import Desk
@@ -52,9 +61,7 @@ class Secrecy:
         wait: until something was heard, or the given instant.
     """
 
-    def __init__(
-        self, store: Store, desk: Desk, *, keys: Keys, wait: Callable[[float], Awaitable[None]]
-    ) -> None:
+    def __init__(self, store: Store, desk: Desk, *, keys: Keys, wait: Callable[[float], Awaitable[None]]) -> None:
         self._store = store
         self._plan = store.plan
         self._desk = desk
@@ -64,7 +71,7 @@ class Secrecy:
         desk.take_secret = self._take
         desk.add_secret = self._add
 
-    async def begin(self, here: Open, task: Task, *, again: bool) -> None:
+    async def begin(self, here: Open, task: Task, *, again: bool) -> Secret:
         """A secure sum begins; not the first of this attempt (`again`), or the one that was released goes on."""
         of = here.round.of
         serial, released = self._store.journal.next_sum(of.round) if again else (1, False)
@@ -78,6 +85,7 @@ class Secrecy:
                 self._recall(here, secret, *kept)
             here.round.target = len(here.round.counted)  # nobody else is waited for
         here.secret = secret
+        return secret
 
     async def sum_up(self, here: Open, task: Task) -> None:
         """The turn is over: add up in secret what those have who are ready.
@@ -94,7 +102,7 @@ class Secrecy:
                     await self._release(here, secret)
                 await self._unmask(here, secret)
                 return
-            except Aborted as problem:
+            except (Aborted, WireError) as problem:
                 log.warning("%s: secure sum %d: %s", here.round.of, secret.serial, problem)
                 if secret.released:
                     here.facts.secure = {"metrics": {}, "scored": {}, "gone": secret.gone, "failed": str(problem)}
@@ -102,8 +110,8 @@ class Secrecy:
                     return
                 if not left:
                     raise
-                await self.begin(here, task, again=True)
-                await self._desk.post.tell(here.round.counted, Call(here.round.of, here.secret.serial))
+                following = await self.begin(here, task, again=True)
+                await self._desk.post.tell(here.round.counted, Call(here.round.of, following.serial))
 
     # -- the stages ---------------------------------------------------------------------------------------------
 
@@ -228,7 +236,7 @@ class Secrecy:
             verdict, reason = Verdict.LATE, f"{round_.of} is being summed up"
         if verdict not in (Verdict.ACCEPTED, Verdict.DUPLICATE):
             await self._desk.post.tell([worker], Answer(ready.of, verdict.value, reason))
-        elif (known := secret.ready.get(worker)) != ready:
+        elif secret.ready.get(worker) != ready:
             if secret.core.stage != "adverts":
                 raise Refused(f"{worker} was started anew, and has lost the keys of this sum.")
             if ready.advert.worker != worker:
@@ -236,7 +244,7 @@ class Secrecy:
             check_advert(secret.context, ready.advert, self._keys)
             secret.ready[worker] = ready
             round_.count(worker, 0)
-        elif known and (call := secret.calls.get(worker)):
+        elif call := secret.calls.get(worker):
             await self._desk.post.tell([worker], call)
 
     async def _say(self, here: Open, secret: Secret, step: Step) -> bool:

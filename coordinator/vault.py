@@ -46,7 +46,8 @@ class Vault:
         beside = self._path.with_name(f".{FILE}.{self._claim.epoch}.new")
         try:
             with beside.open("wb") as file:
-                for piece in (name.encode(), words.data.cast("B"), *map(encode, said)):
+                pieces: list[bytes | memoryview] = [name.encode(), words.data.cast("B"), *map(encode, said)]
+                for piece in pieces:
                     file.writelines(_framed(piece))
                 file.flush()
                 os.fsync(file.fileno())

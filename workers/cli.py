@@ -21,9 +21,11 @@ from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import read_version
 from broker.link import Link
-from broker.options import BrokerUrl, GiveUp, SettingPairs, parse_settings, state_folder
+from broker.options import BrokerUrl, GiveUp, RosterFile, SettingPairs, parse_settings, state_folder
+from broker.pinned import read_identity, read_roster
 from workers import host
 from workers import learner as learners
+from workers.masking import Member
 from workers.post import Shared
 from workers.service import Worker
 from workers.spool import Spool
@@ -68,6 +70,11 @@ def worker(
     renew_after: Annotated[
         int, typer.Option(min=1, help="Tasks after which a fresh training process takes over.")
     ] = RENEW_AFTER,
+    roster: RosterFile = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(help="File with this worker's secret key, for secure rounds; {name} in it is its name."),
+    ] = None,
     give_up_s: GiveUp = None,
 ) -> None:
     """Stay beside the data: train what is sent here, and send back what changed. Ends on SIGTERM or Ctrl-C.
@@ -80,12 +87,37 @@ def worker(
         raise UsageError(f"a worker cannot be called {names[-1]!r}: a name is {NAME_RULE}.")
     known = learners.learner_name(learner)
     lease_s, hosted = host.lease_s(len(names)), many is not None
-    whos = [Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted) for each in names]
+    members = _members(names, roster, identity)
+    whos = [
+        Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted, member=members.get(each))
+        for each in names
+    ]
     daemon.start_log()  # the spool tells what it finds damaged
     spool = Spool(state or state_folder("workers", called), workers=len(names))
     trainer = Trainer(learner, spool, threads=threads, memory_mb=memory_mb, renew_after=renew_after)
     connect = partial(rabbit.connect, broker, name=f"worker-{names[0]}", give_up_s=give_up_s)
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
+
+
+def _members(names: list[str], roster: Path | None, identity: Path | None) -> dict[str, Member]:
+    """Who each of them is in secure rounds; nobody, if it takes no part in any.
+
+    Raises:
+        UsageError: one of the files is missing, or is not what it should be.
+    """
+    if roster is None and identity is None:
+        return {}
+    if roster is None or identity is None:
+        raise UsageError("secure rounds take both: --roster, whom to trust, and --identity, this worker's own key.")
+    known, members = read_roster(roster), dict[str, Member]()
+    for name in names:
+        key = read_identity(Path(str(identity).replace("{name}", name)))
+        if known.get(name) != key.public_key().public_bytes_raw():
+            raise UsageError(
+                f"{roster} has another key for {name}, or none: ask the operator for a roster with yours."
+            )
+        members[name] = Member(name, key, known)
+    return members
 
 
 async def _serve(

@@ -174,7 +174,8 @@ class Outbox:
         task, ended = sent.task, True
         try:
             async with asyncio.timeout(patience_s(task)):
-                await self._send_all(sent)
+                secret = task.secure and sent.done.delta is not None
+                await (self._send_secret(sent) if secret else self._send_all(sent))
         except asyncio.CancelledError:
             ended = sent.over  # else this process ends, and the next one goes on
             raise
@@ -199,9 +200,6 @@ class Outbox:
         score = Score(task.of, who, task.version, done.scores)
         if done.delta is None or done.examples is None:
             await self._post.say(score)
-            return
-        if task.secure:
-            await self._send_secret(sent)
             return
         # a training that was repeated may differ; its parts must not be mixed with those of the one before
         payload_id = f"{task.payload.id}/{who}/{secrets.token_hex(4)}"

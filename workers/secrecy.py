@@ -53,7 +53,9 @@ def check(task: Task, who: Who) -> None:
         )
     if task.secure and who.trains:
         if who.member is None:
-            raise LearnerFailed("updates of this run are only added up in secret, which takes --roster and --identity.")
+            raise LearnerFailed(
+                "updates of this run are only added up in secret, which takes --roster and --identity."
+            )
         _ring(task)
 
 
@@ -105,7 +107,9 @@ class Secrecy:
         try:
             write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
         except OSError as problem:
-            raise Refused(f"{self._path} cannot be written ({problem.strerror}), and nothing is told before.") from None
+            raise Refused(
+                f"{self._path} cannot be written ({problem.strerror}), and nothing is told before."
+            ) from None
 
     def _records(self) -> dict[str, tuple[int, str]]:
         try:
@@ -113,7 +117,9 @@ class Secrecy:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError, TypeError) as problem:
-            raise Refused(f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known.") from None
+            raise Refused(
+                f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known."
+            ) from None
 
 
 class Talk:
@@ -179,14 +185,14 @@ class Talk:
         """Fresh keys for another sum; nothing is left of the one before."""
         task, member = self._task, self._secrecy.member
         of, model = task.of, self._done.model
-        bound = context(of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=member.roster)
+        bound = context(
+            of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=member.roster
+        )
         self._masking = Masking(member, bound, secrets.token_bytes, answered=self._secrecy.answered(of))
         self._serial, self.words, self.payload, self._heard = serial, None, None, []
         self.said = Ready(of, member.name, serial, self._masking.advert, tuple(self._metrics))
 
-    def _answer(
-        self, masking: Masking, says: Settled | Dealt | Finishers | Reveal
-    ) -> Shares | Masked | Vow | Opened:
+    def _answer(self, masking: Masking, says: Settled | Dealt | Finishers | Reveal) -> Shares | Masked | Vow | Opened:
         match says:
             case Settled():
                 assert self._task.secure

@@ -61,9 +61,7 @@ QUICK = {
     workers.post: {"RETRY_S": 0.005},
 }
 
-IDENTITIES = {
-    name: Ed25519PrivateKey.from_private_bytes(sha256(name.encode()).digest()) for name in "abcdefghij"
-}
+IDENTITIES = {name: Ed25519PrivateKey.from_private_bytes(sha256(name.encode()).digest()) for name in "abcdefghij"}
 KEYS = {name: key.public_key().public_bytes_raw() for name, key in IDENTITIES.items()}
 """Who may take part in secure rounds, and as whom."""
 SECURE: dict[str, Any] = {"privacy": "secure", "clip": 60.0, "examples_max": 64}

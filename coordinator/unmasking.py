@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from broker.errors import Aborted, Refused
+from broker.errors import Aborted
 from broker.masks import Mask, Words, apply
 from broker.pact import (
     COHORT_MAX,
@@ -39,13 +39,9 @@ from broker.pact import (
     Vow,
     check_advert,
     check_signature,
-    commitment,
-    dealers_of,
-    finishers_of,
-    pair_mask,
-    self_mask,
+    insist,
     threshold_of,
-)  # fmt: skip
+)
 from broker.pieces import CHUNK_ITEMS
 from broker.ring import Form, counted, means_of_others
 from broker.shamir import combine
@@ -99,13 +95,11 @@ class Unmasking:
         """A worker is ready."""
         if _said(self._adverts, advert.worker, advert):
             return False
-        self._at("adverts", advert.worker, advert.worker in self._roster)
-        if len(self._adverts) >= COHORT_MAX:
-            raise Refused(f"a secure round has at most {COHORT_MAX} members.")
+        self._at("adverts", advert.worker, known=advert.worker in self._roster)
+        insist(len(self._adverts) < COHORT_MAX, f"a secure round has at most {COHORT_MAX} members.")
         check_advert(self._context, advert, self._roster)
-        keys = advert.keys[:32], advert.keys[32:]
-        if keys[0] == keys[1] or any(key in other.keys for other in self._adverts.values() for key in keys):
-            raise Refused(f"{advert.worker} advertises a key that is in the cohort already.")
+        keys = {key for a in (advert, *self._adverts.values()) for key in (a.keys[:32], a.keys[32:])}
+        insist(len(keys) == 2 * len(self._adverts) + 2, f"{advert.worker} advertises a key that is there already.")
         self._adverts[advert.worker] = advert
         return True
 
@@ -126,9 +120,11 @@ class Unmasking:
         """A member has dealt."""
         if _said(self._shares, worker, shares):
             return False
-        self._at("shares", worker, worker in self._adverts)
-        if len(shares.sealed) != len(self.pact.neighbours(worker)) or not all(shares.sealed):
-            raise Refused(f"{worker} has not dealt one share to each of its neighbours.")
+        self._at("shares", worker, known=worker in self._adverts)
+        insist(
+            len(shares.sealed) == len(self.pact.neighbours(worker)) and all(shares.sealed),
+            f"{worker} has not dealt one share to each of its neighbours.",
+        )
         self._shares[worker] = shares
         return True
 
@@ -140,7 +136,7 @@ class Unmasking:
             dealer: dict(zip(self.pact.neighbours(dealer), shares.sealed, strict=True))
             for dealer, shares in self._shares.items()
         }
-        self._total: Words = np.zeros(form.words, form.ring.dtype)
+        self.total: Words = np.zeros(form.words, form.ring.dtype)
         self._points: dict[str, dict[int, bytes]] = {dealer: {} for dealer in self._shares}  # x → share
         self.stage = "masked"
         return {
@@ -158,18 +154,19 @@ class Unmasking:
         """
         if worker in self._masked:
             return False
-        self._at("masked", worker, worker in self._shares)
+        self._at("masked", worker, known=worker in self._shares)
         return True
 
     def masked(self, worker: str, words: Words, masked: Masked) -> bool:
         """Add a member's words, once."""
         if not self.expects(worker):
             return False
-        if (words.dtype, words.shape) != (self._total.dtype, self._total.shape):
-            raise Refused(f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
-        dealers = (name for name in self.pact.neighbours(worker) if name in self._shares)
-        check_signature(self._roster, worker, masked.dealers, dealers_of(self.pact, worker, dealers))
-        np.add(self._total, words, out=self._total)
+        insist(
+            (words.dtype, words.shape) == (self.total.dtype, self.total.shape),
+            f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.",
+        )
+        check_signature(self._roster, worker, masked.dealers, self.pact.dealers(worker, self._shares))
+        np.add(self.total, words, out=self.total)
         self._masked[worker] = masked
         return True
 
@@ -190,8 +187,8 @@ class Unmasking:
         """A finisher has vowed."""
         if _said(self._vows, worker, vow):
             return False
-        self._at("vows", worker, worker in self._masked)
-        check_signature(self._roster, worker, vow.signature, finishers_of(self.pact, self._finishers))
+        self._at("vows", worker, known=worker in self._masked)
+        check_signature(self._roster, worker, vow.signature, self.pact.finishers(self._finishers))
         self._vows[worker] = vow
         return True
 
@@ -207,9 +204,11 @@ class Unmasking:
         """A finisher has opened its shares."""
         if _said(self._opened, worker, opened):
             return False
-        self._at("opened", worker, worker in self._masked)
-        if len(opened.shares) != len(self.pact.holders(worker)):
-            raise Refused(f"{worker} has not opened one share for each of its holders.")
+        self._at("opened", worker, known=worker in self._masked)
+        insist(
+            len(opened.shares) == len(self.pact.holders(worker)),
+            f"{worker} has not opened one share for each of its holders.",
+        )
         for dealer, share in zip(self.pact.holders(worker), opened.shares, strict=True):
             if share and dealer in self._points:
                 self._points[dealer][self.pact.holders(dealer).index(worker) + 1] = share
@@ -226,18 +225,18 @@ class Unmasking:
     def result(self) -> Words:
         """Take all masks off: the sum of the finishers' words, in memory that is this object's."""
         assert self.stage == "opened"
-        pact, bits, off = self.pact, 8 * self._total.itemsize, list[Mask]()
+        pact, bits, off = self.pact, 8 * self.total.itemsize, list[Mask]()
         for name in self._finishers.workers:
-            off.append(self_mask(pact, self._secret(name), name, bits)._replace(plus=False))
+            off.append(pact.self_mask(self._secret(name), name, bits)._replace(plus=False))
         for name in self._finishers.lost:
             key = X25519PrivateKey.from_private_bytes(self._secret(name))
             # what the lost one would have added is what its neighbours' masks leave in the sum, with the other sign
             off += [
-                pair_mask(pact, key, name, other, bits) for other in pact.neighbours(name) if other in self._masked
+                pact.pair_mask(key, name, other, bits) for other in pact.neighbours(name) if other in self._masked
             ]
-        apply(self._total, off)
+        apply(self.total, off)
         self.stage = "done"
-        return self._total
+        return self.total
 
     def _secret(self, dealer: str) -> bytes:
         """A dealer's secret, from shares of which one may be false.
@@ -262,16 +261,16 @@ class Unmasking:
     def _is_secret(self, dealer: str, found: bytes) -> bool:
         """Whether this is what the dealer has committed to, or belongs to the key that it has advertised."""
         if dealer in self._masked:
-            return commitment(self.pact, dealer, found) == self._shares[dealer].commitment
+            return self.pact.commitment(dealer, found) == self._shares[dealer].commitment
         public = X25519PrivateKey.from_private_bytes(found).public_key().public_bytes_raw()
         return public == self.pact.keys[dealer][:32]
 
-    def _at(self, stage: Stage, worker: str, known: bool) -> None:
+    def _at(self, stage: Stage, worker: str, *, known: bool) -> None:
         """Refuse what comes too late, too early, or from a stranger."""
-        if not known:
-            raise Refused(f"{worker} is not one of those who may speak here.")
-        if self.stage != stage:
-            raise Refused(f"{worker} is late or early: the attempt is at the {self.stage}, not the {stage}.")
+        insist(known, f"{worker} is not one of those who may speak here.")
+        insist(
+            self.stage == stage, f"{worker} is late or early: the attempt is at the {self.stage}, not the {stage}."
+        )
 
     def _check_holders(self, here: Mapping[str, object], did: str) -> None:
         """End the attempt unless a quorum and, of each dealer's holders, the threshold are left."""
@@ -288,8 +287,7 @@ def _said(before: Mapping[str, object], worker: str, said: object) -> bool:
     Raises:
         Refused: it has said something else.
     """
-    if worker in before and before[worker] != said:
-        raise Refused(f"{worker} has said something else before.")
+    insist(before.get(worker, said) == said, f"{worker} has said something else before.")
     return worker in before
 
 

@@ -41,7 +41,7 @@ from broker.pact import (
     check_signature,
     insist,
     threshold_of,
-)
+)  # fmt: skip
 from broker.pieces import CHUNK_ITEMS
 from broker.ring import Form, counted, means_of_others
 from broker.shamir import combine
@@ -69,25 +69,23 @@ class Unmasking:
     ) -> None:
         self._context, self._roster = context, roster
         self._cohort_min, self._part = max(COHORT_MIN, cohort_min), threshold
-        self.stage: Stage = "adverts"
         self.liars: set[str] = set()
+        self._keys: set[bytes] = set()
         self._adverts: dict[str, Advert] = {}
         self._shares: dict[str, Shares] = {}
         self._masked: dict[str, Masked] = {}
         self._vows: dict[str, Vow] = {}
         self._opened: dict[str, Opened] = {}
+        self._enter("adverts", roster, self._adverts)
+
+    def _enter(self, stage: Stage, expected: Iterable[str], heard: Mapping[str, object]) -> None:
+        """Who may speak in the stage that begins, and where it will be kept what they say."""
+        self.stage, self._expected, self._heard = stage, expected, heard
 
     @property
     def waiting(self) -> frozenset[str]:
-        """Who is expected to speak in this stage and has not; while adverts come, nobody can tell."""
-        heard: dict[Stage, tuple[Iterable[str], Iterable[str]]] = {
-            "shares": (self._adverts, self._shares),
-            "masked": (self._shares, self._masked),
-            "vows": (self._masked, self._vows),
-            "opened": (self._masked, self._opened),
-        }
-        expected, said = heard.get(self.stage, ((), ()))
-        return frozenset(expected).difference(said)
+        """Who may still speak in this stage, and has not."""
+        return frozenset(self._expected).difference(self._heard)
 
     # -- A: who is ready ---------------------------------------------------------------------------------------------
 
@@ -95,23 +93,23 @@ class Unmasking:
         """A worker is ready."""
         if _said(self._adverts, advert.worker, advert):
             return False
-        self._at("adverts", advert.worker, known=advert.worker in self._roster)
+        self._at("adverts", advert.worker)
         insist(len(self._adverts) < COHORT_MAX, f"a secure round has at most {COHORT_MAX} members.")
         check_advert(self._context, advert, self._roster)
-        keys = {key for a in (advert, *self._adverts.values()) for key in (a.keys[:32], a.keys[32:])}
-        insist(len(keys) == 2 * len(self._adverts) + 2, f"{advert.worker} advertises a key that is there already.")
+        keys = {advert.keys[:32], advert.keys[32:]}
+        insist(len(keys - self._keys) == 2, f"{advert.worker} advertises a key that is there already.")
+        self._keys |= keys
         self._adverts[advert.worker] = advert
         return True
 
     def settle(self, metrics: Iterable[str] = ()) -> Settled:
         """Close the cohort; `metrics` are those that all of it have."""
         assert self.stage == "adverts"
-        count = len(self._adverts)
-        _enough(count, self._cohort_min, "workers were ready")
+        _enough(len(self._adverts), self._cohort_min, "workers were ready")
         adverts = tuple(self._adverts[name] for name in sorted(self._adverts))
-        settled = Settled(adverts, threshold_of(count, part=self._part), tuple(metrics))
+        settled = Settled(adverts, threshold_of(len(adverts), part=self._part), tuple(metrics))
         self.pact = Pact(self._context, settled)
-        self.stage = "shares"
+        self._enter("shares", self._adverts, self._shares)
         return settled
 
     # -- B: shares ---------------------------------------------------------------------------------------------------
@@ -120,10 +118,10 @@ class Unmasking:
         """A member has dealt."""
         if _said(self._shares, worker, shares):
             return False
-        self._at("shares", worker, known=worker in self._adverts)
+        self._at("shares", worker)
+        neighbours = len(self.pact.neighbours(worker))
         insist(
-            len(shares.sealed) == len(self.pact.neighbours(worker)) and all(shares.sealed),
-            f"{worker} has not dealt one share to each of its neighbours.",
+            len(shares.sealed) == neighbours and all(shares.sealed), f"{worker} has not dealt to {neighbours} others."
         )
         self._shares[worker] = shares
         return True
@@ -138,7 +136,7 @@ class Unmasking:
         }
         self.total: Words = np.zeros(form.words, form.ring.dtype)
         self._points: dict[str, dict[int, bytes]] = {dealer: {} for dealer in self._shares}  # x → share
-        self.stage = "masked"
+        self._enter("masked", self._shares, self._masked)
         return {
             worker: Dealt(tuple(sealed.get(dealer, {}).get(worker, b"") for dealer in self.pact.neighbours(worker)))
             for worker in self._shares
@@ -154,17 +152,15 @@ class Unmasking:
         """
         if worker in self._masked:
             return False
-        self._at("masked", worker, known=worker in self._shares)
+        self._at("masked", worker)
         return True
 
     def masked(self, worker: str, words: Words, masked: Masked) -> bool:
         """Add a member's words, once."""
         if not self.expects(worker):
             return False
-        insist(
-            (words.dtype, words.shape) == (self.total.dtype, self.total.shape),
-            f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.",
-        )
+        fits = (words.dtype, words.shape) == (self.total.dtype, self.total.shape)
+        insist(fits, f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
         check_signature(self._roster, worker, masked.dealers, self.pact.dealers(worker, self._shares))
         np.add(self.total, words, out=self.total)
         self._masked[worker] = masked
@@ -178,7 +174,7 @@ class Unmasking:
         lost = tuple(sorted(self._shares.keys() - self._masked.keys()))
         dealers = () if self.pact.complete else tuple(self._masked[name].dealers for name in done)
         self._finishers = Finishers(done, lost, dealers)
-        self.stage = "vows"
+        self._enter("vows", self._masked, self._vows)
         return self._finishers
 
     # -- D: what may be known ----------------------------------------------------------------------------------------
@@ -187,7 +183,7 @@ class Unmasking:
         """A finisher has vowed."""
         if _said(self._vows, worker, vow):
             return False
-        self._at("vows", worker, known=worker in self._masked)
+        self._at("vows", worker)
         check_signature(self._roster, worker, vow.signature, self.pact.finishers(self._finishers))
         self._vows[worker] = vow
         return True
@@ -196,7 +192,7 @@ class Unmasking:
         """Close the vows. From here on the round must not be tried again."""
         assert self.stage == "vows"
         _enough(len(self._vows), self.pact.quorum, "members vow for the same finishers")
-        self.stage = "opened"
+        self._enter("opened", self._masked, self._opened)
         vows = (self._vows.get(name) for name in self._finishers.workers)
         return Reveal(tuple(vow.signature if vow else b"" for vow in vows))
 
@@ -204,12 +200,10 @@ class Unmasking:
         """A finisher has opened its shares."""
         if _said(self._opened, worker, opened):
             return False
-        self._at("opened", worker, known=worker in self._masked)
-        insist(
-            len(opened.shares) == len(self.pact.holders(worker)),
-            f"{worker} has not opened one share for each of its holders.",
-        )
-        for dealer, share in zip(self.pact.holders(worker), opened.shares, strict=True):
+        self._at("opened", worker)
+        holders = self.pact.holders(worker)
+        insist(len(opened.shares) == len(holders), f"{worker} has not opened one share for each of its holders.")
+        for dealer, share in zip(holders, opened.shares, strict=True):
             if share and dealer in self._points:
                 self._points[dealer][self.pact.holders(dealer).index(worker) + 1] = share
         self._opened[worker] = opened
@@ -218,9 +212,8 @@ class Unmasking:
     @property
     def enough(self) -> bool:
         """Whether the shares that were opened suffice for `result`, if all are true; no more need be waited for."""
-        return self.stage == "opened" and all(
-            len(points) >= self.pact.settled.threshold for points in self._points.values()
-        )
+        least = self.pact.settled.threshold
+        return self.stage == "opened" and all(len(points) >= least for points in self._points.values())
 
     def result(self) -> Words:
         """Take all masks off: the sum of the finishers' words, in memory that is this object's."""
@@ -230,12 +223,11 @@ class Unmasking:
             off.append(pact.self_mask(self._secret(name), name, bits)._replace(plus=False))
         for name in self._finishers.lost:
             key = X25519PrivateKey.from_private_bytes(self._secret(name))
+            near = (other for other in pact.neighbours(name) if other in self._masked)
             # what the lost one would have added is what its neighbours' masks leave in the sum, with the other sign
-            off += [
-                pact.pair_mask(key, name, other, bits) for other in pact.neighbours(name) if other in self._masked
-            ]
+            off += [pact.pair_mask(key, name, other, bits) for other in near]
         apply(self.total, off)
-        self.stage = "done"
+        self._enter("done", (), {})
         return self.total
 
     def _secret(self, dealer: str) -> bytes:
@@ -247,16 +239,13 @@ class Unmasking:
         holders, threshold = self.pact.holders(dealer), self.pact.settled.threshold
         points = {x: share for x, share in self._points[dealer].items() if holders[x - 1] not in self.liars}
         _enough(len(points), threshold, f"shares of {dealer}'s secret were opened")
-        for without in (None, *list(points)[:threshold]):
-            chosen = {x: share for x, share in points.items() if x != without}
-            found = combine(dict(list(chosen.items())[:threshold])) if len(chosen) >= threshold else None
-            if found is not None and self._is_secret(dealer, found):
-                if without is not None:
-                    self.liars.add(holders[without - 1])
+        for without in ("", *holders):
+            chosen = [x for x in points if holders[x - 1] != without][:threshold]
+            found = combine({x: points[x] for x in chosen}) if len(chosen) == threshold else None
+            if found and self._is_secret(dealer, found):
+                self.liars |= {without} - {""}
                 return found
-        raise Aborted(
-            f"the shares of {dealer}'s secret do not fit together: {dealer}, or several holders, have lied."
-        )
+        raise Aborted(f"the shares of {dealer}'s secret do not fit together: it or several of its holders have lied.")
 
     def _is_secret(self, dealer: str, found: bytes) -> bool:
         """Whether this is what the dealer has committed to, or belongs to the key that it has advertised."""
@@ -265,12 +254,10 @@ class Unmasking:
         public = X25519PrivateKey.from_private_bytes(found).public_key().public_bytes_raw()
         return public == self.pact.keys[dealer][:32]
 
-    def _at(self, stage: Stage, worker: str, *, known: bool) -> None:
+    def _at(self, stage: Stage, worker: str) -> None:
         """Refuse what comes too late, too early, or from a stranger."""
-        insist(known, f"{worker} is not one of those who may speak here.")
-        insist(
-            self.stage == stage, f"{worker} is late or early: the attempt is at the {self.stage}, not the {stage}."
-        )
+        insist(self.stage == stage, f"{worker} is late or early: it speaks of {stage} in the stage of {self.stage}.")
+        insist(worker in self._expected, f"{worker} is not one of those who may speak here.")
 
     def _check_holders(self, here: Mapping[str, object], did: str) -> None:
         """End the attempt unless a quorum and, of each dealer's holders, the threshold are left."""
@@ -302,20 +289,15 @@ def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> None:
     Floats are `examples · delta` on a coarser grid; integers and booleans their means, in place of the largest.
 
     Raises:
-        WireError: the words are no sum of updates.
+        WireError: the words are no sum of updates; some worker has sent something else.
     """
     sums.clear()
-    grid = form.ring.grid
-    up, inside = np.int64(LOW_BITS - grid), (1 << grid) - 1
-    signed = total.view(form.ring.signed)
-    for at in range(0, form.floats, CHUNK_ITEMS):
-        part, chunk = slice(at, min(at + CHUNK_ITEMS, form.floats)), at // CHUNK_ITEMS
-        steps = signed[part].astype(np.int64)
-        np.right_shift(steps, grid, out=sums.high[part])
-        steps &= inside
-        np.left_shift(steps, up, out=sums.low[part])
-        sums.carried.add(chunk)
-        sums.bounds[chunk] = 1.0
-    sums.largest = means_of_others(form, total, updates)
     sums.examples, sums.updates = counted(form, total).examples, updates
     sums.reach = updates * form.ring.limit * form.ring.examples_max
+    sums.largest = means_of_others(form, total, updates)
+    grid, steps = form.ring.grid, form.signed(total)[: form.floats]
+    np.right_shift(steps, grid, out=sums.high, dtype=np.int64)
+    np.bitwise_and(steps, (1 << grid) - 1, out=sums.low, dtype=np.int64)
+    sums.low <<= LOW_BITS - grid
+    sums.carried.update(range(-(-form.floats // CHUNK_ITEMS)))
+    sums.bounds = dict.fromkeys(sums.carried, 1.0)

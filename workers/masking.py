@@ -36,10 +36,9 @@ from broker.pact import (
     degree_of,
     insist,
     threshold_of,
-)
+)  # fmt: skip
 from broker.shamir import SECRET_BYTES, SHARE_BYTES, split
 
-_Asked = TypeVar("_Asked")
 _Given = TypeVar("_Given")
 
 
@@ -87,9 +86,7 @@ class Masking:
 
     def __init__(self, member: Member, context: bytes, draw: Draw, *, answered: str = "") -> None:
         if answered:
-            raise Alarm(
-                "this worker has already helped to unmask this round: it takes part in no other attempt at it."
-            )
+            raise Alarm("this worker has helped to unmask this round: it takes part in no other attempt at it.")
         self._member, self._context, self._draw = member, context, draw
         self._mask_key, self._seal_key = (X25519PrivateKey.from_private_bytes(draw(32)) for _ in range(2))
         self._secret = draw(SECRET_BYTES)
@@ -98,9 +95,8 @@ class Masking:
         self._settled: tuple[Settled, Shares] | None = None
         self._dealt: tuple[Dealt, Masked] | None = None
         self._vowed: tuple[Finishers, Vow] | None = None
-        self._held: dict[
-            str, tuple[bytes, bytes]
-        ] = {}  # dealer → its share of its self mask's secret, and of its key
+        # dealer → this worker's share of its self mask's secret, and of its mask key
+        self._held: dict[str, tuple[bytes, bytes]] = {}
 
     def shares(self, settled: Settled, metrics: Collection[str]) -> Shares:
         """B: check the whole cohort, and deal shares of both secrets. `metrics` are the names that this worker has.
@@ -128,26 +124,17 @@ class Masking:
         """Refuse a cohort that this worker must not be part of."""
         member, adverts = self._member, settled.adverts
         names = [advert.worker for advert in adverts]
-        insist(
-            names == sorted(set(names)) and len(names) <= COHORT_MAX,
-            f"the cohort is not sorted, names a worker twice, or is over the limit of {COHORT_MAX}.",
-        )
+        least, wanted = max(COHORT_MIN, member.cohort_min), threshold_of(len(names), part=member.threshold_min)
+        keys = {key for advert in adverts for key in (advert.keys[:32], advert.keys[32:])}
+        insist(len(names) >= least, f"the cohort has {len(names)} members, and this worker wants {least} or more.")
+        insist(len(names) <= COHORT_MAX, f"the cohort has {len(names)} members, over the limit of {COHORT_MAX}.")
+        insist(names == sorted(set(names)), "the cohort is not sorted, or names a worker twice.")
         insist(self.advert in adverts, "this worker's advert is missing from the cohort, or is another.")
-        insist(
-            len(names) >= max(COHORT_MIN, member.cohort_min),
-            f"the cohort has {len(names)} members, and this worker wants {member.cohort_min} or more.",
-        )
-        least = threshold_of(len(names), part=member.threshold_min)
-        insist(
-            least <= settled.threshold <= degree_of(len(names)) + 1,
-            f"the threshold is {settled.threshold}, and this worker wants {least} or more.",
-        )
-        if missing := sorted({*settled.metrics} - {*metrics}):
-            raise Refused(f"this worker has no metric {missing[0][:40]!r}: the sum would hold that of few.")
-        insist(
-            len({key for a in adverts for key in (a.keys[:32], a.keys[32:])}) == 2 * len(names),
-            "two of the cohort's keys are equal.",
-        )
+        insist(len(keys) == 2 * len(names), "two of the cohort's keys are equal.")
+        insist(wanted <= settled.threshold, f"the threshold is {settled.threshold}, and this worker wants {wanted}.")
+        insist(settled.threshold <= degree_of(len(names)) + 1, "the threshold is above the number of holders.")
+        for name in settled.metrics:
+            insist(name in metrics, f"this worker has no metric {name[:40]!r}: the sum would hold that of few.")
         for advert in adverts:
             check_advert(self._context, advert, member.roster)
 
@@ -158,19 +145,18 @@ class Masking:
 
         Raises:
             Refused: no cohort yet, fewer dealers than the threshold needs, or masked already: what was made then is
-                to be sent, with `masked`.
+                to be sent.
             Alarm: other dealers than before.
         """
         if self._dealt:
             _again(self._dealt, dealt, "set of dealers")
             raise Refused("this worker's update is masked: send what was made then.")
-        if not self._settled:
-            raise Refused("shares are dealt out before there is a cohort.")
+        insist(self._settled is not None, "shares are dealt out before there is a cohort.")
         pact, me, bits = self._pact, self._member.name, 8 * words.itemsize
         neighbours = pact.neighbours(me)
         insist(
             len(dealt.sealed) == len(neighbours),
-            f"{len(dealt.sealed)} sealed shares came, and this worker has {len(neighbours)} neighbours.",
+            f"{len(dealt.sealed)} shares came from {len(neighbours)} neighbours.",
         )
         sealed = {name: each for name, each in zip(neighbours, dealt.sealed, strict=True) if each}
         least = max(COHORT_MIN, pact.settled.threshold)
@@ -182,14 +168,8 @@ class Masking:
         masks = [pact.pair_mask(self._mask_key, me, name, bits) for name in sealed]
         apply(words, [pact.self_mask(self._secret, me, bits), *masks])
         self._dealers = {me, *sealed}
-        signature = self._member.identity.sign(pact.dealers(me, sealed))
-        self._dealt = dealt, Masked(signature)
+        self._dealt = dealt, Masked(self._member.identity.sign(pact.dealers(me, sealed)))
         return self._dealt[1]
-
-    @property
-    def masked(self) -> Masked | None:
-        """What to say with the masked words; None before there are any."""
-        return self._dealt and self._dealt[1]
 
     def vow(self, finishers: Finishers) -> Vow:
         """D1: sign who has finished.
@@ -201,45 +181,29 @@ class Masking:
         """
         if self._vowed:
             return _again(self._vowed, finishers, "set of finishers")
-        if not self._dealt:
-            raise Refused("the sum is closed before this worker has masked its update.")
+        insist(self._dealt is not None, "the sum is closed before this worker has masked its update.")
         self._check_finishers(finishers)
-        signature = self._member.identity.sign(self._pact.finishers(finishers))
-        self._vowed = finishers, Vow(signature)
+        self._vowed = finishers, Vow(self._member.identity.sign(self._pact.finishers(finishers)))
         return self._vowed[1]
 
     def _check_finishers(self, finishers: Finishers) -> None:
         pact, me = self._pact, self._member.name
-        done, lost = (_members(names, pact) for names in (finishers.workers, finishers.lost))
-        insist(
-            me in done and not done & lost, "this worker is not among the finishers, or one is called lost as well."
-        )
-        insist(
-            len(done) >= max(COHORT_MIN, pact.quorum),
-            f"{len(done)} finishers are fewer than the {max(COHORT_MIN, pact.quorum)} that it takes.",
-        )
-        dealers, holders = done | lost, pact.holders(me)
-        insist(
-            dealers.intersection(holders) == self._dealers,
-            "other neighbours have dealt, by this account, than have dealt to this worker.",
-        )
-        insist(
-            len(done.intersection(holders)) >= pact.settled.threshold,
-            f"fewer of this worker's holders have finished than the {pact.settled.threshold} it takes.",
-        )
+        for names in (finishers.workers, finishers.lost):
+            insist(
+                list(names) == sorted({*names} & pact.keys.keys()), "the finishers are not sorted, or not members."
+            )
+        done, lost = set(finishers.workers), set(finishers.lost)
+        dealers, near, least = done | lost, done.intersection(pact.holders(me)), max(COHORT_MIN, pact.quorum)
+        insist(me in done, "this worker is not among the finishers.")
+        insist(not done & lost, "a finisher is called lost as well.")
+        insist(len(done) >= least, f"there are {len(done)} finishers, and it takes {least}.")
+        insist(len(near) >= pact.settled.threshold, "fewer holders have finished than the threshold.")
+        insist(dealers.intersection(pact.holders(me)) == self._dealers, "others have dealt than to this worker.")
         if not pact.complete:
-            self._check_dealers(finishers, dealers)
-
-    def _check_dealers(self, finishers: Finishers, dealers: set[str]) -> None:
-        """Refuse finishers if one of this worker's neighbours has masked against others than these dealers."""
-        pact = self._pact
-        insist(
-            len(finishers.dealers) == len(finishers.workers),
-            "the finishers' statements of their dealers are missing.",
-        )
-        for name, statement in zip(finishers.workers, finishers.dealers, strict=True):
-            if name in self._dealers:
-                check_signature(self._member.roster, name, statement, pact.dealers(name, dealers))
+            insist(len(finishers.dealers) == len(done), "the finishers do not say against whom they have masked.")
+            for name, statement in zip(finishers.workers, finishers.dealers, strict=True):
+                if name in near:
+                    check_signature(self._member.roster, name, statement, pact.dealers(name, dealers))
 
     def answer(self, reveal: Reveal) -> Answer:
         """D2: for each holder the one share that the finishers call for.
@@ -250,10 +214,7 @@ class Masking:
         if not self._vowed:
             raise Refused("shares are asked for before this worker has vowed who has finished.")
         finishers, pact = self._vowed[0], self._pact
-        insist(
-            len(reveal.vows) == len(finishers.workers),
-            f"{len(reveal.vows)} vows came for {len(finishers.workers)} finishers.",
-        )
+        insist(len(reveal.vows) == len(finishers.workers), "there is not one vow for each finisher.")
         vows = [(name, vow) for name, vow in zip(finishers.workers, reveal.vows, strict=True) if vow]
         insist(len(vows) >= pact.quorum, f"{len(vows)} have vowed where {pact.quorum} are needed.")
         for name, vow in vows:
@@ -265,20 +226,7 @@ class Masking:
         return Answer(pact.finishers(finishers).hex(), Opened(tuple(opened)))
 
 
-def _members(names: tuple[str, ...], pact: Pact) -> set[str]:
-    """The names as a set.
-
-    Raises:
-        Refused: they are not sorted, or one is not of the cohort.
-    """
-    insist(
-        list(names) == sorted(set(names)) and pact.keys.keys() >= set(names),
-        "the finishers are not sorted, or one is not of the cohort.",
-    )
-    return set(names)
-
-
-def _again(before: tuple[_Asked, _Given], asked: _Asked, what: str) -> _Given:
+def _again(before: tuple[object, _Given], asked: object, what: str) -> _Given:
     """The same answer to the same question.
 
     Raises:

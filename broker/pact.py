@@ -26,9 +26,8 @@ an attempt are below 2^-20.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from typing import Annotated
 
@@ -107,7 +106,7 @@ class Dealt:
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """C · worker → coordinator, with the masked words: against whom they are masked, signed (`dealers_of`)."""
+    """C · worker → coordinator, with the masked words: against whom they are masked, signed (`Pact.dealers`)."""
 
     dealers: Signature
 
@@ -126,7 +125,7 @@ class Finishers:
 
 @dataclass(frozen=True, slots=True)
 class Vow:
-    """D1 · worker → all: these finishers and lost ones, signed (`finishers_of`); in this attempt never others."""
+    """D1 · worker → all: these finishers and lost ones, signed (`Pact.finishers`); in this attempt never others."""
 
     signature: Signature
 
@@ -169,33 +168,32 @@ def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, r
     return digest("fluffle-secure/1", run, round_, attempt, model, digest(plan), known)
 
 
-@dataclass(frozen=True)
 class Pact:
-    """A closed cohort: what follows from a context and a `Settled`, the same for all who were shown the same."""
+    """A closed cohort: what follows from a context and a `Settled`, the same for all who were shown the same.
 
-    context: bytes
-    settled: Settled
+    Attributes:
+        context: see `context`.
+        settled: see there.
+        keys: U1, sorted: name → both public keys.
+        quorum: how many must vow for the same finishers: ⌊2·|U1|/3⌋ + 1, so that two sets cannot both have it.
+        complete: whether everyone is everyone's neighbour.
+        transcript: the context and all that was settled, in 32 bytes.
+    """
 
-    @cached_property
-    def transcript(self) -> bytes:
-        """The context and all that was settled, in 32 bytes."""
-        adverts = (part for a in self.settled.adverts for part in (a.worker, a.keys, a.signature))
-        return digest(self.context, self.settled.threshold, digest(*adverts), digest(*self.settled.metrics))
-
-    @cached_property
-    def keys(self) -> dict[str, bytes]:
-        """U1, sorted: name → both public keys."""
-        return {advert.worker: advert.keys for advert in self.settled.adverts}
-
-    @property
-    def quorum(self) -> int:
-        """How many members must vow for the same finishers: ⌊2·|U1|/3⌋ + 1, so that two sets cannot both have it."""
-        return 2 * len(self.keys) // 3 + 1
-
-    @property
-    def complete(self) -> bool:
-        """Whether everyone is everyone's neighbour."""
-        return degree_of(len(self.keys)) == len(self.keys) - 1
+    def __init__(self, context_: bytes, settled: Settled) -> None:
+        self.context, self.settled = context_, settled
+        self.keys = {advert.worker: advert.keys for advert in settled.adverts}
+        self.quorum = 2 * len(self.keys) // 3 + 1
+        self.complete = degree_of(len(self.keys)) == len(self.keys) - 1
+        adverts = (part for a in settled.adverts for part in (a.worker, a.keys, a.signature))
+        self.transcript = digest(context_, settled.threshold, digest(*adverts), digest(*settled.metrics))
+        # Harary's graph over an order that nobody chooses: on a ring, the nearest on both sides
+        ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
+        half = len(ring) if self.complete else degree_of(len(ring)) // 2
+        near = ring * 3
+        self._holders = {
+            name: tuple(sorted(set(near[at - half : at + half + 1]))) for at, name in enumerate(ring, len(ring))
+        }
 
     def holders(self, worker: str) -> tuple[str, ...]:
         """Who has a share of a member's secrets: its neighbours and itself, sorted; the first has x = 1."""
@@ -205,15 +203,48 @@ class Pact:
         """To whom a member deals shares, and against whom it masks; sorted."""
         return tuple(name for name in self._holders[worker] if name != worker)
 
-    @cached_property
-    def _holders(self) -> dict[str, tuple[str, ...]]:
-        """Harary's graph over an order that nobody chooses: on a ring, the nearest on both sides."""
-        ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
-        if self.complete:
-            return dict.fromkeys(ring, tuple(sorted(ring)))
-        half = degree_of(len(ring)) // 2
-        around = ring[-half:] + ring + ring[:half]
-        return {name: tuple(sorted(around[at : at + 2 * half + 1])) for at, name in enumerate(ring)}
+    def dealers(self, worker: str, dealers: Container[str]) -> bytes:
+        """What a worker signs when it has masked against those of its neighbours that are among the dealers."""
+        return digest(self.transcript, "dealers", worker, *(n for n in self.neighbours(worker) if n in dealers))
+
+    def finishers(self, finishers: Finishers) -> bytes:
+        """What a worker signs when it vows."""
+        return digest(self.transcript, "finishers", digest(*finishers.workers), digest(*finishers.lost))
+
+    def pair_mask(self, key: X25519PrivateKey, me: str, other: str, bits: int) -> Mask:
+        """What `me`, whose mask key this is, adds against `other`; `other` adds the same with the other sign.
+
+        Words of another size have another keystream.
+
+        Raises:
+            Refused: the other's key is not usable.
+        """
+        shared = _shared(key, self.keys[other][:32], other)
+        return Mask(self._derive(shared, "pair", min(me, other), max(me, other), bits), plus=me < other)
+
+    def self_mask(self, secret: bytes, me: str, bits: int) -> Mask:
+        """What a worker adds so that its words stay hidden should it be called lost and come late."""
+        return Mask(self._derive(secret, "self", me, bits), plus=True)
+
+    def commitment(self, worker: str, secret: bytes) -> bytes:
+        """A hash of the self mask's secret, which says nothing of 32 random bytes."""
+        return digest(self.transcript, "commitment", worker, secret)
+
+    def seal(self, key: X25519PrivateKey, me: str, to: str, shares: bytes) -> bytes:
+        """Shares that only `to` can open. A direction has a key of its own, which seals once: hence no nonce."""
+        cipher = ChaCha20Poly1305(self._derive(_shared(key, self.keys[to][32:], to), "seal", me, to))
+        return cipher.encrypt(bytes(12), shares, None)
+
+    def unseal(self, key: X25519PrivateKey, sender: str, me: str, sealed: bytes) -> bytes:
+        """What `sender` has sealed for `me`; empty if that is not so."""
+        cipher = ChaCha20Poly1305(self._derive(_shared(key, self.keys[sender][32:], sender), "seal", sender, me))
+        try:
+            return cipher.decrypt(bytes(12), sealed, None)
+        except InvalidTag:
+            return b""
+
+    def _derive(self, secret: bytes, *info: str | int) -> bytes:
+        return HKDF(SHA256(), 32, salt=self.transcript, info=digest(*info)).derive(secret)
 
 
 def degree_of(members: int) -> int:
@@ -226,7 +257,7 @@ def threshold_of(members: int, *, part: float = 2 / 3) -> int:
     return math.floor(part * (degree_of(members) + 1) + 1e-9) + 1
 
 
-# -- who says so ----------------------------------------------------------------------------------------------------
+# -- who says so, and what only two know -----------------------------------------------------------------------------
 
 
 def advertise(context_: bytes, worker: str, keys: bytes, identity: Ed25519PrivateKey) -> Advert:
@@ -240,10 +271,10 @@ def check_advert(context_: bytes, advert: Advert, roster: Mapping[str, bytes]) -
     Raises:
         Refused: it is not.
     """
-    worker, keys = advert.worker, advert.keys
-    check_signature(roster, worker, advert.signature, digest(context_, "advert", worker, keys))
-    for at in (0, 32):
-        _shared(_PROBE, keys[at : at + 32], worker)
+    signed = digest(context_, "advert", advert.worker, advert.keys)
+    check_signature(roster, advert.worker, advert.signature, signed)
+    for key in (advert.keys[:32], advert.keys[32:]):
+        _shared(_PROBE, key, advert.worker)
 
 
 def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, signed: bytes) -> None:
@@ -252,8 +283,7 @@ def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, 
     Raises:
         Refused: it is not on the roster, or has not.
     """
-    if worker not in roster:
-        raise Refused(f"{worker} is not on the roster.")
+    insist(worker in roster, f"{worker} is not on the roster.")
     try:
         Ed25519PublicKey.from_public_bytes(roster[worker]).verify(signature, signed)
     except (InvalidSignature, ValueError):
@@ -262,54 +292,10 @@ def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, 
         ) from None
 
 
-def dealers_of(pact: Pact, worker: str, dealers: Iterable[str]) -> bytes:
-    """What a worker signs when it has masked against these of its neighbours, given sorted."""
-    return digest(pact.transcript, "dealers", worker, *dealers)
-
-
-def finishers_of(pact: Pact, finishers: Finishers) -> bytes:
-    """What a worker signs when it vows."""
-    return digest(pact.transcript, "finishers", digest(*finishers.workers), digest(*finishers.lost))
-
-
-# -- what only two know ---------------------------------------------------------------------------------------------
-
-
-def pair_mask(pact: Pact, key: X25519PrivateKey, me: str, other: str, bits: int) -> Mask:
-    """What `me`, whose mask key this is, adds against `other`; `other` adds the same with the other sign.
-
-    Words of another size have another keystream.
-
-    Raises:
-        Refused: the other's key is not usable.
-    """
-    shared = _shared(key, pact.keys[other][:32], other)
-    return Mask(_derive(pact, shared, "pair", min(me, other), max(me, other), bits), plus=me < other)
-
-
-def self_mask(pact: Pact, secret: bytes, me: str, bits: int) -> Mask:
-    """What a worker adds so that its words stay hidden should it be called lost and come late."""
-    return Mask(_derive(pact, secret, "self", me, bits), plus=True)
-
-
-def commitment(pact: Pact, worker: str, secret: bytes) -> bytes:
-    """A hash of the self mask's secret, which says nothing of 32 random bytes."""
-    return digest(pact.transcript, "commitment", worker, secret)
-
-
-def seal(pact: Pact, key: X25519PrivateKey, me: str, to: str, shares: bytes) -> bytes:
-    """Shares that only `to` can open. A direction has a key of its own, which seals once: hence no nonce."""
-    cipher = ChaCha20Poly1305(_derive(pact, _shared(key, pact.keys[to][32:], to), "seal", me, to))
-    return cipher.encrypt(bytes(12), shares, digest(pact.context, me, to))
-
-
-def unseal(pact: Pact, key: X25519PrivateKey, sender: str, me: str, sealed: bytes) -> bytes | None:
-    """What `sender` has sealed for `me`; None if that is not so."""
-    cipher = ChaCha20Poly1305(_derive(pact, _shared(key, pact.keys[sender][32:], sender), "seal", sender, me))
-    try:
-        return cipher.decrypt(bytes(12), sealed, digest(pact.context, sender, me))
-    except InvalidTag:
-        return None
+def insist(holds: bool, otherwise: str) -> None:
+    """Refuse, for this reason, what does not hold."""
+    if not holds:
+        raise Refused(otherwise)
 
 
 _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
@@ -321,7 +307,3 @@ def _shared(key: X25519PrivateKey, theirs: bytes, whose: str) -> bytes:
         return key.exchange(X25519PublicKey.from_public_bytes(theirs))
     except ValueError:
         raise Refused(f"{whose} advertises a key that gives no secret.") from None
-
-
-def _derive(pact: Pact, secret: bytes, *info: str | int) -> bytes:
-    return HKDF(SHA256(), 32, salt=pact.transcript, info=digest(*info)).derive(secret)

@@ -10,11 +10,9 @@ Integers and booleans. Their plain rule, the largest, cannot be had from a sum. 
 each counting once, rounded to nearest and halves up: what is equal everywhere stays as it is, a BatchNorm's counter
 moves by the mean, a boolean goes with the majority.
 
-Numbers. Examples and metrics travel behind, in the same words: whoever adds learns their sums only. A metric is
-`examples · value` in steps as fine as 62 bits allow.
-
-Limbs. What is an integer is cut into limbs of 16 bits, the highest one signed, a word each, so that sums of up to
-2^15 of them fit any ring.
+Numbers. Those, the examples and the metrics (`examples · value` in steps of 2^-17) follow the floats, in the same
+words: whoever adds learns their sums only. A number is cut into four limbs of 16 bits, the highest one signed, a word
+each, so that sums of up to 2^15 of them fit any ring.
 """
 
 import math
@@ -31,20 +29,20 @@ from broker.errors import UsageError, WireError
 from broker.formats import count_floats
 from broker.masks import Words
 from broker.pieces import CHUNK_ITEMS, look, pieces
-from broker.tensors import FLOATS, ITEM_BYTES, Layout, Segment, TensorSpec, as_float64
+from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec, as_float64
 
 ADDENDS_MAX = 2**15
 """Most updates in one sum."""
 EXAMPLES_MAX = 2**29
-METRIC_MAX = 2.0**20
+METRIC_MAX = 2.0**16
 """A metric beyond this counts as this."""
 GRID_MAX = 52
 """The grid of `coordinator/aggregation.py`: no finer one would be kept."""
 STEPS_MIN = 16
 """So many steps at least lie between zero and the largest delta of a single example."""
 _SLACK = 1 + 2.0**-9  # clipping in float32 ends a little above the clip
-_LIMB_BITS = 16
-_NUMBER_LIMBS = 4
+_METRIC_BITS = 17  # examples · |value| has 62 bits then
+_LIMB_BITS, _LIMBS = 16, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +66,6 @@ class Ring:
         """Of the words."""
         return np.dtype(f"<u{self.bits // 8}")
 
-    @property
-    def signed(self) -> np.dtype[Any]:
-        """Of the words as what they stand for."""
-        return np.dtype(f"<i{self.bits // 8}")
-
 
 def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int) -> Ring:
     """The ring of a plan.
@@ -80,8 +73,7 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int) -> Ring:
     Raises:
         UsageError: no clip, or one that is not finite; the ring is too small for so many workers and examples.
     """
-    if bits not in (32, 64):
-        raise UsageError(f"a ring of {bits} bits is not to be had: set ring_bits to 32 or 64.")
+    assert bits in (32, 64)
     if not 0 < clip < math.inf:
         raise UsageError(f"a secure sum needs a bound of what is added, and clip is {clip:g}: set it above 0.")
     if not 1 <= examples_max <= EXAMPLES_MAX:
@@ -121,30 +113,19 @@ class Form:
         return count_floats(self.model)
 
     @cached_property
-    def others(self) -> tuple[Segment, ...]:
-        """Where integers and booleans lie in the model, in the order of their words."""
-        return tuple(segment for segment in self.model.segments if segment.dtype not in FLOATS)
-
-    @cached_property
-    def numbers(self) -> int:
-        """The word at which examples and metrics begin."""
-        items = ((_limbs(s.dtype), (s.stop - s.start) // ITEM_BYTES[s.dtype]) for s in self.others)
-        return self.floats + sum(limbs * count for limbs, count in items)
-
-    @property
     def words(self) -> int:
         """How many words a masked update has."""
-        return self.numbers + _NUMBER_LIMBS * (1 + len(self.metrics))
+        others = sum(spec.items for spec in self.model.specs if spec.dtype not in FLOATS)
+        return self.floats + _LIMBS * (others + 1 + len(self.metrics))
 
     @cached_property
     def layout(self) -> Layout:
         """As a payload: one tensor of integers called `~masked`."""
         return Layout.of([TensorSpec("~masked", f"int{self.ring.bits}", (self.words,))])
 
-    @property
-    def metric_bits(self) -> int:
-        """A step of a metric's number is 2^-metric_bits: examples · |value| of one worker has 62 bits."""
-        return 62 - self.ring.examples_max.bit_length() - (int(METRIC_MAX) - 1).bit_length()
+    def signed(self, words: Words) -> NDArray[np.signedinteger[Any]]:
+        """The words as what they stand for, in the same memory."""
+        return words.view(f"<i{words.itemsize}")
 
 
 class Counted(NamedTuple):
@@ -174,76 +155,25 @@ def encode(
     words = np.empty(form.words, ring.dtype) if into is None else np.frombuffer(into, ring.dtype)
     assert len(words) == form.words
     assert counts >= 1
-    signed, scratch = words.view(ring.signed), np.empty(min(form.floats, CHUNK_ITEMS))
-    factor = counts * 2.0**ring.grid
+    signed, scratch = form.signed(words), np.empty(min(form.floats, CHUNK_ITEMS))
     for piece in pieces(form.model, form.model):
         x = as_float64(look(update, piece.ours), piece.ours.dtype, out=scratch[: piece.stop - piece.at])
         largest = max(float(x.max()), -float(x.min()))  # NaN anywhere makes both of them NaN
-        if not largest <= ring.limit:
-            raise WireError(_beyond(largest, ring))
-        x *= factor
+        if not math.isfinite(largest):
+            raise WireError("the update holds NaN or infinity: training has diverged there.")
+        if largest > ring.limit:
+            raise WireError(
+                f"the update's largest delta is {largest:.3g}, over the limit of {ring.limit:.3g}: clip it."
+            )
+        x *= counts * 2.0**ring.grid
         np.rint(x, out=x)
         np.copyto(signed[piece.at : piece.stop], x, casting="unsafe")
-    at = form.floats
-    for segment in form.others:
-        at = _write(signed, at, look(update, segment).astype(np.int64), _limbs(segment.dtype))
-    numbers = [counts, *(round(counts * each * 2**form.metric_bits) for each in _values(form, metrics))]
-    _write(signed, at, np.array(numbers, np.int64), _NUMBER_LIMBS)
+    behind = [counts, *(round(counts * each * 2**_METRIC_BITS) for each in _values(form, metrics))]
+    others = (look(update, each).astype(np.int64) for each in form.model.segments if each.dtype not in FLOATS)
+    numbers = np.concatenate([*others, np.array(behind, np.int64)])
+    for place, limbs in enumerate(signed[form.floats :].reshape(_LIMBS, -1)):
+        limbs[:] = numbers >> _LIMB_BITS * place & (2**_LIMB_BITS - 1 if place < _LIMBS - 1 else -1)
     return words
-
-
-def counted(form: Form, total: Words) -> Counted:
-    """What is behind the model in an unmasked sum.
-
-    Raises:
-        WireError: the words are no sum of updates.
-    """
-    limbs = total[form.numbers :].view(form.ring.signed).reshape(_NUMBER_LIMBS, -1)
-    examples, *metrics = (
-        sum(int(limb) << (_LIMB_BITS * place) for place, limb in enumerate(number)) for number in limbs.T
-    )
-    if not 1 <= examples <= form.ring.examples_max * ADDENDS_MAX:
-        raise WireError(
-            "the masked words do not add up to updates: a worker has sent something else, or other masks."
-        )
-    steps = examples * 2.0**form.metric_bits
-    return Counted(examples, {name: value / steps for name, value in zip(form.metrics, metrics, strict=True)})
-
-
-def means_of_others(form: Form, total: Words, updates: int) -> dict[int, NDArray[np.generic]]:
-    """First byte in the model → the mean of so many updates for each of the integers or booleans there.
-
-    Raises:
-        WireError: a mean lies outside of its dtype: the words are no sum of updates.
-    """
-    found: dict[int, NDArray[np.generic]] = {}
-    at, signed = form.floats, total.view(form.ring.signed)
-    for segment in form.others:
-        limbs, items = _limbs(segment.dtype), (segment.stop - segment.start) // ITEM_BYTES[segment.dtype]
-        mean, rest = np.zeros(items, np.int64), np.zeros(items, np.int64)
-        sums = signed[at : at + limbs * items].reshape(limbs, items).astype(np.int64)
-        sums[0] += updates // 2  # so that the quotient, which is rounded down, is rounded to nearest
-        for limb in sums[::-1]:  # as one divides on paper
-            quotient, rest = np.divmod(limb + (rest << _LIMB_BITS), updates)
-            mean = (mean << _LIMB_BITS) + quotient
-        found[segment.start] = mean.astype(segment.dtype)
-        if (found[segment.start] != mean).any():
-            raise WireError(f"the mean of {segment.dtype} does not fit into it: a worker has sent other words.")
-        at += limbs * items
-    return found
-
-
-def _limbs(dtype: str) -> int:
-    return max(1, 8 * ITEM_BYTES[dtype] // _LIMB_BITS)
-
-
-def _write(signed: NDArray[Any], at: int, values: NDArray[np.int64], limbs: int) -> int:
-    """The limbs of all values, lowest first; where the next words begin."""
-    for place in range(limbs):
-        limb = values >> (_LIMB_BITS * place)
-        signed[at : at + len(values)] = limb if place == limbs - 1 else limb & (2**_LIMB_BITS - 1)
-        at += len(values)
-    return at
 
 
 def _values(form: Form, metrics: Mapping[str, float]) -> Iterator[float]:
@@ -254,9 +184,34 @@ def _values(form: Form, metrics: Mapping[str, float]) -> Iterator[float]:
         yield max(-METRIC_MAX, min(METRIC_MAX, value))
 
 
-def _beyond(largest: float, ring: Ring) -> str:
-    if not math.isfinite(largest):
-        return "the update holds NaN or infinity: training has diverged there."
-    return (
-        f"the update's largest delta is {largest:.3g}, over the limit of {ring.limit:.3g}: clip it before it is sent."
-    )
+def _numbers(form: Form, total: Words) -> NDArray[np.object_]:
+    """The sums of all numbers, as Python's integers."""
+    limbs = form.signed(total)[form.floats :].reshape(_LIMBS, -1).astype(object)
+    found: NDArray[np.object_] = limbs.T @ np.array([1 << _LIMB_BITS * place for place in range(_LIMBS)], object)
+    return found
+
+
+def counted(form: Form, total: Words) -> Counted:
+    """What is behind the model in an unmasked sum.
+
+    Raises:
+        WireError: the words are no sum of updates.
+    """
+    examples, *metrics = _numbers(form, total)[-1 - len(form.metrics) :]
+    if not 1 <= examples <= form.ring.examples_max * ADDENDS_MAX:
+        raise WireError(
+            "the masked words do not add up to updates: a worker has sent something else, or other masks."
+        )
+    means = (value / (examples << _METRIC_BITS) for value in metrics)
+    return Counted(examples, dict(zip(form.metrics, means, strict=True)))
+
+
+def means_of_others(form: Form, total: Words, updates: int) -> dict[int, NDArray[np.generic]]:
+    """First byte in the model → the mean of so many updates for each of the integers or booleans there."""
+    found, numbers = dict[int, NDArray[np.generic]](), _numbers(form, total)
+    for segment in form.model.segments:
+        if segment.dtype not in FLOATS:
+            items = (segment.stop - segment.start) // ITEM_BYTES[segment.dtype]
+            means, numbers = (2 * numbers[:items] + updates) // (2 * updates), numbers[items:]
+            found[segment.start] = (means % 2**64).astype(np.uint64).view(np.int64).astype(segment.dtype)
+    return found

@@ -9,7 +9,7 @@ as well read its memory.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 PRIME = 2**256 + 297
 SECRET_BYTES, SHARE_BYTES = 32, 33
@@ -20,13 +20,14 @@ def split(secret: bytes, shares: int, threshold: int, draw: Callable[[int], byte
     """Shares of 33 bytes for x = 1, 2, …; `draw(n)` gives n secret random bytes."""
     assert len(secret) == SECRET_BYTES
     assert 1 <= threshold <= shares
-    drawn = draw(_DRAW_BYTES * (threshold - 1))
-    above = [drawn[at : at + _DRAW_BYTES] for at in range(0, len(drawn), _DRAW_BYTES)]
-    coefficients = [int.from_bytes(each, "big") % PRIME for each in above]
-    return [
-        _at(x, [*coefficients, int.from_bytes(secret, "big")]).to_bytes(SHARE_BYTES, "big")
-        for x in range(1, shares + 1)
-    ]
+    drawn = (draw(_DRAW_BYTES) for _ in range(threshold - 1))
+    # the polynomial's coefficients, that of the highest power first
+    coefficients = [int.from_bytes(each, "big") % PRIME for each in (*drawn, secret)]
+
+    def at(x: int) -> int:
+        return reduce(lambda value, coefficient: (value * x + coefficient) % PRIME, coefficients, 0)
+
+    return [at(x).to_bytes(SHARE_BYTES, "big") for x in range(1, shares + 1)]
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes | None:
@@ -36,20 +37,9 @@ def combine(shares: Mapping[int, bytes]) -> bytes | None:
     return found.to_bytes(SECRET_BYTES, "big") if found < 2 ** (8 * SECRET_BYTES) else None
 
 
-def _at(x: int, coefficients: list[int]) -> int:
-    """The polynomial's value (Horner); the highest power's coefficient comes first."""
-    value = 0
-    for coefficient in coefficients:
-        value = (value * x + coefficient) % PRIME
-    return value
-
-
 @lru_cache(maxsize=256)
 def _at_zero(xs: tuple[int, ...]) -> tuple[int, ...]:
     """Lagrange's factors: Π x_j / (x_j − x_i) over all j ≠ i."""
-    return tuple(
-        math.prod(other for other in xs if other != x)
-        * pow(math.prod(other - x for other in xs if other != x), -1, PRIME)
-        % PRIME
-        for x in xs
-    )
+    others = {x: [other for other in xs if other != x] for x in xs}
+    below = (math.prod(other - x for other in others[x]) for x in xs)
+    return tuple(math.prod(others[x]) * pow(b, -1, PRIME) % PRIME for x, b in zip(xs, below, strict=True))

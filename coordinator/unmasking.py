@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from broker.errors import Aborted, Refused
+from broker.errors import Aborted
 from broker.masks import Mask, Words, apply
 from broker.pact import (
     COHORT_MAX,
@@ -39,11 +39,7 @@ from broker.pact import (
     Vow,
     check_advert,
     check_signature,
-    commitment,
-    dealers_of,
-    finishers_of,
-    pair_mask,
-    self_mask,
+    insist,
     threshold_of,
 )  # fmt: skip
 from broker.pieces import CHUNK_ITEMS
@@ -73,25 +69,23 @@ class Unmasking:
     ) -> None:
         self._context, self._roster = context, roster
         self._cohort_min, self._part = max(COHORT_MIN, cohort_min), threshold
-        self.stage: Stage = "adverts"
         self.liars: set[str] = set()
+        self._keys: set[bytes] = set()
         self._adverts: dict[str, Advert] = {}
         self._shares: dict[str, Shares] = {}
         self._masked: dict[str, Masked] = {}
         self._vows: dict[str, Vow] = {}
         self._opened: dict[str, Opened] = {}
+        self._enter("adverts", roster, self._adverts)
+
+    def _enter(self, stage: Stage, expected: Iterable[str], heard: Mapping[str, object]) -> None:
+        """Who may speak in the stage that begins, and where it will be kept what they say."""
+        self.stage, self._expected, self._heard = stage, expected, heard
 
     @property
     def waiting(self) -> frozenset[str]:
-        """Who is expected to speak in this stage and has not; while adverts come, nobody can tell."""
-        heard: dict[Stage, tuple[Iterable[str], Iterable[str]]] = {
-            "shares": (self._adverts, self._shares),
-            "masked": (self._shares, self._masked),
-            "vows": (self._masked, self._vows),
-            "opened": (self._masked, self._opened),
-        }
-        expected, said = heard.get(self.stage, ((), ()))
-        return frozenset(expected).difference(said)
+        """Who may still speak in this stage, and has not."""
+        return frozenset(self._expected).difference(self._heard)
 
     @property
     def total(self) -> Words:
@@ -104,25 +98,23 @@ class Unmasking:
         """A worker is ready."""
         if _said(self._adverts, advert.worker, advert):
             return False
-        self._at("adverts", advert.worker, advert.worker in self._roster)
-        if len(self._adverts) >= COHORT_MAX:
-            raise Refused(f"a secure round has at most {COHORT_MAX} members.")
+        self._at("adverts", advert.worker)
+        insist(len(self._adverts) < COHORT_MAX, f"a secure round has at most {COHORT_MAX} members.")
         check_advert(self._context, advert, self._roster)
-        keys = advert.keys[:32], advert.keys[32:]
-        if keys[0] == keys[1] or any(key in other.keys for other in self._adverts.values() for key in keys):
-            raise Refused(f"{advert.worker} advertises a key that is in the cohort already.")
+        keys = {advert.keys[:32], advert.keys[32:]}
+        insist(len(keys - self._keys) == 2, f"{advert.worker} advertises a key that is there already.")
+        self._keys |= keys
         self._adverts[advert.worker] = advert
         return True
 
     def settle(self, metrics: Iterable[str] = ()) -> Settled:
         """Close the cohort; `metrics` are those that all of it have."""
         assert self.stage == "adverts"
-        count = len(self._adverts)
-        _enough(count, self._cohort_min, "workers were ready")
+        _enough(len(self._adverts), self._cohort_min, "workers were ready")
         adverts = tuple(self._adverts[name] for name in sorted(self._adverts))
-        settled = Settled(adverts, threshold_of(count, part=self._part), tuple(metrics))
+        settled = Settled(adverts, threshold_of(len(adverts), part=self._part), tuple(metrics))
         self.pact = Pact(self._context, settled)
-        self.stage = "shares"
+        self._enter("shares", self._adverts, self._shares)
         return settled
 
     # -- B: shares ---------------------------------------------------------------------------------------------------
@@ -131,9 +123,11 @@ class Unmasking:
         """A member has dealt."""
         if _said(self._shares, worker, shares):
             return False
-        self._at("shares", worker, worker in self._adverts)
-        if len(shares.sealed) != len(self.pact.neighbours(worker)) or not all(shares.sealed):
-            raise Refused(f"{worker} has not dealt one share to each of its neighbours.")
+        self._at("shares", worker)
+        neighbours = len(self.pact.neighbours(worker))
+        insist(
+            len(shares.sealed) == neighbours and all(shares.sealed), f"{worker} has not dealt to {neighbours} others."
+        )
         self._shares[worker] = shares
         return True
 
@@ -145,9 +139,9 @@ class Unmasking:
             dealer: dict(zip(self.pact.neighbours(dealer), shares.sealed, strict=True))
             for dealer, shares in self._shares.items()
         }
-        self._total: Words = np.zeros(form.words, form.ring.dtype)
+        self.total: Words = np.zeros(form.words, form.ring.dtype)
         self._points: dict[str, dict[int, bytes]] = {dealer: {} for dealer in self._shares}  # x → share
-        self.stage = "masked"
+        self._enter("masked", self._shares, self._masked)
         return {
             worker: Dealt(tuple(sealed.get(dealer, {}).get(worker, b"") for dealer in self.pact.neighbours(worker)))
             for worker in self._shares
@@ -163,18 +157,17 @@ class Unmasking:
         """
         if worker in self._masked:
             return False
-        self._at("masked", worker, worker in self._shares)
+        self._at("masked", worker)
         return True
 
     def masked(self, worker: str, words: Words, masked: Masked) -> bool:
         """Add a member's words, once."""
         if not self.expects(worker):
             return False
-        if (words.dtype, words.shape) != (self._total.dtype, self._total.shape):
-            raise Refused(f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
-        dealers = (name for name in self.pact.neighbours(worker) if name in self._shares)
-        check_signature(self._roster, worker, masked.dealers, dealers_of(self.pact, worker, dealers))
-        np.add(self._total, words, out=self._total)
+        fits = (words.dtype, words.shape) == (self.total.dtype, self.total.shape)
+        insist(fits, f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
+        check_signature(self._roster, worker, masked.dealers, self.pact.dealers(worker, self._shares))
+        np.add(self.total, words, out=self.total)
         self._masked[worker] = masked
         return True
 
@@ -186,7 +179,7 @@ class Unmasking:
         lost = tuple(sorted(self._shares.keys() - self._masked.keys()))
         dealers = () if self.pact.complete else tuple(self._masked[name].dealers for name in done)
         self._finishers = Finishers(done, lost, dealers)
-        self.stage = "vows"
+        self._enter("vows", self._masked, self._vows)
         return self._finishers
 
     # -- D: what may be known ----------------------------------------------------------------------------------------
@@ -195,8 +188,8 @@ class Unmasking:
         """A finisher has vowed."""
         if _said(self._vows, worker, vow):
             return False
-        self._at("vows", worker, worker in self._masked)
-        check_signature(self._roster, worker, vow.signature, finishers_of(self.pact, self._finishers))
+        self._at("vows", worker)
+        check_signature(self._roster, worker, vow.signature, self.pact.finishers(self._finishers))
         self._vows[worker] = vow
         return True
 
@@ -204,7 +197,7 @@ class Unmasking:
         """Close the vows. From here on the round must not be tried again."""
         assert self.stage == "vows"
         _enough(len(self._vows), self.pact.quorum, "members vow for the same finishers")
-        self.stage = "opened"
+        self._enter("opened", self._masked, self._opened)
         vows = (self._vows.get(name) for name in self._finishers.workers)
         return Reveal(tuple(vow.signature if vow else b"" for vow in vows))
 
@@ -212,10 +205,10 @@ class Unmasking:
         """A finisher has opened its shares."""
         if _said(self._opened, worker, opened):
             return False
-        self._at("opened", worker, worker in self._masked)
-        if len(opened.shares) != len(self.pact.holders(worker)):
-            raise Refused(f"{worker} has not opened one share for each of its holders.")
-        for dealer, share in zip(self.pact.holders(worker), opened.shares, strict=True):
+        self._at("opened", worker)
+        holders = self.pact.holders(worker)
+        insist(len(opened.shares) == len(holders), f"{worker} has not opened one share for each of its holders.")
+        for dealer, share in zip(holders, opened.shares, strict=True):
             if share and dealer in self._points:
                 self._points[dealer][self.pact.holders(dealer).index(worker) + 1] = share
         self._opened[worker] = opened
@@ -224,25 +217,23 @@ class Unmasking:
     @property
     def enough(self) -> bool:
         """Whether the shares that were opened suffice for `result`, if all are true; no more need be waited for."""
-        return self.stage == "opened" and all(
-            len(points) >= self.pact.settled.threshold for points in self._points.values()
-        )
+        least = self.pact.settled.threshold
+        return self.stage == "opened" and all(len(points) >= least for points in self._points.values())
 
     def result(self) -> Words:
         """Take all masks off: the sum of the finishers' words, in memory that is this object's."""
         assert self.stage == "opened"
-        pact, bits, off = self.pact, 8 * self._total.itemsize, list[Mask]()
+        pact, bits, off = self.pact, 8 * self.total.itemsize, list[Mask]()
         for name in self._finishers.workers:
-            off.append(self_mask(pact, self._secret(name), name, bits)._replace(plus=False))
+            off.append(pact.self_mask(self._secret(name), name, bits)._replace(plus=False))
         for name in self._finishers.lost:
             key = X25519PrivateKey.from_private_bytes(self._secret(name))
+            near = (other for other in pact.neighbours(name) if other in self._masked)
             # what the lost one would have added is what its neighbours' masks leave in the sum, with the other sign
-            off += [
-                pair_mask(pact, key, name, other, bits) for other in pact.neighbours(name) if other in self._masked
-            ]
-        apply(self._total, off)
-        self.stage = "done"
-        return self._total
+            off += [pact.pair_mask(key, name, other, bits) for other in near]
+        apply(self.total, off)
+        self._enter("done", (), {})
+        return self.total
 
     def _secret(self, dealer: str) -> bytes:
         """A dealer's secret, from shares of which one may be false.
@@ -253,30 +244,25 @@ class Unmasking:
         holders, threshold = self.pact.holders(dealer), self.pact.settled.threshold
         points = {x: share for x, share in self._points[dealer].items() if holders[x - 1] not in self.liars}
         _enough(len(points), threshold, f"shares of {dealer}'s secret were opened")
-        for without in (None, *list(points)[:threshold]):
-            chosen = {x: share for x, share in points.items() if x != without}
-            found = combine(dict(list(chosen.items())[:threshold])) if len(chosen) >= threshold else None
-            if found is not None and self._is_secret(dealer, found):
-                if without is not None:
-                    self.liars.add(holders[without - 1])
+        for without in ("", *holders):
+            chosen = [x for x in points if holders[x - 1] != without][:threshold]
+            found = combine({x: points[x] for x in chosen}) if len(chosen) == threshold else None
+            if found and self._is_secret(dealer, found):
+                self.liars |= {without} - {""}
                 return found
-        raise Aborted(
-            f"the shares of {dealer}'s secret do not fit together: {dealer}, or several holders, have lied."
-        )
+        raise Aborted(f"the shares of {dealer}'s secret do not fit together: it or several of its holders have lied.")
 
     def _is_secret(self, dealer: str, found: bytes) -> bool:
         """Whether this is what the dealer has committed to, or belongs to the key that it has advertised."""
         if dealer in self._masked:
-            return commitment(self.pact, dealer, found) == self._shares[dealer].commitment
+            return self.pact.commitment(dealer, found) == self._shares[dealer].commitment
         public = X25519PrivateKey.from_private_bytes(found).public_key().public_bytes_raw()
         return public == self.pact.keys[dealer][:32]
 
-    def _at(self, stage: Stage, worker: str, known: bool) -> None:
+    def _at(self, stage: Stage, worker: str) -> None:
         """Refuse what comes too late, too early, or from a stranger."""
-        if not known:
-            raise Refused(f"{worker} is not one of those who may speak here.")
-        if self.stage != stage:
-            raise Refused(f"{worker} is late or early: the attempt is at the {self.stage}, not the {stage}.")
+        insist(self.stage == stage, f"{worker} is late or early: it speaks of {stage} in the stage of {self.stage}.")
+        insist(worker in self._expected, f"{worker} is not one of those who may speak here.")
 
     def _check_holders(self, here: Mapping[str, object], did: str) -> None:
         """End the attempt unless a quorum and, of each dealer's holders, the threshold are left."""
@@ -293,8 +279,7 @@ def _said(before: Mapping[str, object], worker: str, said: object) -> bool:
     Raises:
         Refused: it has said something else.
     """
-    if worker in before and before[worker] != said:
-        raise Refused(f"{worker} has said something else before.")
+    insist(before.get(worker, said) == said, f"{worker} has said something else before.")
     return worker in before
 
 
@@ -309,20 +294,15 @@ def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> None:
     Floats are `examples · delta` on a coarser grid; integers and booleans their means, in place of the largest.
 
     Raises:
-        WireError: the words are no sum of updates.
+        WireError: the words are no sum of updates; some worker has sent something else.
     """
     sums.clear()
-    grid = form.ring.grid
-    up, inside = np.int64(LOW_BITS - grid), (1 << grid) - 1
-    signed = total.view(form.ring.signed)
-    for at in range(0, form.floats, CHUNK_ITEMS):
-        part, chunk = slice(at, min(at + CHUNK_ITEMS, form.floats)), at // CHUNK_ITEMS
-        steps = signed[part].astype(np.int64)
-        np.right_shift(steps, grid, out=sums.high[part])
-        steps &= inside
-        np.left_shift(steps, up, out=sums.low[part])
-        sums.carried.add(chunk)
-        sums.bounds[chunk] = 1.0
-    sums.largest = means_of_others(form, total, updates)
     sums.examples, sums.updates = counted(form, total).examples, updates
     sums.reach = updates * form.ring.limit * form.ring.examples_max
+    sums.largest = means_of_others(form, total, updates)
+    grid, steps = form.ring.grid, form.signed(total)[: form.floats]
+    np.right_shift(steps, grid, out=sums.high, dtype=np.int64)
+    np.bitwise_and(steps, (1 << grid) - 1, out=sums.low, dtype=np.int64)
+    sums.low <<= LOW_BITS - grid
+    sums.carried.update(range(-(-form.floats // CHUNK_ITEMS)))
+    sums.bounds = dict.fromkeys(sums.carried, 1.0)

@@ -33,19 +33,12 @@ from broker.pact import (
     advertise,
     check_advert,
     check_signature,
-    commitment,
-    dealers_of,
     degree_of,
-    finishers_of,
-    pair_mask,
-    seal,
-    self_mask,
+    insist,
     threshold_of,
-    unseal,
-)
+)  # fmt: skip
 from broker.shamir import SECRET_BYTES, SHARE_BYTES, split
 
-_Asked = TypeVar("_Asked")
 _Given = TypeVar("_Given")
 
 
@@ -93,9 +86,7 @@ class Masking:
 
     def __init__(self, member: Member, context: bytes, draw: Draw, *, answered: str = "") -> None:
         if answered:
-            raise Alarm(
-                "this worker has already helped to unmask this round: it takes part in no other attempt at it."
-            )
+            raise Alarm("this worker has helped to unmask this round: it takes part in no other attempt at it.")
         self._member, self._context, self._draw = member, context, draw
         self._mask_key, self._seal_key = (X25519PrivateKey.from_private_bytes(draw(32)) for _ in range(2))
         self._secret = draw(SECRET_BYTES)
@@ -104,9 +95,8 @@ class Masking:
         self._settled: tuple[Settled, Shares] | None = None
         self._dealt: tuple[Dealt, Masked] | None = None
         self._vowed: tuple[Finishers, Vow] | None = None
-        self._held: dict[
-            str, tuple[bytes, bytes]
-        ] = {}  # dealer → its share of its self mask's secret, and of its key
+        # dealer → this worker's share of its self mask's secret, and of its mask key
+        self._held: dict[str, tuple[bytes, bytes]] = {}
 
     def shares(self, settled: Settled, metrics: Collection[str]) -> Shares:
         """B: check the whole cohort, and deal shares of both secrets. `metrics` are the names that this worker has.
@@ -125,28 +115,26 @@ class Masking:
         dealt = (split(secret, len(holders), settled.threshold, self._draw) for secret in secrets)
         mine = dict(zip(holders, zip(*dealt, strict=True), strict=True))
         self._held[me] = mine[me]
-        sealed = (seal(pact, self._seal_key, me, to, b"".join(mine[to])) for to in pact.neighbours(me))
+        sealed = (pact.seal(self._seal_key, me, to, b"".join(mine[to])) for to in pact.neighbours(me))
         self._pact = pact
-        self._settled = settled, Shares(tuple(sealed), commitment(pact, me, self._secret))
+        self._settled = settled, Shares(tuple(sealed), pact.commitment(me, self._secret))
         return self._settled[1]
 
     def _check(self, settled: Settled, metrics: Collection[str]) -> None:
         """Refuse a cohort that this worker must not be part of."""
         member, adverts = self._member, settled.adverts
         names = [advert.worker for advert in adverts]
-        if names != sorted(set(names)) or len(names) > COHORT_MAX:
-            raise Refused(f"the cohort is not sorted, names a worker twice, or is over the limit of {COHORT_MAX}.")
-        if self.advert not in adverts:
-            raise Refused("this worker's advert is missing from the cohort, or is another.")
-        if len(names) < max(COHORT_MIN, member.cohort_min):
-            raise Refused(f"the cohort has {len(names)} members, and this worker wants {member.cohort_min} or more.")
-        least = threshold_of(len(names), part=member.threshold_min)
-        if not least <= settled.threshold <= degree_of(len(names)) + 1:
-            raise Refused(f"the threshold is {settled.threshold}, and this worker wants {least} or more.")
-        if missing := sorted({*settled.metrics} - {*metrics}):
-            raise Refused(f"this worker has no metric {missing[0][:40]!r}: the sum would hold that of few.")
-        if len({key for a in adverts for key in (a.keys[:32], a.keys[32:])}) < 2 * len(names):
-            raise Refused("two of the cohort's keys are equal.")
+        least, wanted = max(COHORT_MIN, member.cohort_min), threshold_of(len(names), part=member.threshold_min)
+        keys = {key for advert in adverts for key in (advert.keys[:32], advert.keys[32:])}
+        insist(len(names) >= least, f"the cohort has {len(names)} members, and this worker wants {least} or more.")
+        insist(len(names) <= COHORT_MAX, f"the cohort has {len(names)} members, over the limit of {COHORT_MAX}.")
+        insist(names == sorted(set(names)), "the cohort is not sorted, or names a worker twice.")
+        insist(self.advert in adverts, "this worker's advert is missing from the cohort, or is another.")
+        insist(len(keys) == 2 * len(names), "two of the cohort's keys are equal.")
+        insist(wanted <= settled.threshold, f"the threshold is {settled.threshold}, and this worker wants {wanted}.")
+        insist(settled.threshold <= degree_of(len(names)) + 1, "the threshold is above the number of holders.")
+        for name in settled.metrics:
+            insist(name in metrics, f"this worker has no metric {name[:40]!r}: the sum would hold that of few.")
         for advert in adverts:
             check_advert(self._context, advert, member.roster)
 
@@ -157,39 +145,31 @@ class Masking:
 
         Raises:
             Refused: no cohort yet, fewer dealers than the threshold needs, or masked already: what was made then is
-                to be sent, with `masked`.
+                to be sent.
             Alarm: other dealers than before.
         """
         if self._dealt:
             _again(self._dealt, dealt, "set of dealers")
             raise Refused("this worker's update is masked: send what was made then.")
-        if not self._settled:
-            raise Refused("shares are dealt out before there is a cohort.")
+        insist(self._settled is not None, "shares are dealt out before there is a cohort.")
         pact, me, bits = self._pact, self._member.name, 8 * words.itemsize
         neighbours = pact.neighbours(me)
-        if len(dealt.sealed) != len(neighbours):
-            raise Refused(
-                f"{len(dealt.sealed)} sealed shares came, and this worker has {len(neighbours)} neighbours."
-            )
+        insist(
+            len(dealt.sealed) == len(neighbours),
+            f"{len(dealt.sealed)} shares came from {len(neighbours)} neighbours.",
+        )
         sealed = {name: each for name, each in zip(neighbours, dealt.sealed, strict=True) if each}
         least = max(COHORT_MIN, pact.settled.threshold)
-        if len(sealed) + 1 < least:
-            raise Refused(f"{len(sealed) + 1} holders have dealt where {least} are needed.")
+        insist(len(sealed) + 1 >= least, f"{len(sealed) + 1} holders have dealt where {least} are needed.")
         for name, each in sealed.items():
-            shares = unseal(pact, self._seal_key, name, me, each)
-            if shares is not None and len(shares) == 2 * SHARE_BYTES:
+            shares = pact.unseal(self._seal_key, name, me, each)
+            if len(shares) == 2 * SHARE_BYTES:
                 self._held[name] = shares[:SHARE_BYTES], shares[SHARE_BYTES:]
-        masks = [pair_mask(pact, self._mask_key, me, name, bits) for name in sealed]
-        apply(words, [self_mask(pact, self._secret, me, bits), *masks])
+        masks = [pact.pair_mask(self._mask_key, me, name, bits) for name in sealed]
+        apply(words, [pact.self_mask(self._secret, me, bits), *masks])
         self._dealers = {me, *sealed}
-        signature = self._member.identity.sign(dealers_of(pact, me, sealed))
-        self._dealt = dealt, Masked(signature)
+        self._dealt = dealt, Masked(self._member.identity.sign(pact.dealers(me, sealed)))
         return self._dealt[1]
-
-    @property
-    def masked(self) -> Masked | None:
-        """What to say with the masked words; None before there are any."""
-        return self._dealt and self._dealt[1]
 
     def vow(self, finishers: Finishers) -> Vow:
         """D1: sign who has finished.
@@ -201,37 +181,29 @@ class Masking:
         """
         if self._vowed:
             return _again(self._vowed, finishers, "set of finishers")
-        if not self._dealt:
-            raise Refused("the sum is closed before this worker has masked its update.")
+        insist(self._dealt is not None, "the sum is closed before this worker has masked its update.")
         self._check_finishers(finishers)
-        signature = self._member.identity.sign(finishers_of(self._pact, finishers))
-        self._vowed = finishers, Vow(signature)
+        self._vowed = finishers, Vow(self._member.identity.sign(self._pact.finishers(finishers)))
         return self._vowed[1]
 
     def _check_finishers(self, finishers: Finishers) -> None:
         pact, me = self._pact, self._member.name
-        done, lost = (_members(names, pact) for names in (finishers.workers, finishers.lost))
-        if me not in done or done & lost:
-            raise Refused("this worker is not among the finishers, or one is called lost as well.")
-        if len(done) < max(COHORT_MIN, pact.quorum):
-            raise Refused(f"{len(done)} finishers are fewer than the {max(COHORT_MIN, pact.quorum)} that it takes.")
-        dealers, holders = done | lost, pact.holders(me)
-        if dealers.intersection(holders) != self._dealers:
-            raise Refused("other neighbours have dealt, by this account, than have dealt to this worker.")
-        if len(done.intersection(holders)) < pact.settled.threshold:
-            raise Refused(f"fewer of this worker's holders have finished than the {pact.settled.threshold} it takes.")
+        for names in (finishers.workers, finishers.lost):
+            insist(
+                list(names) == sorted({*names} & pact.keys.keys()), "the finishers are not sorted, or not members."
+            )
+        done, lost = set(finishers.workers), set(finishers.lost)
+        dealers, near, least = done | lost, done.intersection(pact.holders(me)), max(COHORT_MIN, pact.quorum)
+        insist(me in done, "this worker is not among the finishers.")
+        insist(not done & lost, "a finisher is called lost as well.")
+        insist(len(done) >= least, f"there are {len(done)} finishers, and it takes {least}.")
+        insist(len(near) >= pact.settled.threshold, "fewer holders have finished than the threshold.")
+        insist(dealers.intersection(pact.holders(me)) == self._dealers, "others have dealt than to this worker.")
         if not pact.complete:
-            self._check_dealers(finishers, dealers)
-
-    def _check_dealers(self, finishers: Finishers, dealers: set[str]) -> None:
-        """Refuse finishers if one of this worker's neighbours has masked against others than these dealers."""
-        pact = self._pact
-        if len(finishers.dealers) != len(finishers.workers):
-            raise Refused("the finishers' statements of their dealers are missing.")
-        for name, statement in zip(finishers.workers, finishers.dealers, strict=True):
-            if name in self._dealers:
-                signed = dealers_of(pact, name, (other for other in pact.neighbours(name) if other in dealers))
-                check_signature(self._member.roster, name, statement, signed)
+            insist(len(finishers.dealers) == len(done), "the finishers do not say against whom they have masked.")
+            for name, statement in zip(finishers.workers, finishers.dealers, strict=True):
+                if name in near:
+                    check_signature(self._member.roster, name, statement, pact.dealers(name, dealers))
 
     def answer(self, reveal: Reveal) -> Answer:
         """D2: for each holder the one share that the finishers call for.
@@ -242,32 +214,19 @@ class Masking:
         if not self._vowed:
             raise Refused("shares are asked for before this worker has vowed who has finished.")
         finishers, pact = self._vowed[0], self._pact
-        if len(reveal.vows) != len(finishers.workers):
-            raise Refused(f"{len(reveal.vows)} vows came for {len(finishers.workers)} finishers.")
+        insist(len(reveal.vows) == len(finishers.workers), "there is not one vow for each finisher.")
         vows = [(name, vow) for name, vow in zip(finishers.workers, reveal.vows, strict=True) if vow]
-        if len(vows) < pact.quorum:
-            raise Refused(f"{len(vows)} have vowed where {pact.quorum} are needed.")
+        insist(len(vows) >= pact.quorum, f"{len(vows)} have vowed where {pact.quorum} are needed.")
         for name, vow in vows:
-            check_signature(self._member.roster, name, vow, finishers_of(pact, finishers))
+            check_signature(self._member.roster, name, vow, pact.finishers(finishers))
         opened = (
             self._held[name][name not in finishers.workers] if name in self._held else b""
             for name in pact.holders(self._member.name)
         )
-        return Answer(finishers_of(pact, finishers).hex(), Opened(tuple(opened)))
+        return Answer(pact.finishers(finishers).hex(), Opened(tuple(opened)))
 
 
-def _members(names: tuple[str, ...], pact: Pact) -> set[str]:
-    """The names as a set.
-
-    Raises:
-        Refused: they are not sorted, or one is not of the cohort.
-    """
-    if list(names) != sorted(set(names)) or not pact.keys.keys() >= set(names):
-        raise Refused("the finishers are not sorted, or one is not of the cohort.")
-    return set(names)
-
-
-def _again(before: tuple[_Asked, _Given], asked: _Asked, what: str) -> _Given:
+def _again(before: tuple[object, _Given], asked: object, what: str) -> _Given:
     """The same answer to the same question.
 
     Raises:

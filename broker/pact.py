@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from broker.errors import Refused
+from broker.errors import Refused, insist
 from broker.fields import NAME, Within
 from broker.masks import Mask
 
@@ -266,13 +266,20 @@ def advertise(context_: bytes, worker: str, keys: bytes, identity: Ed25519Privat
 
 
 def check_advert(context_: bytes, advert: Advert, roster: Mapping[str, bytes]) -> None:
-    """Whether an advert is of a name on the roster, for this context, and its keys are usable.
+    """Whether an advert is of a name on the roster, and for this context.
 
     Raises:
         Refused: it is not.
     """
-    signed = digest(context_, "advert", advert.worker, advert.keys)
-    check_signature(roster, advert.worker, advert.signature, signed)
+    check_signature(roster, advert.worker, advert.signature, digest(context_, "advert", advert.worker, advert.keys))
+
+
+def check_keys(advert: Advert) -> None:
+    """Whether the keys give secrets: of a few special ones, all know what comes out.
+
+    Raises:
+        Refused: they do not.
+    """
     for key in (advert.keys[:32], advert.keys[32:]):
         _shared(_PROBE, key, advert.worker)
 
@@ -290,12 +297,6 @@ def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, 
         raise Refused(
             f"{worker}'s signature is wrong: its key is not the roster's, or model, plan, roster or attempt differ."
         ) from None
-
-
-def insist(holds: bool, otherwise: str) -> None:
-    """Refuse, for this reason, what does not hold."""
-    if not holds:
-        raise Refused(otherwise)
 
 
 _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))

@@ -22,26 +22,9 @@ from typing import Literal
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from broker.errors import Aborted
+from broker import pact
+from broker.errors import Aborted, insist
 from broker.masks import Mask, Words, apply
-from broker.pact import (
-    COHORT_MAX,
-    COHORT_MIN,
-    Advert,
-    Dealt,
-    Finishers,
-    Masked,
-    Opened,
-    Pact,
-    Reveal,
-    Settled,
-    Shares,
-    Vow,
-    check_advert,
-    check_signature,
-    insist,
-    threshold_of,
-)  # fmt: skip
 from broker.pieces import CHUNK_ITEMS
 from broker.ring import Form, counted, means_of_others
 from broker.shamir import combine
@@ -65,17 +48,17 @@ class Unmasking:
     """
 
     def __init__(
-        self, context: bytes, roster: Mapping[str, bytes], *, cohort_min: int = COHORT_MIN, threshold: float = 2 / 3
+        self, context: bytes, roster: Mapping[str, bytes], *, cohort_min: int = 3, threshold: float = 2 / 3
     ) -> None:
         self._context, self._roster = context, roster
-        self._cohort_min, self._part = max(COHORT_MIN, cohort_min), threshold
+        self._cohort_min, self._part = max(pact.COHORT_MIN, cohort_min), threshold
         self.liars: set[str] = set()
         self._keys: set[bytes] = set()
-        self._adverts: dict[str, Advert] = {}
-        self._shares: dict[str, Shares] = {}
-        self._masked: dict[str, Masked] = {}
-        self._vows: dict[str, Vow] = {}
-        self._opened: dict[str, Opened] = {}
+        self._adverts: dict[str, pact.Advert] = {}
+        self._shares: dict[str, pact.Shares] = {}
+        self._masked: dict[str, pact.Masked] = {}
+        self._vows: dict[str, pact.Vow] = {}
+        self._opened: dict[str, pact.Opened] = {}
         self._enter("adverts", roster, self._adverts)
 
     def _enter(self, stage: Stage, expected: Iterable[str], heard: Mapping[str, object]) -> None:
@@ -89,58 +72,55 @@ class Unmasking:
 
     # -- A: who is ready ---------------------------------------------------------------------------------------------
 
-    def advert(self, advert: Advert) -> bool:
+    def advert(self, advert: pact.Advert) -> bool:
         """A worker is ready."""
         if _said(self._adverts, advert.worker, advert):
             return False
         self._at("adverts", advert.worker)
-        insist(len(self._adverts) < COHORT_MAX, f"a secure round has at most {COHORT_MAX} members.")
-        check_advert(self._context, advert, self._roster)
+        insist(len(self._adverts) < pact.COHORT_MAX, f"a secure round has at most {pact.COHORT_MAX} members.")
+        pact.check_advert(self._context, advert, self._roster)
+        pact.check_keys(advert)
         keys = {advert.keys[:32], advert.keys[32:]}
         insist(len(keys - self._keys) == 2, f"{advert.worker} advertises a key that is there already.")
         self._keys |= keys
         self._adverts[advert.worker] = advert
         return True
 
-    def settle(self, metrics: Iterable[str] = ()) -> Settled:
+    def settle(self, metrics: Iterable[str] = ()) -> pact.Settled:
         """Close the cohort; `metrics` are those that all of it have."""
         assert self.stage == "adverts"
         _enough(len(self._adverts), self._cohort_min, "workers were ready")
         adverts = tuple(self._adverts[name] for name in sorted(self._adverts))
-        settled = Settled(adverts, threshold_of(len(adverts), part=self._part), tuple(metrics))
-        self.pact = Pact(self._context, settled)
+        settled = pact.Settled(adverts, pact.threshold_of(len(adverts), part=self._part), tuple(metrics))
+        self.pact = pact.Pact(self._context, settled)
         self._enter("shares", self._adverts, self._shares)
         return settled
 
     # -- B: shares ---------------------------------------------------------------------------------------------------
 
-    def shares(self, worker: str, shares: Shares) -> bool:
+    def shares(self, worker: str, shares: pact.Shares) -> bool:
         """A member has dealt."""
         if _said(self._shares, worker, shares):
             return False
         self._at("shares", worker)
         neighbours = len(self.pact.neighbours(worker))
-        insist(
-            len(shares.sealed) == neighbours and all(shares.sealed), f"{worker} has not dealt to {neighbours} others."
-        )
+        dealt = len(shares.sealed) == neighbours and all(shares.sealed)
+        insist(dealt, f"{worker} has not dealt to its neighbours, of whom there are {neighbours}.")
         self._shares[worker] = shares
         return True
 
-    def deal(self, form: Form) -> dict[str, Dealt]:
+    def deal(self, form: Form) -> dict[str, pact.Dealt]:
         """Close the dealing; worker → what its neighbours have dealt. Room is made for sums of `form`."""
         assert self.stage == "shares"
         self._check_holders(self._shares, "have dealt")
-        sealed = {
-            dealer: dict(zip(self.pact.neighbours(dealer), shares.sealed, strict=True))
-            for dealer, shares in self._shares.items()
-        }
+        near, sealed = self.pact.neighbours, dict[str, dict[str, bytes]]()
+        for dealer, shares in self._shares.items():
+            sealed[dealer] = dict(zip(near(dealer), shares.sealed, strict=True))
         self.total: Words = np.zeros(form.words, form.ring.dtype)
         self._points: dict[str, dict[int, bytes]] = {dealer: {} for dealer in self._shares}  # x → share
         self._enter("masked", self._shares, self._masked)
-        return {
-            worker: Dealt(tuple(sealed.get(dealer, {}).get(worker, b"") for dealer in self.pact.neighbours(worker)))
-            for worker in self._shares
-        }
+        slots = {to: [sealed.get(dealer, {}).get(to, b"") for dealer in near(to)] for to in self._shares}
+        return {to: pact.Dealt(tuple(each)) for to, each in slots.items()}
 
     # -- C: masked words ---------------------------------------------------------------------------------------------
 
@@ -155,48 +135,48 @@ class Unmasking:
         self._at("masked", worker)
         return True
 
-    def masked(self, worker: str, words: Words, masked: Masked) -> bool:
+    def masked(self, worker: str, words: Words, masked: pact.Masked) -> bool:
         """Add a member's words, once."""
         if not self.expects(worker):
             return False
         fits = (words.dtype, words.shape) == (self.total.dtype, self.total.shape)
         insist(fits, f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
-        check_signature(self._roster, worker, masked.dealers, self.pact.dealers(worker, self._shares))
+        pact.check_signature(self._roster, worker, masked.dealers, self.pact.dealers(worker, self._shares))
         np.add(self.total, words, out=self.total)
         self._masked[worker] = masked
         return True
 
-    def finishers(self) -> Finishers:
+    def finishers(self) -> pact.Finishers:
         """Close the sum."""
         assert self.stage == "masked"
         self._check_holders(self._masked, "have sent their masked update")
         done = tuple(sorted(self._masked))
         lost = tuple(sorted(self._shares.keys() - self._masked.keys()))
         dealers = () if self.pact.complete else tuple(self._masked[name].dealers for name in done)
-        self._finishers = Finishers(done, lost, dealers)
+        self._finishers = pact.Finishers(done, lost, dealers)
         self._enter("vows", self._masked, self._vows)
         return self._finishers
 
     # -- D: what may be known ----------------------------------------------------------------------------------------
 
-    def vow(self, worker: str, vow: Vow) -> bool:
+    def vow(self, worker: str, vow: pact.Vow) -> bool:
         """A finisher has vowed."""
         if _said(self._vows, worker, vow):
             return False
         self._at("vows", worker)
-        check_signature(self._roster, worker, vow.signature, self.pact.finishers(self._finishers))
+        pact.check_signature(self._roster, worker, vow.signature, self.pact.finishers(self._finishers))
         self._vows[worker] = vow
         return True
 
-    def reveal(self) -> Reveal:
+    def reveal(self) -> pact.Reveal:
         """Close the vows. From here on the round must not be tried again."""
         assert self.stage == "vows"
         _enough(len(self._vows), self.pact.quorum, "members vow for the same finishers")
         self._enter("opened", self._masked, self._opened)
         vows = (self._vows.get(name) for name in self._finishers.workers)
-        return Reveal(tuple(vow.signature if vow else b"" for vow in vows))
+        return pact.Reveal(tuple(vow.signature if vow else b"" for vow in vows))
 
-    def opened(self, worker: str, opened: Opened) -> bool:
+    def opened(self, worker: str, opened: pact.Opened) -> bool:
         """A finisher has opened its shares."""
         if _said(self._opened, worker, opened):
             return False
@@ -212,20 +192,19 @@ class Unmasking:
     @property
     def enough(self) -> bool:
         """Whether the shares that were opened suffice for `result`, if all are true; no more need be waited for."""
-        least = self.pact.settled.threshold
-        return self.stage == "opened" and all(len(points) >= least for points in self._points.values())
+        return self.stage == "opened" and min(map(len, self._points.values())) >= self.pact.settled.threshold
 
     def result(self) -> Words:
         """Take all masks off: the sum of the finishers' words, in memory that is this object's."""
         assert self.stage == "opened"
-        pact, bits, off = self.pact, 8 * self.total.itemsize, list[Mask]()
+        ours, bits, off = self.pact, 8 * self.total.itemsize, list[Mask]()
         for name in self._finishers.workers:
-            off.append(pact.self_mask(self._secret(name), name, bits)._replace(plus=False))
+            off.append(ours.self_mask(self._secret(name), name, bits)._replace(plus=False))
         for name in self._finishers.lost:
             key = X25519PrivateKey.from_private_bytes(self._secret(name))
-            near = (other for other in pact.neighbours(name) if other in self._masked)
+            near = (other for other in ours.neighbours(name) if other in self._masked)
             # what the lost one would have added is what its neighbours' masks leave in the sum, with the other sign
-            off += [pact.pair_mask(key, name, other, bits) for other in near]
+            off += [ours.pair_mask(key, name, other, bits) for other in near]
         apply(self.total, off)
         self._enter("done", (), {})
         return self.total
@@ -256,16 +235,16 @@ class Unmasking:
 
     def _at(self, stage: Stage, worker: str) -> None:
         """Refuse what comes too late, too early, or from a stranger."""
-        insist(self.stage == stage, f"{worker} is late or early: it speaks of {stage} in the stage of {self.stage}.")
+        insist(self.stage == stage, f"{worker} is late or early: it speaks of {stage}, the stage is {self.stage}.")
         insist(worker in self._expected, f"{worker} is not one of those who may speak here.")
 
     def _check_holders(self, here: Mapping[str, object], did: str) -> None:
         """End the attempt unless a quorum and, of each dealer's holders, the threshold are left."""
-        pact = self.pact
-        _enough(len(here), max(COHORT_MIN, pact.quorum), f"members {did}")
+        ours = self.pact
+        _enough(len(here), max(pact.COHORT_MIN, ours.quorum), f"members {did}")
         for dealer in self._shares:
-            left = sum(holder in here for holder in pact.holders(dealer))
-            _enough(left, pact.settled.threshold, f"holders of {dealer}'s secrets {did}")
+            left = sum(holder in here for holder in ours.holders(dealer))
+            _enough(left, ours.settled.threshold, f"holders of {dealer}'s secrets {did}")
 
 
 def _said(before: Mapping[str, object], worker: str, said: object) -> bool:

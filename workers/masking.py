@@ -15,28 +15,9 @@ from typing import NamedTuple, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from broker.errors import Alarm, Refused
+from broker import pact
+from broker.errors import Alarm, Refused, insist
 from broker.masks import Words, apply
-from broker.pact import (
-    COHORT_MAX,
-    COHORT_MIN,
-    Dealt,
-    Draw,
-    Finishers,
-    Masked,
-    Opened,
-    Pact,
-    Reveal,
-    Settled,
-    Shares,
-    Vow,
-    advertise,
-    check_advert,
-    check_signature,
-    degree_of,
-    insist,
-    threshold_of,
-)  # fmt: skip
 from broker.shamir import SECRET_BYTES, SHARE_BYTES, split
 
 _Given = TypeVar("_Given")
@@ -57,7 +38,7 @@ class Member:
     name: str
     identity: Ed25519PrivateKey
     roster: Mapping[str, bytes]
-    cohort_min: int = COHORT_MIN
+    cohort_min: int = pact.COHORT_MIN
     threshold_min: float = 2 / 3
 
 
@@ -65,7 +46,7 @@ class Answer(NamedTuple):
     """Shares, which may leave only after `record` is safe on disk as the one answer in this run and round."""
 
     record: str
-    opened: Opened
+    opened: pact.Opened
 
 
 class Masking:
@@ -84,21 +65,21 @@ class Masking:
         Alarm: this round has been unmasked before: no further attempt may be.
     """
 
-    def __init__(self, member: Member, context: bytes, draw: Draw, *, answered: str = "") -> None:
+    def __init__(self, member: Member, context: bytes, draw: pact.Draw, *, answered: str = "") -> None:
         if answered:
             raise Alarm("this worker has helped to unmask this round: it takes part in no other attempt at it.")
         self._member, self._context, self._draw = member, context, draw
         self._mask_key, self._seal_key = (X25519PrivateKey.from_private_bytes(draw(32)) for _ in range(2))
         self._secret = draw(SECRET_BYTES)
         public = b"".join(key.public_key().public_bytes_raw() for key in (self._mask_key, self._seal_key))
-        self.advert = advertise(context, member.name, public, member.identity)
-        self._settled: tuple[Settled, Shares] | None = None
-        self._dealt: tuple[Dealt, Masked] | None = None
-        self._vowed: tuple[Finishers, Vow] | None = None
+        self.advert = pact.advertise(context, member.name, public, member.identity)
+        self._settled: tuple[pact.Settled, pact.Shares] | None = None
+        self._dealt: tuple[pact.Dealt, pact.Masked] | None = None
+        self._vowed: tuple[pact.Finishers, pact.Vow] | None = None
         # dealer → this worker's share of its self mask's secret, and of its mask key
         self._held: dict[str, tuple[bytes, bytes]] = {}
 
-    def shares(self, settled: Settled, metrics: Collection[str]) -> Shares:
+    def shares(self, settled: pact.Settled, metrics: Collection[str]) -> pact.Shares:
         """B: check the whole cohort, and deal shares of both secrets. `metrics` are the names that this worker has.
 
         Raises:
@@ -109,36 +90,37 @@ class Masking:
         if self._settled:
             return _again(self._settled, settled, "cohort")
         self._check(settled, metrics)
-        pact, me = Pact(self._context, settled), self._member.name
-        holders = pact.holders(me)
+        ours, me = pact.Pact(self._context, settled), self._member.name
+        holders = ours.holders(me)
         secrets = self._secret, self._mask_key.private_bytes_raw()
         dealt = (split(secret, len(holders), settled.threshold, self._draw) for secret in secrets)
         mine = dict(zip(holders, zip(*dealt, strict=True), strict=True))
         self._held[me] = mine[me]
-        sealed = (pact.seal(self._seal_key, me, to, b"".join(mine[to])) for to in pact.neighbours(me))
-        self._pact = pact
-        self._settled = settled, Shares(tuple(sealed), pact.commitment(me, self._secret))
+        sealed = (ours.seal(self._seal_key, me, to, b"".join(mine[to])) for to in ours.neighbours(me))
+        self._pact = ours
+        self._settled = settled, pact.Shares(tuple(sealed), ours.commitment(me, self._secret))
         return self._settled[1]
 
-    def _check(self, settled: Settled, metrics: Collection[str]) -> None:
+    def _check(self, settled: pact.Settled, metrics: Collection[str]) -> None:
         """Refuse a cohort that this worker must not be part of."""
         member, adverts = self._member, settled.adverts
         names = [advert.worker for advert in adverts]
-        least, wanted = max(COHORT_MIN, member.cohort_min), threshold_of(len(names), part=member.threshold_min)
         keys = {key for advert in adverts for key in (advert.keys[:32], advert.keys[32:])}
+        least, most = max(pact.COHORT_MIN, member.cohort_min), pact.COHORT_MAX
+        wanted = pact.threshold_of(len(names), part=member.threshold_min)
         insist(len(names) >= least, f"the cohort has {len(names)} members, and this worker wants {least} or more.")
-        insist(len(names) <= COHORT_MAX, f"the cohort has {len(names)} members, over the limit of {COHORT_MAX}.")
+        insist(len(names) <= most, f"the cohort has {len(names)} members, over the limit of {most}.")
         insist(names == sorted(set(names)), "the cohort is not sorted, or names a worker twice.")
         insist(self.advert in adverts, "this worker's advert is missing from the cohort, or is another.")
         insist(len(keys) == 2 * len(names), "two of the cohort's keys are equal.")
-        insist(wanted <= settled.threshold, f"the threshold is {settled.threshold}, and this worker wants {wanted}.")
-        insist(settled.threshold <= degree_of(len(names)) + 1, "the threshold is above the number of holders.")
+        insist(wanted <= settled.threshold, f"the threshold is {settled.threshold}; this worker wants {wanted}.")
+        insist(settled.threshold <= pact.degree_of(len(names)) + 1, "the threshold is above the number of holders.")
         for name in settled.metrics:
             insist(name in metrics, f"this worker has no metric {name[:40]!r}: the sum would hold that of few.")
         for advert in adverts:
-            check_advert(self._context, advert, member.roster)
+            pact.check_advert(self._context, advert, member.roster)
 
-    def mask(self, dealt: Dealt, words: Words) -> Masked:
+    def mask(self, dealt: pact.Dealt, words: Words) -> pact.Masked:
         """C: hide the words of this worker's update, in place; once.
 
         What is sealed wrongly is noticed here, and has no share when this worker is asked for it.
@@ -152,26 +134,23 @@ class Masking:
             _again(self._dealt, dealt, "set of dealers")
             raise Refused("this worker's update is masked: send what was made then.")
         insist(self._settled is not None, "shares are dealt out before there is a cohort.")
-        pact, me, bits = self._pact, self._member.name, 8 * words.itemsize
-        neighbours = pact.neighbours(me)
-        insist(
-            len(dealt.sealed) == len(neighbours),
-            f"{len(dealt.sealed)} shares came from {len(neighbours)} neighbours.",
-        )
+        ours, me, bits = self._pact, self._member.name, 8 * words.itemsize
+        neighbours = ours.neighbours(me)
+        insist(len(dealt.sealed) == len(neighbours), "there is not one slot for each neighbour.")
         sealed = {name: each for name, each in zip(neighbours, dealt.sealed, strict=True) if each}
-        least = max(COHORT_MIN, pact.settled.threshold)
+        least = max(pact.COHORT_MIN, ours.settled.threshold)
         insist(len(sealed) + 1 >= least, f"{len(sealed) + 1} holders have dealt where {least} are needed.")
         for name, each in sealed.items():
-            shares = pact.unseal(self._seal_key, name, me, each)
+            shares = ours.unseal(self._seal_key, name, me, each)
             if len(shares) == 2 * SHARE_BYTES:
                 self._held[name] = shares[:SHARE_BYTES], shares[SHARE_BYTES:]
-        masks = [pact.pair_mask(self._mask_key, me, name, bits) for name in sealed]
-        apply(words, [pact.self_mask(self._secret, me, bits), *masks])
+        masks = [ours.pair_mask(self._mask_key, me, name, bits) for name in sealed]
+        apply(words, [ours.self_mask(self._secret, me, bits), *masks])
         self._dealers = {me, *sealed}
-        self._dealt = dealt, Masked(self._member.identity.sign(pact.dealers(me, sealed)))
+        self._dealt = dealt, pact.Masked(self._member.identity.sign(ours.dealers(me, sealed)))
         return self._dealt[1]
 
-    def vow(self, finishers: Finishers) -> Vow:
+    def vow(self, finishers: pact.Finishers) -> pact.Vow:
         """D1: sign who has finished.
 
         Raises:
@@ -183,29 +162,28 @@ class Masking:
             return _again(self._vowed, finishers, "set of finishers")
         insist(self._dealt is not None, "the sum is closed before this worker has masked its update.")
         self._check_finishers(finishers)
-        self._vowed = finishers, Vow(self._member.identity.sign(self._pact.finishers(finishers)))
+        self._vowed = finishers, pact.Vow(self._member.identity.sign(self._pact.finishers(finishers)))
         return self._vowed[1]
 
-    def _check_finishers(self, finishers: Finishers) -> None:
-        pact, me = self._pact, self._member.name
+    def _check_finishers(self, finishers: pact.Finishers) -> None:
+        ours, me = self._pact, self._member.name
         for names in (finishers.workers, finishers.lost):
-            insist(
-                list(names) == sorted({*names} & pact.keys.keys()), "the finishers are not sorted, or not members."
-            )
+            known = sorted({*names} & ours.keys.keys())
+            insist(list(names) == known, "the finishers are not in order, or not all are members.")
         done, lost = set(finishers.workers), set(finishers.lost)
-        dealers, near, least = done | lost, done.intersection(pact.holders(me)), max(COHORT_MIN, pact.quorum)
+        dealers, near, least = done | lost, done.intersection(ours.holders(me)), max(pact.COHORT_MIN, ours.quorum)
         insist(me in done, "this worker is not among the finishers.")
         insist(not done & lost, "a finisher is called lost as well.")
         insist(len(done) >= least, f"there are {len(done)} finishers, and it takes {least}.")
-        insist(len(near) >= pact.settled.threshold, "fewer holders have finished than the threshold.")
-        insist(dealers.intersection(pact.holders(me)) == self._dealers, "others have dealt than to this worker.")
-        if not pact.complete:
-            insist(len(finishers.dealers) == len(done), "the finishers do not say against whom they have masked.")
+        insist(len(near) >= ours.settled.threshold, "fewer holders have finished than the threshold.")
+        insist(dealers.intersection(ours.holders(me)) == self._dealers, "others have dealt than to this worker.")
+        if not ours.complete:
+            insist(len(finishers.dealers) == len(done), "finishers do not say against whom they have masked.")
             for name, statement in zip(finishers.workers, finishers.dealers, strict=True):
                 if name in near:
-                    check_signature(self._member.roster, name, statement, pact.dealers(name, dealers))
+                    pact.check_signature(self._member.roster, name, statement, ours.dealers(name, dealers))
 
-    def answer(self, reveal: Reveal) -> Answer:
+    def answer(self, reveal: pact.Reveal) -> Answer:
         """D2: for each holder the one share that the finishers call for.
 
         Raises:
@@ -213,17 +191,17 @@ class Masking:
         """
         if not self._vowed:
             raise Refused("shares are asked for before this worker has vowed who has finished.")
-        finishers, pact = self._vowed[0], self._pact
+        finishers, ours = self._vowed[0], self._pact
         insist(len(reveal.vows) == len(finishers.workers), "there is not one vow for each finisher.")
         vows = [(name, vow) for name, vow in zip(finishers.workers, reveal.vows, strict=True) if vow]
-        insist(len(vows) >= pact.quorum, f"{len(vows)} have vowed where {pact.quorum} are needed.")
+        insist(len(vows) >= ours.quorum, f"{len(vows)} have vowed where {ours.quorum} are needed.")
         for name, vow in vows:
-            check_signature(self._member.roster, name, vow, pact.finishers(finishers))
+            pact.check_signature(self._member.roster, name, vow, ours.finishers(finishers))
         opened = (
             self._held[name][name not in finishers.workers] if name in self._held else b""
-            for name in pact.holders(self._member.name)
+            for name in ours.holders(self._member.name)
         )
-        return Answer(pact.finishers(finishers).hex(), Opened(tuple(opened)))
+        return Answer(ours.finishers(finishers).hex(), pact.Opened(tuple(opened)))
 
 
 def _again(before: tuple[object, _Given], asked: object, what: str) -> _Given:

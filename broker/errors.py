@@ -78,3 +78,9 @@ class GaveUp(FluffleError):
 
 class RunEnded(FluffleError):
     """The run cannot go on by itself; the text says why."""
+
+
+def insist(holds: bool, otherwise: str) -> None:
+    """Refuse, for this reason, what does not hold."""
+    if not holds:
+        raise Refused(otherwise)

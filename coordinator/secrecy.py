@@ -19,7 +19,7 @@ from hashlib import sha256
 import numpy as np
 
 from broker.errors import Aborted, Refused, WireError
-from broker.messages import Answer, Call, Ready, Step, Task, Update
+from broker.messages import Answer, Call, Ready, Resumed, Step, Task, Update
 from broker.pact import (
     Dealt,
     Finishers,
@@ -71,7 +71,7 @@ class Secrecy:
         desk.take_secret = self._take
         desk.add_secret = self._add
 
-    async def begin(self, here: Open, task: Task, *, again: bool) -> Secret:
+    async def begin(self, here: Open, task: Task, *, again: bool) -> None:
         """A secure sum begins; not the first of this attempt (`again`), or the one that was released goes on."""
         of = here.round.of
         serial, released = self._store.journal.next_sum(of.round) if again else (1, False)
@@ -85,7 +85,9 @@ class Secrecy:
                 self._recall(here, secret, *kept)
             here.round.target = len(here.round.counted)  # nobody else is waited for
         here.secret = secret
-        return secret
+        if again:  # they say again what they have opened, or take up keys anew
+            post, news = self._desk.post, Resumed(of.run, 0) if released else Call(of, serial)
+            await post.tell(here.round.cohort, news)
 
     async def sum_up(self, here: Open, task: Task) -> None:
         """The turn is over: add up in secret what those have who are ready.
@@ -110,8 +112,7 @@ class Secrecy:
                     return
                 if not left:
                     raise
-                following = await self.begin(here, task, again=True)
-                await self._desk.post.tell(here.round.counted, Call(here.round.of, following.serial))
+                await self.begin(here, task, again=True)
 
     # -- the stages ---------------------------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ class Secrecy:
     async def _turn_down(self, message: Ready | Step, secret: Secret | None) -> None:
         """It is of another sum than the present one."""
         of, worker, tell = message.of, message.worker, self._desk.post.tell
-        if secret and isinstance(message, Ready) and secret.core.stage == "adverts":
+        if secret and secret.core.stage == "adverts":
             await tell([worker], Call(of, secret.serial))
         elif self._desk.has_counted(of, worker):
             await tell([worker], Answer(of, "accepted", "it was counted already"))

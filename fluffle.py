@@ -200,12 +200,13 @@ def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     logs = store.folder / "log"
     logs.mkdir()
     with _company(url, logs) as company:
-        secure = store.plan.privacy == "secure"
-        secret = draw_keys(store.folder / "keys", [*cast.workers]) if secure else dict[str, tuple[str, ...]]()
-        company.start("coordinator", "coordinator", str(store.folder), *secret.get("coordinator", ()))
+        keys, roster, member = store.folder / "keys", tuple[str, ...](), tuple[str, ...]()
+        if store.plan.privacy == "secure":
+            roster = ("--roster", str(draw_keys(keys, [*cast.workers])))
+            member = (*roster, "--identity", str(keys / "{name}.key"))
+        company.start("coordinator", "coordinator", str(store.folder), *roster)
         for name, source in cast.workers.items():
-            options = ("--name", name, "--data", source, *secret.get(name, ()))
-            company.start(name, "worker", store.plan.learner, *options)
+            company.start(name, "worker", store.plan.learner, "--name", name, "--data", source, *member)
         if cast.held_out is not None:
             options = ("--name", HELD_OUT, "--data", cast.held_out, "--evaluate-only")
             company.start(HELD_OUT, "worker", store.plan.learner, *options)

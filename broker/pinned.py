@@ -1,56 +1,212 @@
-"""Who may take part in secure rounds: names and their Ed25519 public keys in a file, and one's own secret key.
+"""Who may take part in secure rounds: the operator's signed roster of public keys, and a party's own secret key.
 
-Knows these two files. Does not know who has signed the roster, nor what keys are for.
+Knows these two files, Ed25519 signatures over the first and fingerprints for the telephone. Does not know what the
+keys are used for (`pact.py`), nor who the operator is: whoever reads a roster says whose signature it trusts.
 """
 
+import base64
+import hashlib
 import json
 import os
 import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
 
 from broker.errors import UsageError
+from broker.fields import NAME, NAME_RULE
+from broker.files import write_whole
+
+KEY_BYTES = 32
+SAID = b"fluffle roster 1\0"
+"""What a signature begins with, so that it is of a roster and nothing else."""
 
 
-def read_roster(path: Path) -> dict[str, bytes]:
-    """Name → public key (32 bytes).
+@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class _File:
+    format: Literal[1]
+    version: int
+    workers: dict[str, str]
+    operator: str = ""
+    signature: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Names and their Ed25519 public keys (32 bytes each), as the operator has signed them, if they have.
+
+    Attributes:
+        version: counts the operator's signatures.
+        operator: public key of whoever has signed; empty while nobody has.
+    """
+
+    workers: Mapping[str, bytes] = field(default_factory=dict)
+    version: int = 0
+    operator: bytes = b""
+    signature: bytes = b""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of what is signed: 32 bytes."""
+        return hashlib.sha256(self._said()).digest()
+
+    def with_(self, name: str, key: bytes) -> "Roster":
+        """With one worker more, to be signed anew.
+
+        Raises:
+            UsageError: the name is none, or is taken; the key is none, or another's.
+        """
+        if not NAME.fullmatch(name):
+            raise UsageError(f"{name[:80]!r} is no worker's name: {NAME_RULE}.")
+        if name in self.workers:
+            raise UsageError(f"{name} is on the roster already: remove it first if its key has changed.")
+        for other, known in self.workers.items():
+            if known == key:
+                raise UsageError(f"{other} has this key already: each worker needs one of its own.")
+        _public(key)
+        return Roster({**self.workers, name: key}, self.version)
+
+    def without(self, name: str) -> "Roster":
+        """Without one worker, to be signed anew.
+
+        Raises:
+            UsageError: it is not on the roster.
+        """
+        if name not in self.workers:
+            raise UsageError(f"{name} is not on the roster.")
+        return Roster({each: key for each, key in self.workers.items() if each != name}, self.version)
+
+    def signed(self, operator: Ed25519PrivateKey) -> "Roster":
+        """The next version, signed."""
+        made = Roster(self.workers, self.version + 1, operator.public_key().public_bytes_raw())
+        return replace(made, signature=operator.sign(made._said()))
+
+    def check(self, operator: bytes = b"") -> None:
+        """See that it is signed, and by whom it should be; by anybody if `operator` is empty.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if not self.signature:
+            raise UsageError("the roster is not signed: `fluffle roster sign` it with the operator's key.")
+        if operator and operator != self.operator:
+            raise UsageError(
+                f"the roster is signed by another operator: {fingerprint(self.operator)} instead of "
+                f"{fingerprint(operator)}; ask yours."
+            )
+        try:
+            _public(self.operator).verify(self.signature, self._said())
+        except InvalidSignature:
+            raise UsageError("the roster is not what the operator has signed: get it from them again.") from None
+
+    def _said(self) -> bytes:
+        names = {name: self.workers[name].hex() for name in sorted(self.workers)}
+        said = {"format": 1, "operator": self.operator.hex(), "version": self.version, "workers": names}
+        return SAID + json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+
+    def write(self, path: Path) -> None:
+        """Put it into a file, whole or not at all."""
+        said: dict[str, Any] = {
+            "format": 1,
+            "version": self.version,
+            "workers": {name: self.workers[name].hex() for name in sorted(self.workers)},
+            "operator": self.operator.hex(),
+            "signature": self.signature.hex(),
+        }
+        write_whole(path, json.dumps(said, indent=2).encode() + b"\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Roster":
+        """What a file says; whether that is signed, `check` says.
+
+        Raises:
+            UsageError: it cannot be read, or is no roster.
+        """
+        try:
+            found = TypeAdapter(_File).validate_json(path.read_bytes())
+            keys = {name: bytes.fromhex(key) for name, key in found.workers.items()}
+            made = cls(keys, found.version, bytes.fromhex(found.operator), bytes.fromhex(found.signature))
+        except OSError as problem:
+            raise UsageError(f"the roster {path} cannot be read: {problem.strerror}.") from None
+        except (ValidationError, ValueError):
+            raise UsageError(f"{path} is not a roster: `fluffle roster add` makes one.") from None
+        if len(set(keys.values())) < len(keys) or not all(map(NAME.fullmatch, keys)) or found.version < 0:
+            raise UsageError(f"{path} is not a roster: two workers share a key, or one's name is none.")
+        for key in keys.values():
+            _public(key)
+        return made
+
+
+def read_roster(path: Path, operator: str = "") -> dict[str, bytes]:
+    """Name → public key, of a roster that the operator (a public key in hex; empty: anybody) has signed.
 
     Raises:
-        UsageError: it is not a roster.
+        UsageError: it is none, or not signed by them.
     """
-    try:
-        return {str(name): bytes.fromhex(key) for name, key in json.loads(path.read_text())["workers"].items()}
-    except OSError as problem:
-        raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} is not a roster: it names workers and their public keys.") from None
+    roster = Roster.read(path)
+    roster.check(bytes.fromhex(operator))
+    return dict(roster.workers)
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
-    """A worker's own key.
+    """A party's own key.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is none, or others may read it.
     """
     try:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise UsageError(f"others may read the secret key {path}: chmod 600 it.")
         return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip()))
     except OSError as problem:
-        raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
+        raise UsageError(f"the secret key {path} cannot be read: {problem.strerror}.") from None
     except ValueError:
-        raise UsageError(f"{path} is not a secret key: 64 hexadecimal digits.") from None
+        raise UsageError(f"{path} is not a secret key: `fluffle keygen` makes one.") from None
 
 
-def draw_keys(folder: Path, names: list[str]) -> dict[str, tuple[str, ...]]:
-    """A key for each name, and the roster of all; by name, and for `coordinator`, the options that tell of them."""
+def draw_identity(path: Path) -> bytes:
+    """Draw a secret key into a new file that nobody else may read; the public key.
+
+    Raises:
+        UsageError: the file is there already, or cannot be written.
+    """
+    seed = secrets.token_bytes(KEY_BYTES)
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(seed.hex() + "\n")
+    except FileExistsError:
+        raise UsageError(f"{path} is there already: a key that is in use is not to be written over.") from None
+    except OSError as problem:
+        raise UsageError(f"the secret key {path} cannot be written: {problem.strerror}.") from None
+    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+
+
+def draw_keys(folder: Path, names: list[str]) -> Path:
+    """A key for each name, in NAME.key, and the roster of all, signed by operator.key; the roster's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    roster, public = folder / "roster.json", {}
-    options: dict[str, tuple[str, ...]] = {"coordinator": ("--roster", str(roster))}
+    roster, path = Roster(), folder / "roster.json"
     for name in names:
-        seed = secrets.token_bytes(32)
-        with os.fdopen(os.open(folder / f"{name}.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(seed.hex())
-        options[name] = ("--roster", str(roster), "--identity", str(folder / f"{name}.key"))
-        public[name] = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw().hex()
-    roster.write_text(json.dumps({"workers": public}))
-    return options
+        roster = roster.with_(name, draw_identity(folder / f"{name}.key"))
+    draw_identity(folder / "operator.key")
+    roster.signed(read_identity(folder / "operator.key")).write(path)
+    return path
+
+
+def fingerprint(key: bytes) -> str:
+    """A public key for the telephone: 125 bits of its SHA-256, as five groups of five of A to Z and 2 to 7."""
+    text = base64.b32encode(hashlib.sha256(key).digest()).decode()[:25]
+    return " ".join(text[at : at + 5] for at in range(0, 25, 5))
+
+
+def _public(key: bytes) -> Ed25519PublicKey:
+    try:
+        return Ed25519PublicKey.from_public_bytes(key)
+    except ValueError:
+        raise UsageError(f"{key.hex()[:80]!r} is not a public key: `fluffle keygen` prints one.") from None

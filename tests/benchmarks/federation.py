@@ -6,6 +6,7 @@ history, at /proc, at the broker's counters. Knows nothing of how a round is mad
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from broker.errors import RunEnded
 from broker.files import read_version
 from broker.folder import BROKER
 from broker.node import Node
+from broker.pinned import draw_keys
 from broker.processes import holder
 from tests.benchmarks.pump import pump
 from tests.benchmarks.rows import WARMUP, Row
@@ -134,13 +136,33 @@ def init(learner: Path | str, run: Path, *options: str) -> None:
 
 
 def start(company: Troupe, row: Row, learner: Path, run: Path) -> None:
+    plan, member = secrets_of(row, company.folder / "keys") if row.secure else ((), ())
     for number, share in enumerate(row.shares, 1):
         name = f"w{number}"
         many = ("--many", str(share)) if row.hosts < row.workers else ()
-        place = ("--name", name, "--data", str(company.folder / "curtain"), "--state", str(company.folder / name))
+        place = (
+            "--name",
+            name,
+            "--data",
+            str(company.folder / "curtain"),
+            "--state",
+            str(company.folder / name),
+            *member,
+        )
         company.start(name, *FLUFFLE, "worker", str(learner), *place, *many)
     everyone = ("--cohort", str(row.workers), "--quorum", str(row.workers), "--gather-s", GATHER_S)
-    company.start("coordinator", *FLUFFLE, "coordinator", str(run), "--rounds", str(row.all_rounds), *everyone)
+    company.start("coordinator", *FLUFFLE, "coordinator", str(run), "--rounds", str(row.all_rounds), *everyone, *plan)
+
+
+def secrets_of(row: Row, keys: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Options of the coordinator, and of each worker; everyone has a key and knows the others'."""
+    shares = enumerate(row.shares, 1)
+    hosted = [f"w{number}-{each}" for number, share in shares for each in range(1, share + 1)]
+    names = hosted if row.hosts < row.workers else [f"w{number}" for number in range(1, row.workers + 1)]
+    roster = ("--roster", str(draw_keys(keys, names)))
+    # ones everywhere have this norm
+    clip = ("--clip", str(math.ceil(math.sqrt(row.parameters)) + 1), "--examples-max", "1")
+    return ("--privacy", "secure", *clip, *roster), (*roster, "--identity", str(keys / "{name}.key"))
 
 
 def check(version: Path, row: Row) -> None:

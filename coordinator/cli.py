@@ -30,6 +30,21 @@ from coordinator.store import Store
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder; `fluffle init` makes one.")]
 PlanOptions = dict[str, Any]
+OverSelect = Annotated[
+    float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
+]
+How = Annotated[str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")]
+Down = Annotated[str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")]
+Privacy = Annotated[
+    str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 to 1.")
+]
+KeepUpdates = Annotated[
+    bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
+]
+Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
 
 
 def coordinator(
@@ -37,40 +52,26 @@ def coordinator(
     broker: BrokerUrl,
     rounds: Annotated[int | None, typer.Option(help="Versions to make.")] = None,
     cohort: Annotated[int | None, typer.Option(help="Workers chosen for a round.")] = None,
-    over_select: Annotated[
-        float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
-    ] = None,
+    over_select: OverSelect = None,
     quorum: Annotated[int | None, typer.Option(help="Fewest updates that make a version.")] = None,
     round_s: Annotated[float | None, typer.Option(help="Seconds until a round stops waiting.")] = None,
     gather_s: Annotated[float | None, typer.Option(help="Seconds to wait at first for a full cohort.")] = None,
     schedule: Annotated[str | None, typer.Option(help="parallel or cyclic.")] = None,
     workers: Annotated[str | None, typer.Option(help="Only these: names with commas, in cyclic order.")] = None,
-    how: Annotated[
-        str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")
-    ] = None,
+    how: How = None,
     keep: Annotated[float | None, typer.Option(help="The part of its numbers that a top-k update sends.")] = None,
-    down: Annotated[
-        str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")
-    ] = None,
+    down: Down = None,
     clip: Annotated[
         float | None, typer.Option(help="The largest norm of an update; longer ones are refused.")
     ] = None,
     examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
-    privacy: Annotated[
-        str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
-    ] = None,
+    privacy: Privacy = None,
     ring_bits: Annotated[int | None, typer.Option(help="Secure: 32 or 64 bits a number.")] = None,
     min_cohort: Annotated[int | None, typer.Option(help="Secure: fewest updates in a sum, from 3.")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 to 1.")
-    ] = None,
+    threshold: Threshold = None,
     roster: RosterFile = None,
-    keep_updates: Annotated[
-        bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
-    ] = None,
-    drains: Annotated[
-        int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")
-    ] = service.DRAINS,
+    keep_updates: KeepUpdates = None,
+    drains: Drains = service.DRAINS,
     settings: SettingPairs = None,
     give_up_s: GiveUp = None,
 ) -> None:

@@ -17,7 +17,7 @@ def strike(folder: Path, point: str) -> None:
     owner, _, method = place.partition(".")
     struck = getattr(importlib.import_module(module), owner)
 
-    def die(*arguments: Any, **words: Any) -> None:
+    def die(*_: Any, **__: Any) -> None:
         (folder / point).touch()
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -171,7 +171,7 @@ class Round:
     def leave(self, worker: str, reason: str) -> None:
         """The worker withdraws with a goodbye, which is no failure."""
         self.withdraw(worker, reason)
-        if self.refused.get(worker) == reason:
+        if self.refused.get(worker) == reason or worker in self.counted:
             self._left.add(worker)
 
     def refuse(self, worker: str, reason: str) -> None:
@@ -183,6 +183,10 @@ class Round:
     def lose(self, worker: str) -> None:
         """The worker's lease has ended, or it has left; it may come back."""
         self._lost.add(worker)
+
+    def is_away(self, worker: str) -> bool:
+        """Whether the worker was here, and its lease has ended or it has left."""
+        return worker in self._lost or worker in self._left
 
     def find(self, worker: str) -> bool:
         """The worker is (back) here; True when it still owes this turn an update."""

@@ -179,10 +179,13 @@ class Secrecy:
         self, secret: Secret, waiting: Callable[[], Iterable[str]], within_s: float, *, present: bool = True
     ) -> None:
         """Wait for these, as long as they may answer; who does not has dropped out of this sum."""
-        stage, ends_at, has = secret.core.stage, time.monotonic() + within_s, self._desk.roster.has
+        stage, ends_at, here = secret.core.stage, time.monotonic() + within_s, self._desk.open
+        assert here
         while time.monotonic() < ends_at:
             self._desk.lapse(time.monotonic())
-            if not any(worker not in secret.gone and (has(worker) or not present) for worker in waiting()):
+            if not any(
+                worker not in secret.gone and not (present and here.round.is_away(worker)) for worker in waiting()
+            ):
                 break
             await self._wait(ends_at)
         for worker in waiting():
@@ -218,6 +221,8 @@ class Secrecy:
         of, worker, tell = message.of, message.worker, self._desk.post.tell
         if secret and secret.core.stage == "adverts":
             await tell([worker], Call(of, secret.serial))
+        elif secret and isinstance(message, Ready) and worker in secret.ready:
+            secret.gone.setdefault(worker, "it was started anew, and has lost the keys of this sum")
         elif self._desk.has_counted(of, worker):
             await tell([worker], Answer(of, "accepted", "it was counted already"))
         elif self._desk.unsafe and of == self._desk.unsafe.of:

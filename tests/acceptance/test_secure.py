@@ -161,7 +161,8 @@ COORDINATOR = (
     "coordinator.unmasking:Unmasking.settle", "coordinator.unmasking:Unmasking.deal",
     "coordinator.unmasking:Unmasking.masked", "coordinator.unmasking:Unmasking.finishers",
     "coordinator.unmasking:Unmasking.reveal", "coordinator.vault:Vault.keep", "coordinator.journal:Journal.release",
-    "coordinator.unmasking:Unmasking.opened", "coordinator.unmasking:Unmasking.result", "coordinator.store:Store.seal",
+    "coordinator.unmasking:Unmasking.opened", "coordinator.unmasking:Unmasking.result",
+    "coordinator.store:Store.seal",
 )  # fmt: skip
 WORKER = (
     "workers.masking:Masking.shares", "workers.masking:Masking.mask", "workers.masking:Masking.vow",

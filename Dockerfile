@@ -6,8 +6,13 @@ FROM python:3.11-slim
 ARG PIP_ARGS=""
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-RUN useradd --uid 10001 --no-log-init --create-home fluffle \
- && install -d -o fluffle -g fluffle /runs
+RUN groupadd --gid 10001 fluffle \
+ && useradd --uid 10001 --gid 10001 --no-log-init --create-home fluffle \
+ && install -d -o fluffle -g fluffle /runs \
+ && install -d -o fluffle -g fluffle -m 750 /federation /federation/broker /invitation \
+ && for each in coordinator worker-1 worker-2 worker-3 worker-4 held-out; do \
+      install -d -o fluffle -g fluffle -m 700 "/invitations/$each"; done
+# Volumes that are mounted there belong to this user, because these folders do.
 
 # The dependencies are a layer of their own: a change of the code does not install PyTorch again.
 WORKDIR /tmp/build

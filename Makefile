@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 SERVER := /usr/lib/rabbitmq/bin/rabbitmq-server
 
 .DEFAULT_GOAL := help
-.PHONY: help install possible rabbitmq demo test check bench bench-peers chaos clean
+.PHONY: help install possible rabbitmq demo test check bench bench-peers chaos audit clean
 
 help: ## list what can be made
 	@echo "make TARGET, where TARGET is one of"
@@ -41,6 +41,10 @@ bench-peers: install ## the same rounds in turn with Flower's, which is installe
 
 chaos: install ## the long tests that kill and cut at random
 	@$(BIN)/python -m pytest -m chaos -n 2 --dist worksteal $(ARGS)
+
+audit: install ## ask the advisory database about the pinned versions; needs a way to it
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) pip-audit
+	@$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt $(ARGS)
 
 clean: ## remove what was made here, .venv too; runs stay
 	rm -rf .venv .venv-peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,16 +19,21 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import broker.cli
+import broker.roster_cli
 import coordinator.cli
+import workers.attack_cli
 import workers.cli
 from broker.daemon import GAVE_UP, PARENT, STOPPED, StoppedEarly
 from broker.errors import FluffleError, GaveUp, RunEnded, UsageError
+from broker.fields import legible
+from broker.invitation import Access
 from broker.node import Node
-from broker.options import SettingPairs, parse_settings
+from broker.options import BROKER, INVITE, Insecure, SettingPairs, parse_settings
 from broker.pinned import draw_keys
 from coordinator import history, report
 from coordinator import plan as plans
@@ -68,7 +73,7 @@ def main() -> None:
 
 
 def _leave(problem: Exception, status: int) -> None:
-    sys.stderr.write(f"fluffle: {problem}\n")
+    sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
     sys.exit(status)
 
 
@@ -131,8 +136,11 @@ def demo(
     data: Annotated[list[str] | None, typer.Option(help="A worker's source; give one for each worker.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Begins all dice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Train one model across several workers through RabbitMQ, and say whether it was worth it."""
+    if broker_url:
+        Access.at(broker_url, insecure=insecure)  # or everybody would find out alone
     out = Console(stderr=as_json, highlight=False)
     folder = run or _free_folder(Path("fluffle-demo"))
     cast = _cast(learner, workers, data or [], seed)
@@ -220,7 +228,8 @@ class Company:
         self._logs = logs
         self._state = state
         # in the environment, because every user of the machine can read a command line
-        self._env = {**os.environ, "FLUFFLE_BROKER": url, PARENT: str(os.getpid())}
+        self._env = {**os.environ, BROKER: url, PARENT: str(os.getpid()), "FLUFFLE_INSECURE": "1"}
+        self._env.pop(INVITE, None)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str) -> None:
@@ -293,13 +302,16 @@ def _watch(store: Store, company: Company, out: Console) -> None:
                 progress.print(_told(point), soft_wrap=True)
                 told += 1
             now = store.now()
-            progress.update(bar, completed=store.latest() or 0, description=now.get("why", "starting the workers"))
+            progress.update(
+                bar, completed=store.latest() or 0, description=escape(now.get("why", "starting the workers"))
+            )
             time.sleep(POLL_S)
 
 
 def _told(point: history.Point) -> str:
     def words(metrics: history.Metrics) -> str:
-        return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "examples")
+        told = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "examples")
+        return escape(legible(told))
 
     held_out = "".join(f"   [dim]{who}:[/] {words(metrics)}" for who, metrics in point.held_out.items())
     return f"version {point.version:>3}   [dim]workers:[/] {words(point.scored)}{held_out}"
@@ -393,7 +405,12 @@ app.command()(coordinator.cli.status)
 app.command()(coordinator.cli.verify)
 app.command()(coordinator.cli.replay)
 app.command()(workers.cli.evaluate)
-app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine.")
+app.command()(workers.attack_cli.attack)
+app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine, secured or not.")
+app.command()(broker.cli.invite)
+app.command()(broker.cli.revoke)
+app.add_typer(broker.roster_cli.app, name="roster")
+app.command()(broker.roster_cli.keygen)
 app.command()(version)
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from pamqp.base import Frame
 from pamqp.exceptions import PAMQPException
 from pamqp.header import ProtocolHeader
 from pamqp.heartbeat import Heartbeat
-from yarl import URL
 
 from broker import frames
 from broker.channels import CLOSE_S, Channel, Refused
 from broker.errors import BrokerRefused, LinkError, WireError
 from broker.frames import Inflow, Inlet, Spares
+from broker.invitation import Access
 from broker.messages import Buffer
 
 log = logging.getLogger(__name__)
@@ -37,63 +37,58 @@ CAPABILITIES = {
 }  # fmt: skip
 
 
-async def connect(url: URL, name: str, heartbeat_s: int) -> "Connection":
+async def connect(access: Access, name: str, heartbeat_s: int) -> "Connection":
     """A connection, in one attempt within CONNECT_S.
 
     Raises:
         LinkError: nobody answers.
         BrokerRefused: it answers and refuses, or is no RabbitMQ.
     """
-    where = f"{url.host}:{url.port}"
+    url, connection = access.url, Connection(name, access.user if access.vouched else "")
     assert url.host
     assert url.port
-    absent = f"no RabbitMQ answers at {where}: start one with `fluffle broker start`, or check --broker."
-    connection = Connection(name)
     try:
         async with asyncio.timeout(CONNECT_S):
             loop = asyncio.get_running_loop()
-            await loop.create_connection(lambda: connection, url.host, url.port, ssl=_tls(url))
-            await connection.greet(url, heartbeat_s)
+            await loop.create_connection(lambda: connection, url.host, url.port, ssl=access.tls)
+            await connection.greet(access, heartbeat_s)
     except BaseException as problem:
         connection.abort("it could not be opened")
-        if isinstance(problem, ssl.SSLError):
-            raise BrokerRefused(
-                f"no trusted TLS connection with {where} ({problem.reason}): check --broker."
-            ) from None
-        if isinstance(problem, Refused):
-            raise _unwelcome(problem, url) from None
-        if isinstance(problem, WireError):
-            raise BrokerRefused(f"what listens at {where} is not RabbitMQ: check --broker.") from None
-        if isinstance(problem, LinkError | OSError):  # TimeoutError is one
-            raise LinkError(absent) from None
+        # With TLS 1.3 whoever connects takes the handshake for done before its certificate has been looked at.
+        told = connection.broken if isinstance(connection.broken, ssl.SSLError) else problem
+        if unwelcome := _unwelcome(told, access):
+            raise unwelcome from None
         raise
     return connection
 
 
-def _tls(url: URL) -> ssl.SSLContext | None:
-    if url.scheme != "amqps":
-        return None
-    given = url.query
-    context = ssl.create_default_context(cafile=given.get("cafile"), capath=given.get("capath"))
-    if given.get("certfile"):
-        context.load_cert_chain(given["certfile"], given.get("keyfile"))
-    if given.get("no_verify_ssl", "0") != "0":
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-def _unwelcome(refused: Refused, url: URL) -> BrokerRefused:
-    where, user = f"{url.host}:{url.port}", url.user or "guest"
-    if refused.text.startswith("ACCESS_REFUSED - Login"):
-        return BrokerRefused(f"RabbitMQ at {where} refuses the password of user {user}: check the one in --broker.")
-    return BrokerRefused(
-        f"RabbitMQ at {where} does not let user {user} into vhost {_vhost(url)} ({refused.text}): "
-        "check its name in --broker, or give the user permission there."
+def _unwelcome(problem: BaseException | None, access: Access) -> BrokerRefused | LinkError | None:
+    """Why there is no connection, in a sentence; None where that is not for us to say."""
+    where, user, vhost = f"{access.url.host}:{access.url.port}", access.user, _vhost(access)
+    check = (
+        "ask whoever runs the federation whether your invitation still holds" if access.vouched else "check --broker"
     )
+    match problem:
+        case ssl.SSLError():
+            return BrokerRefused(f"no trusted TLS connection with {where} ({problem.reason}): {check}.")
+        case Refused() if problem.text.startswith("ACCESS_REFUSED - Login"):
+            what = "does not know" if access.vouched else "refuses the password of user"
+            return BrokerRefused(f"RabbitMQ at {where} {what} {user}: {check}.")
+        case Refused():
+            return BrokerRefused(
+                f"RabbitMQ at {where} does not let user {user} into vhost {vhost} ({problem.text}): {check}, or give "
+                "the user permission there."
+            )
+        case WireError():
+            return BrokerRefused(f"what listens at {where} is not RabbitMQ: {check}.")
+        case LinkError() | OSError():  # TimeoutError is one
+            start = "check the network" if access.vouched else "start one with `fluffle broker start`"
+            return LinkError(f"no RabbitMQ answers at {where}: {start}, or {check}.")
+    return None
 
 
-def _vhost(url: URL) -> str:
-    return url.path[1:] or "/"
+def _vhost(access: Access) -> str:
+    return access.url.path[1:] or "/"
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -102,8 +97,10 @@ class Connection(asyncio.BufferedProtocol):
     Whoever waits for anything on it when it is lost is told so with LinkError.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, user: str = "") -> None:
         self.name = name
+        self.user = user  # whom the broker vouches for; nobody, if empty
+        self.broken: Exception | None = None  # how the transport ended, if not well
         self.frame_bytes = 4096
         self._numbers = range(0)  # that channels may have; 0 is the connection's own
         self.spares = Spares()
@@ -121,7 +118,7 @@ class Connection(asyncio.BufferedProtocol):
         """Whether it can still be used."""
         return not self.lost.done()
 
-    async def greet(self, url: URL, heartbeat_s: int) -> None:
+    async def greet(self, access: Access, heartbeat_s: int) -> None:
         """Say who we are, and agree on sizes.
 
         Raises:
@@ -134,15 +131,17 @@ class Connection(asyncio.BufferedProtocol):
         self.write((ProtocolHeader().marshal(),))
         await start
         about = {"product": "Fluffle", "connection_name": self.name, "capabilities": CAPABILITIES}
-        secret = f"\0{url.user or 'guest'}\0{url.password or 'guest'}"
-        tune = await zero.ask(commands.Connection.StartOk(about, "PLAIN", secret))  # type: ignore[arg-type]  # its FieldTable is invariant
+        login = ("PLAIN", f"\0{access.user}\0{access.url.password or 'guest'}")
+        if access.url.query.get("auth") == "EXTERNAL":
+            login = ("EXTERNAL", "")
+        tune = await zero.ask(commands.Connection.StartOk(about, *login))  # type: ignore[arg-type]  # its FieldTable is invariant
         if not isinstance(tune, commands.Connection.Tune):
             raise WireError("RabbitMQ's greeting is not AMQP 0-9-1.")
         self.frame_bytes = min(tune.frame_max or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
         channels = min(tune.channel_max or CHANNELS_MAX, CHANNELS_MAX)
         self._numbers = range(1, channels + 1)
         zero.send(commands.Connection.TuneOk(channels, self.frame_bytes, heartbeat_s))
-        await zero.ask(commands.Connection.Open(_vhost(url)))
+        await zero.ask(commands.Connection.Open(_vhost(access)))
         if heartbeat_s:
             self._keep_alive(heartbeat_s)
 
@@ -226,6 +225,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed."""
+        self.broken = exc
         self._end(str(exc) if exc else "the broker hung up")
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's guess; we know better

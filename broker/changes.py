@@ -14,7 +14,7 @@ import numpy as np
 from broker.errors import WireError
 from broker.formats import Format
 from broker.pieces import look, pieces
-from broker.tensors import Layout, as_float64, from_float64
+from broker.tensors import Layout, as_float64, from_float64, saturated
 
 
 def encode_change(
@@ -41,7 +41,8 @@ def encode_change(
             with np.errstate(over="ignore", invalid="ignore"):
                 np.subtract(after, before, out=after)
         else:
-            after[:] = from_float64(as_float64(after, place.dtype) - as_float64(before, place.dtype), place.dtype)
+            change = as_float64(after, place.dtype) - as_float64(before, place.dtype)
+            after[:] = from_float64(saturated(change, place.dtype), place.dtype)
     encoded = memoryview(bytearray(fmt.layout(layout).size_bytes))
     fmt.pack(layout, new, residual=None, dice=dice, into=encoded)
     apply_change(old, encoded, layout, fmt, new)
@@ -70,7 +71,8 @@ def apply_change(old: memoryview, encoded: memoryview, layout: Layout, fmt: Form
             if place.dtype == "float32" == run.values.dtype:  # as above
                 np.add(before, run.values, out=after)
             else:
-                after[:] = from_float64(as_float64(before, place.dtype) + run.values, place.dtype)
+                wide = as_float64(before, place.dtype) + run.values
+                after[:] = from_float64(saturated(wide, place.dtype), place.dtype)
             finite = np.isfinite(after if place.dtype == "float32" else as_float64(after, place.dtype)).all()
         if not finite:
             raise WireError("a change leads to weights that are not finite: the model has diverged.")

@@ -42,6 +42,7 @@ class Carrier(Protocol):
     """The connection, as its channels see it."""
 
     name: str
+    user: str
     frame_bytes: int
     spares: Spares
 
@@ -134,14 +135,14 @@ class Channel:
         if self.ended:
             raise self.ended
         self._published += 1
-        tag, number, pieces = self._published, self._number, message.pieces
+        tag, number, pieces, user = self._published, self._number, message.pieces, self._connection.user
         size = sum(map(len, pieces))
-        known = frames.properties(message.headers, message.keys[1:], persistent=message.persistent)
+        known = frames.properties(message.headers, message.keys[1:], persistent=message.persistent, signed=bool(user))
         confirmed: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
         self._unconfirmed[tag] = confirmed
         self._connection.write([
             frames.method(number, frames.publish(message.exchange, message.keys[0])),
-            frames.header(number, size, known, f"{self._marked}.{tag}"),
+            frames.header(number, size, known, f"{self._marked}.{tag}", user=user),
             *frames.body(number, pieces, size, self._connection.frame_bytes),
         ])  # fmt: skip
         try:
@@ -294,7 +295,7 @@ class Channel:
                 returned.set_result(None)
         elif consumer := self._consumers.get(arriving.consumer):
             self._held += 1
-            consumer.intake.take(Delivered(self, arriving, inflow.body, inflow.part))
+            consumer.intake.take(Delivered(self, arriving, inflow.body, inflow.part, inflow.head))
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +306,12 @@ class Delivered:
     how: frames.Deliver
     body: bytearray
     part: Part | None
+    head: bytes
+
+    @property
+    def user(self) -> str:
+        """See `Delivery.user`."""
+        return frames.user(self.head)
 
     @property
     def key(self) -> str:

@@ -1,15 +1,18 @@
-"""`fluffle broker`: a private RabbitMQ node on this machine, for a first try or a federation on one machine.
+"""`fluffle broker`, `invite` and `revoke`: a private RabbitMQ node, and who may come in, there or to another broker.
 
-Knows the commands and where such a node lives by default. Does not know how a node is run: `node.py` does.
+Knows the commands and where such a node lives by default. Does not know how a node is run (`node.py`), nor how a
+federation is secured (`secure.py`).
 """
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from broker import node
+from broker import secure as securing
+from broker.federation import FILE, Federation
 
 app = typer.Typer(no_args_is_help=True, help="A private RabbitMQ node on this machine.")
 
@@ -30,7 +33,23 @@ def default_folder() -> Path:
 @app.command()
 def start(folder: Folder = None, port: Port = None) -> None:
     """Start the node unless it runs, and print its URL. It runs until `stop`."""
-    typer.echo(node.start_detached(folder or default_folder(), port))
+    typer.echo(_started(folder or default_folder(), port))
+
+
+def _started(folder: Path, port: int | None) -> str:
+    url = node.start_detached(folder, port)
+    if (folder / FILE).exists():
+        _say(securing.apply(folder))
+    return _url(folder, url)
+
+
+def _url(folder: Path, otherwise: str) -> str:
+    return Federation.read(folder).url if (folder / FILE).exists() else otherwise
+
+
+def _say(text: str) -> None:
+    if text:
+        typer.echo(text, err=True)
 
 
 @app.command()
@@ -43,10 +62,86 @@ def stop(folder: Folder = None) -> None:
 
 @app.command()
 def status(folder: Folder = None) -> None:
-    """Print the URL of the node that runs; exit status 1 when none does."""
+    """Print the URL of the node that runs; exit status 1 when none does. Says what certificates end soon."""
     folder = folder or default_folder()
+    _warn(folder)
     url = node.status(folder)
     if url is None:
         typer.echo(f"no RabbitMQ node runs in {folder}: `fluffle broker start` starts one", err=True)
         raise typer.Exit(1)
-    typer.echo(url)
+    typer.echo(_url(folder, url))
+
+
+def _warn(folder: Path) -> None:
+    if (folder / FILE).exists():
+        for ending in securing.endings(folder):
+            _say(f"{ending}.")
+
+
+@app.command()
+def secure(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The operator's folder, and the private node's.")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="How others reach the broker; more may follow.", show_default="localhost")
+    ] = None,
+    vhost: Annotated[str | None, typer.Option(help="RabbitMQ's virtual host.", show_default="fluffle")] = None,
+    port: Annotated[int | None, typer.Option(help="Of amqps.", show_default="a free one")] = None,
+    external: Annotated[
+        bool | None, typer.Option("--external/--password", help="Log in by certificate alone, or by password, too.")
+    ] = None,
+    management: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FLUFFLE_MANAGEMENT",
+            help="https://USER:PASSWORD@HOST:PORT of a RabbitMQ that is there already; without USER:PASSWORD of one "
+            "that reads what is made here.",
+        ),
+    ] = None,
+    renew: Annotated[bool, typer.Option(help="Make new certificates for the broker and the coordinator.")] = False,
+    run: Annotated[bool, typer.Option("--start", help="Then start the private node.")] = False,
+) -> None:
+    """Make what a federation needs to be secure: authority, certificates, users, rights, limits, queues.
+
+    Run it again to change or mend something; it changes nothing else. The coordinator's invitation is
+    DIR/coordinator.fluffle.
+    """
+    given = {
+        "hosts": tuple(host) if host else None,
+        "vhost": vhost,
+        "port": port,
+        "external": external,
+        "management": management,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    left = securing.secure(folder, changes, renew=renew)
+    if run:
+        _started(folder, None)
+    else:
+        _say(left)
+    _warn(folder)
+    typer.echo(f"{Federation.read(folder).url} is for whoever holds an invitation: {folder}/coordinator.fluffle")
+
+
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Workers.")]
+
+
+def invite(
+    names: Names,
+    folder: Folder = None,
+    renew: Annotated[bool, typer.Option(help="Make a new certificate for who is invited already.")] = False,
+) -> None:
+    """Let workers in, each with a login, rights and queues of its own; DIR/NAME.fluffle is all that it needs."""
+    folder = folder or default_folder()
+    left = ""
+    for name in names:
+        left = securing.invite(folder, name, renew=renew)
+        typer.echo(f"{name}: {folder / name}.fluffle")
+    _say(left)
+
+
+def revoke(names: Names, folder: Folder = None) -> None:
+    """End workers' parts at once: login, connections, queues; what still comes from them is not counted."""
+    folder = folder or default_folder()
+    for name in names:
+        was = securing.revoke(folder, name)
+        typer.echo(f"{name} is revoked{'' if was else ' already'}")

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from uvloop import new_event_loop
 
 from broker.errors import FluffleError
+from broker.fields import legible
 
 PARENT = "FLUFFLE_PARENT"
 """Environment variable: a daemon that finds it dies with the process of that id."""
@@ -44,8 +45,16 @@ def start_log(*, quiet: bool = False) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_legible)
     for chatty in ("aio_pika", "aiormq", "asyncio"):  # they tell of every lost connection at length; we do in a line
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
+
+
+def _legible(record: logging.LogRecord) -> bool:
+    """Reasons, names and routing keys are others' words: no escape sequence of theirs may reach a terminal."""
+    record.msg, record.args = legible(record.getMessage()), ()
+    return True
 
 
 def die_with(parent: int) -> None:

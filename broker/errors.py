@@ -4,12 +4,15 @@ FluffleError
  ├── UsageError          the user: wrong plan, learner, folder, URL … (exit status 2)
  │    └── BrokerRefused  RabbitMQ answered, and said no: password, vhost, permission
  ├── WireError           the sender: bytes that lie; the message is dropped with this sentence as the reason
+ │    └── PartsLost      nobody, perhaps: what was promised did not come
  ├── Refused             the other side of a secure round: it asks for, or says, what must not be; nothing was given
  │    └── Alarm          … and an honest one never would: the data's owner should look
  ├── Aborted             nobody: too few are left of a secure attempt; nothing was revealed
  ├── LinkError           nobody at once: the broker is away or busy; wait and try again
  │    ├── Unroutable     no queue takes this message: the receiver is not there (any more)
+ │    ├── Lacking        a queue or a right is not there, and only somebody else can give it
  │    ├── QueueInUse     another party consumes this queue, and one of us wants it alone
+ │    ├── NoRoom         a queue is full and says so; waiting has not helped
  │    └── LinkClosed     our own side closed the link
  ├── LearnerFailed       the learner's author: the user's code raised; carries the end of its traceback
  │    └── OutOfMemory    … because it ran out of memory
@@ -36,6 +39,10 @@ class WireError(FluffleError):
     """The bytes received do not keep the protocol; the sender's contribution is dropped, nothing else."""
 
 
+class PartsLost(WireError):
+    """Parts that were said to be there are not, nor came when they were asked for; the broker may have lost them."""
+
+
 class Refused(FluffleError):
     """The other side of a secure round asked for, or said, what it must not; nothing was given, nothing counted."""
 
@@ -56,8 +63,16 @@ class Unroutable(LinkError):
     """No queue takes this message: its receiver has not been here, or has been removed."""
 
 
+class Lacking(LinkError):
+    """A queue that is not there, or a right that an invited worker has not: others may put that right meanwhile."""
+
+
 class QueueInUse(LinkError):
     """Another party consumes this queue, and one of the two wants it alone."""
+
+
+class NoRoom(LinkError):
+    """A queue that this message belongs in is full, and has been for as long as we have waited."""
 
 
 class LinkClosed(LinkError):

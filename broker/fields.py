@@ -31,6 +31,15 @@ def in_short(value: Any) -> str:
     return repr(value)[:40] if isinstance(value, int | float | str) else type(value).__name__
 
 
+def legible(text: str) -> str:
+    """What somebody else has written, fit for a terminal or a log: nothing in it can move the cursor or hide.
+
+    What is not to be seen is escaped; what follows a line break is indented, so that it is no line of its own.
+    """
+    seen = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(seen).replace("\n", "\n        ")
+
+
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)

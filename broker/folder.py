@@ -6,6 +6,7 @@ Knows the files, their modes, the ports and the environment. Does not know how a
 import json
 import os
 import random
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -19,12 +20,17 @@ PORTS = range(15_000, 32_000)
 """Below the ports that systems give to outgoing connections: those could take ours while the node restarts."""
 KEEPER, EPMD, BROKER = "keeper.lock", "epmd.lock", "broker.lock"
 """The locks of a node's processes, with their ids."""
+DEFAULT_USER = "fluffle"
 LOG = "node.log"
 """What all three processes say, since the last start."""
 CONF = """\
 listeners.tcp.1 = 127.0.0.1:{port}
 default_user = {user}
 default_pass = {password}
+"""
+SECURED = "broker/rabbitmq.conf"
+"""What is read instead of CONF and TUNED where the folder holds a federation: see `federation.py`."""
+TUNED = """\
 max_message_size = 16777216
 heartbeat = 30
 consumer_timeout = 3600000
@@ -45,7 +51,7 @@ class Address:
     dist_port: int
     epmd_port: int
     password: str
-    user: str = "fluffle"
+    user: str = DEFAULT_USER
 
     @property
     def url(self) -> str:
@@ -80,7 +86,7 @@ def settle(folder: Path, port: int | None) -> Address:
         if holder(folder / KEEPER) is not None:
             raise UsageError(f"a RabbitMQ node already runs in {folder}, on port {address.port}: stop it first")
         address = replace(address, port=port)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or {each.name for each in folder.iterdir()} - {"broker"}):
         raise UsageError(f"{folder} holds other things: choose an empty folder for the RabbitMQ node")
     else:
         address = Address(
@@ -133,9 +139,17 @@ def furnish(folder: Path, address: Address, conf: str) -> None:
     for port in (address.port, address.dist_port, address.epmd_port):
         if reason := why_not(port):
             raise UsageError(f"port {port} of 127.0.0.1 cannot be used ({reason}): choose another port")
-    own = CONF.format(port=address.port, user=address.user, password=address.password)
+    own = CONF.format(port=address.port, user=address.user, password=address.password) + TUNED
+    plugins = "[rabbitmq_auth_mechanism_ssl].\n"  # logins by certificate
+    if (secured := folder / SECURED).exists():
+        own, plugins = secured.read_text(), secured.with_name("enabled_plugins").read_text()
+        if not re.search(rf"^listeners\.ssl\.1 = (127\.0\.0\.1:)?{address.port}$", own, re.MULTILINE):
+            raise UsageError(
+                f"what invitations say of {folder} is another port than {address.port}: "
+                f"`fluffle broker secure {folder} --port {address.port}` changes it"
+            )
     write_private(folder / "rabbitmq.conf", own + conf)
-    write_private(folder / "enabled_plugins", "[].\n")
+    write_private(folder / "enabled_plugins", plugins)
     if not (folder / ".erlang.cookie").exists():
         write_private(folder / ".erlang.cookie", secrets.token_hex(16))
         (folder / ".erlang.cookie").chmod(0o400)  # Erlang insists
@@ -168,6 +182,7 @@ def environment(folder: Path, address: Address) -> dict[str, str]:
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"-sname {address.name} -start_epmd false"
         " -kernel inet_dist_use_interface {127,0,0,1}"
         f" -kernel inet_dist_listen_min {address.dist_port} -kernel inet_dist_listen_max {address.dist_port}"
+        " -ssl ssl_pem_cache_clean 10000"  # certificates that are renewed are used from then on
         " +sbwt none +sbwtdcpu none +sbwtdio none"
         # Bodies of 1 MiB from memory that Erlang keeps, not from the system and back each time: a seventh of its CPU.
         " +MBsbct 4096 +MBsmbcs 8192 +MBlmbcs 32768",

@@ -34,7 +34,21 @@ _CONTENT = struct.Struct(">HHQ")
 _PUBLISH = struct.Struct(">HHH")
 _SETTLE = struct.Struct(">BHIHHQBB")
 _FLAGS = struct.Struct(">H")
-_HEADERS, _DELIVERY_MODE, _MESSAGE_ID = 1 << 13, 1 << 12, 1 << 7
+_HEADERS, _DELIVERY_MODE, _MESSAGE_ID, _USER_ID = 1 << 13, 1 << 12, 1 << 7, 1 << 4
+_BEFORE_USER_ID = (
+    (15, -1),
+    (14, -1),
+    (13, -4),
+    (12, 1),
+    (11, 1),
+    (10, -1),
+    (9, -1),
+    (8, -1),
+    (7, -1),
+    (6, 8),
+    (5, -1),
+)
+"""Properties that stand before it, by their flag's bit: how many bytes each has, or (negative) how many say that."""
 
 
 class Deliver(NamedTuple):
@@ -252,19 +266,24 @@ def publish(exchange: str, key: str) -> bytes:
 
 
 @lru_cache(maxsize=64)  # the parts of a model go to the same thousand names
-def properties(headers: tuple[tuple[str, str], ...], others: tuple[str, ...], *, persistent: bool) -> bytes:
-    """A message's properties but its id. RabbitMQ routes by `others`, further keys, too, and takes them off."""
+def properties(
+    headers: tuple[tuple[str, str], ...], others: tuple[str, ...], *, persistent: bool, signed: bool = False
+) -> bytes:
+    """A message's properties but its id and, if it is `signed`, its user, which `header` adds.
+
+    RabbitMQ routes by `others`, further keys, too, and takes them off.
+    """
     table: dict[str, Any] = dict(headers)
     if others:
         table["BCC"] = list(others)
-    flags = _MESSAGE_ID | _DELIVERY_MODE | (_HEADERS if table else 0)
+    flags = _MESSAGE_ID | _DELIVERY_MODE | (_HEADERS if table else 0) | (_USER_ID if signed else 0)
     packed = pamqp.encode.field_table(table) if table else b""
     return b"%b%b%b" % (_FLAGS.pack(flags), packed, b"\x02" if persistent else b"\x01")
 
 
-def header(channel: int, size: int, known: bytes, message_id: str) -> bytes:
-    """The frame that announces a body of `size` bytes."""
-    payload = b"%b%b%b" % (_CONTENT.pack(60, 0, size), known, _short(message_id))
+def header(channel: int, size: int, known: bytes, message_id: str, *, user: str = "") -> bytes:
+    """The frame that announces a body of `size` bytes; `user` as `known` says."""
+    payload = b"%b%b%b%b" % (_CONTENT.pack(60, 0, size), known, _short(message_id), _short(user) if user else b"")
     return b"%b%b\xce" % (_HEAD.pack(HEADER, channel, len(payload)), payload)
 
 
@@ -317,6 +336,21 @@ def deliver(payload: bytes) -> Deliver:
     return Deliver(consumer, tag, payload[at + 8] & 1 == 1, _text(payload, key_at)[0])
 
 
+def user(head: bytes) -> str:
+    """Whom the broker vouches for, by a message's header; empty where it is not said, or not understood."""
+    at = _CONTENT.size + _FLAGS.size
+    try:
+        (flags,) = _FLAGS.unpack_from(head, _CONTENT.size)
+        if not flags & _USER_ID or flags & 1:  # further flags, which AMQP 0-9-1 has no use for
+            return ""
+        for bit, size in _BEFORE_USER_ID:
+            if flags & 1 << bit:
+                at += size if size > 0 else int.from_bytes(head[at : at - size], "big") - size
+        return _text(head, at)[0]
+    except (struct.error, IndexError, UnicodeDecodeError):
+        return ""
+
+
 def settled(payload: bytes) -> Settled:
     """Basic.Ack or Basic.Nack of publishes."""
     return Settled(int.from_bytes(payload[4:12], "big"), payload[12] & 1 == 1, which(payload) == ACK)
@@ -324,4 +358,5 @@ def settled(payload: bytes) -> Settled:
 
 def _text(payload: bytes, at: int) -> tuple[str, int]:
     stop = at + 1 + payload[at]
-    return payload[at + 1 : stop].decode(), stop
+    # a routing key may be any bytes: what cannot be read must not look like a broken connection, time and again
+    return payload[at + 1 : stop].decode(errors="backslashreplace"), stop

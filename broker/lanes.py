@@ -7,8 +7,9 @@ what is published or consumed. Only `rabbit.py` uses this file.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import aio_pika
 from aio_pika.abc import AbstractChannel
@@ -18,18 +19,17 @@ from aiormq.exceptions import (
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
 )
-from yarl import URL
 
 from broker import amqp
 from broker.amqp import CONNECT_S
 from broker.channels import CLOSE_S, Channel
-from broker.errors import BrokerRefused, GaveUp, LinkClosed, LinkError, UsageError
+from broker.errors import BrokerRefused, GaveUp, LinkClosed, LinkError
+from broker.invitation import Access
 
 log = logging.getLogger(__name__)
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 5.0
 CANCELS_MAX = 5  # a close waits inside a wait inside a wait; each cancel ends one
-PORTS = {"amqp": 5672, "amqps": 5671}
 
 REFUSALS = (ChannelNotFoundEntity, ChannelAccessRefused, ChannelPreconditionFailed)
 """RabbitMQ's answers that close the channel: no such thing, no right to it, or another thing of that name."""
@@ -60,11 +60,17 @@ class Absence:
 
 
 class Lane:
-    """One connection, opened when first needed and again when it was lost, with one channel for publishing."""
+    """One connection, opened when first needed and again when it was lost, with one channel for publishing.
 
-    def __init__(self, url: URL, name: str, heartbeat_s: int, absence: Absence) -> None:
-        self._url = url
-        self._where = f"{url.host}:{url.port}"
+    Args:
+        access: says how we come in, as of now.
+        name: as operators see it.
+        heartbeat_s: how often both sides give a sign of life.
+        absence: of the RabbitMQ that all lanes share.
+    """
+
+    def __init__(self, access: Callable[[], Access], name: str, heartbeat_s: int, absence: Absence) -> None:
+        self._access = access
         self._name = name
         self._heartbeat_s = heartbeat_s
         self._absence = absence
@@ -111,15 +117,17 @@ class Lane:
             LinkClosed: the link was closed meanwhile.
             BrokerRefused: it answers and refuses, or is no RabbitMQ.
         """
-        connection = await amqp.connect(self._url, self._name, self._heartbeat_s)
+        access = self._access()
+        connection = await amqp.connect(access, self._name, self._heartbeat_s)
         if self._leaving:  # closed while we were at it
             await connection.close()
             raise LinkClosed("this link was closed.")
-        connection.lost.add_done_callback(self._say_lost)
+        where = f"{access.url.host}:{access.url.port}"
+        connection.lost.add_done_callback(partial(self._say_lost, where))
         again = "again " if self._connection else ""
         self._connection, self._trouble = connection, ""
         self._absence.over()
-        log.info("%s: connected %sto %s", self._name, again, self._where)
+        log.info("%s: connected %sto %s", self._name, again, where)
         return connection
 
     async def publisher(self) -> Channel:
@@ -139,16 +147,17 @@ class Lane:
         if self._connection is not None:
             await self._connection.close()
 
-    def _say_lost(self, why: asyncio.Future[str]) -> None:
+    def _say_lost(self, where: str, why: asyncio.Future[str]) -> None:
         if not self._leaving:
-            log.warning("%s: lost the connection to %s: %s", self._name, self._where, why.result())
+            log.warning("%s: lost the connection to %s: %s", self._name, where, why.result())
 
 
 class Asking:
     """A connection of aio-pika's for whatever is asked of the broker: what exists, and what should."""
 
-    def __init__(self, url: URL, name: str, heartbeat_s: int) -> None:
-        self._url = url.update_query(heartbeat=str(heartbeat_s))
+    def __init__(self, access: Callable[[], Access], name: str, heartbeat_s: int) -> None:
+        self._access = access
+        self._heartbeat_s = heartbeat_s
         self._name = name
         self._turn = asyncio.Lock()
         self._connection: aio_pika.Connection | None = None
@@ -177,7 +186,11 @@ class Asking:
         former, self._connection = self._connection, None
         if former is not None:
             await shut(former)
-        connection = aio_pika.Connection(self._url, client_properties={"connection_name": self._name})
+        access = self._access()
+        url = access.url.update_query(heartbeat=str(self._heartbeat_s))
+        connection = aio_pika.Connection(
+            url, ssl_context=access.tls, client_properties={"connection_name": self._name}
+        )
         try:
             with interruptions():
                 await connection.connect(timeout=CONNECT_S)
@@ -244,19 +257,3 @@ def backoff_s() -> Iterator[float]:
     while True:
         yield pause_s * random.uniform(0.5, 1.0)
         pause_s = min(2 * pause_s, PAUSE_MAX_S)
-
-
-def checked(url: str) -> URL:
-    """The broker's URL with its port.
-
-    Raises:
-        UsageError: it is none; the sentence does not repeat it, because it may hold a password.
-    """
-    try:
-        parsed = URL(url)
-        usable = parsed.scheme in PORTS and bool(parsed.host)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UsageError("the broker's URL must look like amqp://USER:PASSWORD@HOST:PORT/VHOST: check --broker.")
-    return parsed if parsed.port else parsed.with_port(PORTS[parsed.scheme])

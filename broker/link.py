@@ -77,6 +77,10 @@ class Delivery(Protocol):
         """The routing key it was published with; the first one, whichever of several brought it here."""
 
     @property
+    def user(self) -> str:
+        """Who published it, if the broker vouches for that; else empty."""
+
+    @property
     def redelivered(self) -> bool:
         """Whether it may have been delivered before."""
 
@@ -88,7 +92,14 @@ class Delivery(Protocol):
 
 
 class Link(Protocol):
-    """A connected party's way to the broker."""
+    """A connected party's way to the broker.
+
+    Attributes:
+        vouched: the broker vouches for who publishes: what we say carries our name, what others say must carry
+            theirs, and a worker's queues are not its own to declare.
+    """
+
+    vouched: bool
 
     async def declare(self, topology: Topology) -> None:
         """Make sure that these exist.
@@ -105,6 +116,7 @@ class Link(Protocol):
                 reaches none goes unnoticed.
             BrokerRefused: not allowed, or larger than the broker takes.
             LinkError: not confirmed within `within_s`; it may have arrived.
+            NoRoom: a queue was full for as long.
             LinkClosed: this link was closed.
         """
 
@@ -124,8 +136,8 @@ class Link(Protocol):
 
         Raises:
             QueueInUse: (on entering) someone else consumes it, and one of the two wants it alone.
-            LinkError: (on entering) there is no such queue; (while iterating) the connection was lost, or the queue
-                was deleted.
+            Lacking: (on entering) there is no such queue.
+            LinkError: (while iterating) the connection was lost, or the queue was deleted.
             LinkClosed: this link was closed.
         """
 
@@ -191,6 +203,7 @@ async def publish_parts(
     """
     sent, waiting = 0, 0
     room = asyncio.Condition()
+    failure: BaseException | None = None
 
     def has_room() -> bool:
         return waiting < WINDOW_BYTES
@@ -213,8 +226,15 @@ async def publish_parts(
                     waiting += size
                 sent += size
                 group.create_task(one(body, size))
-    except* Exception as several:  # noqa: BLE001 - the first failure speaks for all: they share one connection
-        raise first_of(several) from None
+    except ExceptionGroup as several:  # the first failure speaks for all: they share one connection
+        failure = first_of(several)
+        for each in (several, *several.exceptions):  # with tasks and frames in a circle, they would keep the payload
+            each.__traceback__ = each.__context__ = None
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            failure = None
     return sent
 
 

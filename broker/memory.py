@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
+from broker.errors import BrokerRefused, Lacking, LinkClosed, LinkError, NoRoom, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.messages import Buffer, Part
 from broker.parts import Aim
@@ -101,7 +101,7 @@ class MemoryBroker:
         """
         source = self.queue(queue)
         if source is None:
-            raise LinkError(f"there is no queue {queue}: declare it, then consume again.")
+            raise Lacking(f"there is no queue {queue}: declare it, then consume again.")
         if source.consumers and (alone or any(other.alone for other in source.consumers)):
             raise QueueInUse(f"the queue {queue} is consumed by someone else already.")
         consumer = _Consumer(source, prefetch, self.tell, alone)
@@ -109,7 +109,7 @@ class MemoryBroker:
         source.deliver()
         return consumer
 
-    def take(self, message: Outgoing) -> bool:
+    def take(self, message: Outgoing, user: str = "") -> bool:
         """Put a message into every queue that its keys reach, once each; False when one of them is full.
 
         RabbitMQ gives it to those that have room and refuses all the same; here it is all or none.
@@ -126,14 +126,19 @@ class MemoryBroker:
         if any(queue.refuses(len(message.body)) for queue in reached.values()):
             return False
         for queue in reached.values():
-            queue.put(message)
+            queue.put(message, user)
         return True
 
 
 class MemoryLink:
-    """Keeps the promises of `broker.link.Link` on a `MemoryBroker`."""
+    """Keeps the promises of `broker.link.Link` on a `MemoryBroker`, which vouches for `user`, if there is one.
 
-    def __init__(self, broker: MemoryBroker) -> None:
+    It checks no rights: whoever declares what is not theirs to declare gets it.
+    """
+
+    def __init__(self, broker: MemoryBroker, user: str = "") -> None:
+        self.vouched = bool(user)
+        self._user = user
         self._broker = broker
         self._consumers: list[_Consumer] = []
         self._closed = False
@@ -154,7 +159,20 @@ class MemoryLink:
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
         """See `Link.publish`."""
         assert 0 < len(message.keys) <= BROADCAST_MAX
-        await self._until(lambda: self._broker.up and self._broker.take(message), within_s)
+        full = False
+
+        def taken() -> bool:
+            nonlocal full
+            there = self._broker.up
+            full = there and not self._broker.take(message, self._user)
+            return there and not full
+
+        try:
+            await self._until(taken, within_s)
+        except LinkError as late:
+            if full and not self._closed:
+                raise NoRoom(str(late)) from None
+            raise
 
     @asynccontextmanager
     async def consume(
@@ -226,6 +244,7 @@ class _Stored:
 
     place: int
     message: Outgoing
+    user: str
     expires_at: float
     delivered: bool = False
 
@@ -251,10 +270,10 @@ class _Queue:
         self.expire()
         return self._may_refuse and (len(self.ready) + 1 > self._length_max or self._bytes + size > self._bytes_max)
 
-    def put(self, message: Outgoing) -> None:
+    def put(self, message: Outgoing, user: str) -> None:
         """Append; then the oldest that wait go until the limits are kept."""
         self._places += 1
-        self._push(_Stored(self._places, message, self._clock() + self._ttl_s))
+        self._push(_Stored(self._places, message, user, self._clock() + self._ttl_s))
         self.deliver()
         while len(self.ready) > self._length_max or self._bytes > self._bytes_max:
             self._pop()
@@ -360,6 +379,10 @@ class _Delivery:
     @property
     def key(self) -> str:
         return self.stored.message.keys[0]
+
+    @property
+    def user(self) -> str:
+        return self.stored.user
 
     async def ack(self) -> None:
         self.consumer.settle(self.stored.place, back=False)

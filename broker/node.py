@@ -213,8 +213,8 @@ def reply(port: int, greeting: bytes) -> bytes:
 
 
 def answers(port: int) -> bool:
-    """Whether a broker on loopback answers the greeting of AMQP 0-9-1 with a method frame."""
-    return reply(port, b"AMQP\x00\x00\x09\x01") == b"\x01"
+    """Whether a broker on loopback answers the greeting of AMQP 0-9-1: with a method frame, or TLS's alert."""
+    return reply(port, b"AMQP\x00\x00\x09\x01") in {b"\x01", b"\x15"}
 
 
 def wait_until_ready(folder: Path, address: Address, timeout_s: float) -> None:

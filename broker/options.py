@@ -10,10 +10,20 @@ from typing import Annotated
 import typer
 
 from broker.errors import UsageError
+from broker.invitation import Access, Role
 from broker.messages import Scalar
 
+BROKER, INVITE = "FLUFFLE_BROKER", "FLUFFLE_INVITE"
+
 BrokerUrl = Annotated[
-    str, typer.Option("--broker", envvar="FLUFFLE_BROKER", help="amqp://USER:PASSWORD@HOST:PORT/VHOST")
+    str | None, typer.Option("--broker", envvar=BROKER, help="amqps://USER:PASSWORD@HOST:PORT/VHOST")
+]
+Invite = Annotated[
+    Path | None, typer.Option("--invite", envvar=INVITE, metavar="FILE", help="An invitation, in place of --broker.")
+]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", envvar="FLUFFLE_INSECURE", help="Let --broker name another machine without TLS."),
 ]
 SettingPairs = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting for the learner's train().")
@@ -26,6 +36,24 @@ GiveUp = Annotated[
     float | None,
     typer.Option(min=0, help="End with status 4 once RabbitMQ was out of reach for so long; default: wait for ever."),
 ]
+
+
+def way_in(role: Role, broker: str | None, *, invite: Path | None, insecure: bool) -> Access:
+    """How a command reaches the broker. What was typed counts for more than what the environment says.
+
+    Raises:
+        UsageError: none is said, or two are, or it is of no use.
+    """
+    if broker and invite:
+        if broker == os.environ.get(BROKER):
+            broker = None
+        elif str(invite) != os.environ.get(INVITE):
+            raise UsageError("--broker and --invite both say where the broker is: leave one out.")
+    if broker:
+        return Access.at(broker, insecure=insecure)
+    if invite:
+        return Access.invited(invite, role)
+    raise UsageError("where the broker is must be said: --invite FILE, or --broker URL.")
 
 
 def parse_settings(pairs: list[str] | None) -> dict[str, Scalar]:

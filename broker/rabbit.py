@@ -13,13 +13,13 @@ from typing import NamedTuple, TypeVar
 
 from aio_pika.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
-from yarl import URL
 
 from broker import lanes
 from broker.amqp import Connection
 from broker.channels import Channel, Refused
-from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable, UsageError
-from broker.lanes import Asking, backoff_s, checked, interruptions, words
+from broker.errors import BrokerRefused, Lacking, LinkClosed, LinkError, NoRoom, QueueInUse, Unroutable, UsageError
+from broker.invitation import Access
+from broker.lanes import Asking, backoff_s, interruptions, words
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.parts import Aim
 from broker.topology import Topology
@@ -27,26 +27,27 @@ from broker.topology import Topology
 log = logging.getLogger(__name__)
 
 NOT_FOUND = 404
+DAY_S = 24 * 3600.0
 _Answer = TypeVar("_Answer")
 
 
 async def connect(
-    url: str, *, name: str, heartbeat_s: int = 30, fail_fast: bool = True, give_up_s: float | None = None
+    access: Access | str, *, name: str, heartbeat_s: int = 30, fail_fast: bool = True, give_up_s: float | None = None
 ) -> "RabbitLink":
-    """A link to the RabbitMQ at `url`, `amqp://USER:PASSWORD@HOST:PORT/VHOST` or `amqps://…`.
+    """A link to RabbitMQ.
 
     Args:
-        url: where RabbitMQ is and who asks; never repeated in an error or a log.
+        access: where RabbitMQ is and who asks, or the URL that says so; never repeated in an error or a log.
         name: who this is, as operators see it in RabbitMQ's list of connections.
         heartbeat_s: a broker that is silent for about three of these counts as lost.
         fail_fast: False waits for a RabbitMQ that is not there yet.
         give_up_s: whoever waits for RabbitMQ for longer has GaveUp raised; None waits for ever.
 
     Raises:
-        UsageError: the URL is none, or no RabbitMQ answers there.
+        UsageError: the URL is none or not secured, or no RabbitMQ answers there.
         BrokerRefused: it answers and refuses, or is no RabbitMQ; waiting would not help.
     """
-    link = RabbitLink(checked(url), name, heartbeat_s, give_up_s)
+    link = RabbitLink(Access.at(access) if isinstance(access, str) else access, name, heartbeat_s, give_up_s)
     try:
         await link.open(wait=not fail_fast)
     except BaseException as problem:
@@ -69,18 +70,37 @@ class Consumption(NamedTuple):
 class RabbitLink:
     """Keeps the promises of `broker.link.Link`; made by `connect`."""
 
-    def __init__(self, url: URL, name: str, heartbeat_s: int, give_up_s: float | None) -> None:
+    def __init__(self, access: Access, name: str, heartbeat_s: int, give_up_s: float | None) -> None:
+        self.vouched = access.vouched
+        self._access = access
         self._absence = lanes.Absence(give_up_s)
-        self._lanes = {lane: lanes.Lane(url, f"{name} {lane.value}", heartbeat_s, self._absence) for lane in Lane}
-        self._asking = Asking(url, f"{name} asking", heartbeat_s)
+        self._lanes = {
+            lane: lanes.Lane(self._renewed, f"{name} {lane.value}", heartbeat_s, self._absence) for lane in Lane
+        }
+        self._asking = Asking(self._renewed, f"{name} asking", heartbeat_s)
+        self._minding: asyncio.Task[None] | None = None
         self._intakes: set[Intake] = set()
         self._running: set[asyncio.Timeout] = set()
         self._closed = False
 
     async def open(self, *, wait: bool) -> None:
         """Open the first connection; with `wait`, however long RabbitMQ takes to be there."""
+        if self.vouched:
+            self._minding = asyncio.create_task(self._mind_expiry())
         control = self._lanes[Lane.CONTROL]
         await (control.connection() if wait else control.dial())
+
+    def _renewed(self) -> Access:
+        """How we come in: if the invitation on the disk is another one by now, by that one."""
+        self._access = self._access.renewed()
+        return self._access
+
+    async def _mind_expiry(self) -> None:
+        """Say once a day that the invitation ends soon, until there is another one in its place."""
+        while True:
+            if said := self._renewed().expiry():
+                log.warning("%s", said)
+            await asyncio.sleep(DAY_S)
 
     async def declare(self, topology: Topology) -> None:
         """See `Link.declare`."""
@@ -115,12 +135,14 @@ class RabbitLink:
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
         """See `Link.publish`."""
         assert 0 < len(message.keys) <= BROADCAST_MAX
-        lane, pauses, alone = self._lanes[message.lane], backoff_s(), False
-        async with self._bounded(within_s, f"RabbitMQ did not confirm a message to {message.exchange}"):
+        lane, pauses, alone, full = self._lanes[message.lane], backoff_s(), False, False
+        said = f"RabbitMQ did not confirm a message to {message.exchange}"
+        async with self._bounded(within_s, said, full=lambda: full):
             while True:
                 try:
                     if await (_publish_alone(lane, message) if alone else (await lane.publisher()).publish(message)):
                         return
+                    full = True
                 except Refused as problem:
                     # It ended every publish on the channel, whosever fault it was: on a channel of our own we learn.
                     if alone:
@@ -130,6 +152,7 @@ class RabbitLink:
                 except (Unroutable, LinkClosed):
                     raise
                 except LinkError as lost:
+                    full = False
                     log.debug("publishing to %s again: %s", message.exchange, lost)
                 await asyncio.sleep(next(pauses))
 
@@ -196,6 +219,8 @@ class RabbitLink:
         if self._closed:
             return
         self._closed = True
+        if self._minding:
+            self._minding.cancel()
         for intake in self._intakes:
             intake.lose(LinkClosed("this link was closed."))
         for scope in self._running:
@@ -204,7 +229,9 @@ class RabbitLink:
         await asyncio.gather(self._asking.close(), *(lane.close() for lane in self._lanes.values()))
 
     @asynccontextmanager
-    async def _bounded(self, within_s: float | None, complaint: str) -> AsyncIterator[None]:
+    async def _bounded(
+        self, within_s: float | None, complaint: str, *, full: Callable[[], bool] = lambda: False
+    ) -> AsyncIterator[None]:
         """Run one operation under its bound; closing the link ends it at once."""
         if self._closed:
             raise LinkClosed("this link was closed.")
@@ -215,6 +242,8 @@ class RabbitLink:
         except TimeoutError:
             if self._closed:
                 raise LinkClosed("this link was closed.") from None
+            if full():
+                raise NoRoom(f"{complaint} within {within_s:g} s: a queue that it belongs in is full.") from None
             raise LinkError(
                 f"{complaint} within {within_s:g} s: is it running, and not out of memory or disk?"
             ) from None
@@ -236,7 +265,7 @@ class RabbitLink:
                 return connection, channel
             except Refused as problem:
                 if problem.code == NOT_FOUND:
-                    raise LinkError(f"there is no queue {queue}: declare it, then consume again.") from None
+                    raise Lacking(f"there is no queue {queue}: declare it, then consume again.") from None
                 if "exclusive" in problem.text:
                     raise QueueInUse(f"the queue {queue} is consumed by someone else already.") from None
                 raise _refusal(problem, f"consuming {queue}") from None

@@ -4,7 +4,8 @@ Knows how an update becomes words and what a sum of words says. Does not know ke
 
 Floats. A worker's contribution to the mean is `examples · delta`, as everywhere; here it is rounded once, to nearest,
 to a multiple of 2^-grid instead of 2^-52 (`coordinator/aggregation.py`), and kept in two's complement. The grid is
-the finest that the ring has room for: cohort · (examples_max · clip · 2^grid + 1) < 2^(bits - 1).
+the finest power of two for which the ring has room: cohort · examples_max · clip · 2^grid < 2^(bits - 1), with 0.4 %
+to spare.
 
 Integers and booleans. Their plain rule, the largest, cannot be had from a sum. Here it is the mean of the workers,
 each counting once, rounded to nearest and halves up: what is equal everywhere stays as it is, a BatchNorm's counter
@@ -81,8 +82,8 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int) -> Ring:
     if not 1 <= cohort <= ADDENDS_MAX:
         raise UsageError(f"a secure sum takes at most {ADDENDS_MAX} workers, and the plan asks {cohort}.")
     limit = clip * _SLACK
-    room = (2 ** (bits - 1) - 1) // cohort - 1  # for one worker; rounding takes at most one step
-    largest = Fraction(limit) * Fraction(_SLACK) * examples_max  # with room for what float64 rounds
+    room = (2 ** (bits - 1) - 1) // cohort  # for one worker
+    largest = Fraction(limit) * Fraction(_SLACK) * examples_max  # float64 rounds it, by 2^-53 of it at the most
     grid = min(GRID_MAX, (int(room / largest)).bit_length() - 1)
     if grid < 0 or clip * 2.0**grid < STEPS_MIN:
         remedy = "set ring_bits to 64, or lower them" if bits == 32 else "lower them"

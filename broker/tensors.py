@@ -32,6 +32,9 @@ DIMENSIONS_MAX = 16
 PAYLOAD_BYTES_MAX = 1 << 40
 
 
+_FLOAT16_MAX = 65504.0
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor's description: its name in the state dict, its dtype's name, its shape (empty: a scalar)."""
@@ -179,6 +182,14 @@ def are_finite(raw: NDArray[np.generic], dtype: str) -> bool:
     if dtype == "bfloat16":
         return bool(((raw.view(np.uint16) & 0x7F80) != 0x7F80).all())  # an exponent of ones: infinite or NaN
     return bool(np.isfinite(raw).all())
+
+
+def saturated(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    """Values brought within the largest that `dtype` has, where one hostile update can take weights beyond: float16.
+
+    An infinite weight would end every round in which somebody sends it; the largest is as bad, and no worse.
+    """
+    return np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX) if dtype == "float16" else values
 
 
 def from_float64(

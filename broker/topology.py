@@ -19,6 +19,9 @@ CONTROL = "fluffle.control"  # coordinator → workers: answers and closings, ro
 UP = "fluffle.up"  # workers → coordinators: hello.W, inbox.RUN.W, upload.W
 DEAD = "fluffle.dead"  # what was refused, with the reason in a header
 
+OPERATOR = "operator"
+"""The broker's user that says goodbye for a worker which has been revoked."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -112,19 +115,27 @@ FEDERATION = Topology(
 )
 
 
-def of_worker(worker: str) -> Topology:
+def of_worker(worker: str, *, invited: bool = False) -> Topology:
     """One worker's three queues.
 
     The two that the coordinator publishes to drop their oldest when full: refusing there would refuse everyone's
     copy of a broadcast. The upload queue refuses instead, so that a worker can fill only its own.
+
+    Those of an `invited` worker, which may not declare them itself, stay until somebody deletes them. Their limits
+    are tighter, in messages, too: tiny ones cost the broker much more than their bytes.
     """
     down, control, upload = down_queue(worker), control_queue(worker), upload_queue(worker)
     week = 7 * DAY_MS
+    parts = {"max_length_bytes": 8 * GIB, "message_ttl": DAY_MS, "expires": week}
+    small = {"max_length": 256, "message_ttl": DAY_MS, "expires": week}
+    if invited:
+        parts = {"max_length": 20_000, "max_length_bytes": 4 * GIB, "message_ttl": DAY_MS}
+        small = {"max_length": 256, "max_length_bytes": GIB // 16, "message_ttl": DAY_MS}
     return Topology(
         queues=(
-            _queue(down, overflow="drop-head", max_length_bytes=8 * GIB, message_ttl=DAY_MS, expires=week),
-            _queue(control, overflow="drop-head", max_length=256, message_ttl=DAY_MS, expires=week),
-            _queue(upload, overflow="reject-publish", max_length_bytes=8 * GIB, message_ttl=DAY_MS, expires=week),
+            _queue(down, overflow="drop-head", **parts),
+            _queue(control, overflow="drop-head", **small),
+            _queue(upload, overflow="reject-publish", **parts),
         ),
         bindings=(
             Binding(DOWN, down, worker),

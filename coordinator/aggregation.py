@@ -32,7 +32,7 @@ from broker.errors import WireError
 from broker.formats import CHUNK_ITEMS, Format, Run, count_floats
 from broker.norms import SLACK, squares
 from broker.pieces import Piece, look, pieces
-from broker.tensors import Layout, are_finite, as_float64, from_float64
+from broker.tensors import Layout, are_finite, as_float64, from_float64, saturated
 
 REACH = 2.0**51
 """Largest |examples · delta| of one item of one update."""
@@ -186,7 +186,7 @@ def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = a
     """The next version: `weights + Σ examples·delta / Σ examples` for floats, the largest value for the rest.
 
     FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1) with deltas in place of weights. The mean is taken
-    once, in float64, and rounded once to the tensor's dtype.
+    once, in float64, and rounded once to the tensor's dtype; a float16 is at most the largest there is.
 
     Args:
         sums: what was added up; in the form of one limb, or two, afterwards.
@@ -225,7 +225,7 @@ def _next(sums: Sums, weights: memoryview, place: Piece, *, seat: int) -> memory
     mean = _mean(sums, slice(place.at, place.stop), seat=seat)
     y = sums.y[seat]
     mean += as_float64(old, dtype, out=y[: len(old)])
-    after = from_float64(mean, dtype, out=y.view(old.dtype)[: len(old)])
+    after = from_float64(saturated(mean, dtype), dtype, out=y.view(old.dtype)[: len(old)])
     if not are_finite(after, dtype):
         raise WireError(f"the mean does not fit into {dtype}: the model has diverged.")
     return after.view(np.uint8).data

@@ -180,7 +180,8 @@ def _read(raw: bytes) -> dict[str, Any] | None:
         _canonical(line)  # what can be read and not written again is none of ours
     except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and isinstance(line.get(CHAIN), str) else None
+    chained = isinstance(line, dict) and isinstance(line.get(CHAIN), str) and line[CHAIN].isascii()
+    return line if chained else None
 
 
 def _unchained(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
 from broker.errors import UsageError
+from broker.fields import legible
+from broker.invitation import Access
 from broker.link import Link
-from broker.options import BrokerUrl, GiveUp, RosterFile, SettingPairs, parse_settings
+from broker.options import BrokerUrl, GiveUp, Insecure, Invite, RosterFile, SettingPairs, parse_settings, way_in
 from broker.pinned import read_roster
 from coordinator import history, service, standby, updates
 from coordinator import plan as plans
@@ -49,7 +52,8 @@ Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at on
 
 def coordinator(
     run: RunFolder,
-    broker: BrokerUrl,
+    broker: BrokerUrl = None,
+    invite: Invite = None,
     rounds: Annotated[int | None, typer.Option(help="Versions to make.")] = None,
     cohort: Annotated[int | None, typer.Option(help="Workers chosen for a round.")] = None,
     over_select: OverSelect = None,
@@ -74,11 +78,13 @@ def coordinator(
     drains: Drains = service.DRAINS,
     settings: SettingPairs = None,
     give_up_s: GiveUp = None,
+    insecure: Insecure = False,
 ) -> None:
     """Make versions until the plan's rounds are done. Options change the plan until version 1 is made.
 
     Where another coordinator is at work on the run, stand by, and take over when it is gone.
     """
+    access = way_in("coordinator", broker, invite=invite, insecure=insecure)
     store = Store.open(run)
     given = {
         "rounds": rounds,
@@ -112,7 +118,7 @@ def coordinator(
         keys = read_roster(roster) if roster else {}
         if store.plan.privacy == "secure" and not keys:
             raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
-        connect = partial(rabbit.connect, broker, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
+        connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
         begin = partial(service.serve, store, drains=drains, forced=forced, keys=keys)
         daemon.run(lambda stop: _serve(store, connect, stop, begin))
 
@@ -141,8 +147,9 @@ async def _serve(
 def status(
     run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    invite: Invite = None,
 ) -> None:
-    """What has happened in a run, and what is happening."""
+    """What has happened in a run, and what is happening; and how long an invitation holds, if there is one."""
     store = Store.open(run)
     lines, now = store.history(), store.now()
     if (left_s := now.get("deadline_s")) is not None:  # when that was written
@@ -157,47 +164,59 @@ def status(
         sys.stdout.write("\n")
         return
     console = Console()
+
+    def say(text: str) -> None:
+        console.print(legible(text), markup=False, highlight=False)
+
     console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
-    console.print(
-        f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}", highlight=False
-    )
+    say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
+    for said in _said_of(invite):
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     if waits := standby.waiting(run):
-        console.print(f"standing by: process {waits['process']} on {waits['machine']}", markup=False, highlight=False)
+        say(f"standing by: process {waits['process']} on {waits['machine']}")
     for said in [*_said_now(now), *_said_last(abandoned)]:
-        console.print(said, markup=False, highlight=False)
+        say(said)
     if kept:
-        console.print(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all", highlight=False)
-    rounds = {line["version"]: line for line in lines if line.get("event") == "round"}
+        say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
+    rounds = {line.get("version"): line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
     for point in points:
         line = rounds.get(point.version, {})
         table.add_row(
             str(point.version),
-            f"{len(line['counted'])}/{len(line['cohort'])}" if line else "",
-            _metrics(point.scored),
-            "; ".join(_metrics(metrics) for metrics in point.held_out.values()),
-            f"{line['seconds']:.2f}" if line else "",
-            f"{line['bytes_down'] / 1e6:.2f}" if line else "",
-            f"{line['bytes_up'] / 1e6:.2f}" if line else "",
+            f"{len(line.get('counted', ()))}/{len(line.get('cohort', ()))}" if line else "",
+            escape(legible(_metrics(point.scored))),
+            escape(legible("; ".join(_metrics(metrics) for metrics in point.held_out.values()))),
+            f"{line['seconds']:.2f}" if "seconds" in line else "",
+            f"{line['bytes_down'] / 1e6:.2f}" if "bytes_down" in line else "",
+            f"{line['bytes_up'] / 1e6:.2f}" if "bytes_up" in line else "",
         )
     console.print(table)
     for said in _said_before(lines):
-        console.print(said, markup=False)
+        say(said)
+
+
+def _said_of(invite: Path | None) -> Iterator[str]:
+    """As whom an invitation lets the coordinator in, and whether it ends soon."""
+    if invite:
+        access = Access.invited(invite, "coordinator")
+        yield from filter(None, (f"invited: {access.said}", access.expiry()))
 
 
 def _said_before(lines: list[history.Line]) -> Iterator[str]:
     """What was out of the ordinary in each round: abandoned, refused, not counted, rested."""
     for line in lines:
+        of = f"round {line.get('round')}"
         if line.get("event") == "abandoned":
-            yield f"round {line['round']}, attempt {line['attempt']}, abandoned: {line['why']}"
+            yield f"{of}, attempt {line.get('attempt')}, abandoned: {line.get('why')}"
         for worker, reason in line.get("refused", {}).items():
-            yield f"round {line['round']}: {worker} gave nothing: {reason}"
+            yield f"{of}: {worker} gave nothing: {reason}"
         for other in line.get("others", []):
             verdict, reason, times = other["verdict"], other["reason"], other.get("times", 1)
             how = f"an update of {other['worker']} was {verdict}" + (f" {times} times" if times > 1 else "")
-            yield f"round {line['round']}: {how}: {reason}"
+            yield f"{of}: {how}: {reason}"
         for worker, rest in line.get("rested", {}).items():
-            yield f"round {line['round']}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
+            yield f"{of}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
 
 
 def _said_now(now: dict[str, Any]) -> Iterator[str]:
@@ -219,7 +238,8 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
 
 def _said_last(abandoned: history.Line | None) -> Iterator[str]:
     if abandoned:
-        yield f"  attempt {abandoned['attempt']} at round {abandoned['round']} was abandoned: {abandoned['why']}"
+        attempt, number, why = (abandoned.get(key) for key in ("attempt", "round", "why"))
+        yield f"  attempt {attempt} at round {number} was abandoned: {why}"
 
 
 def verify(
@@ -231,7 +251,7 @@ def verify(
     """Whether a run is still what was written: plan, history, versions, kept updates. Exit status 1 if not."""
     findings, found = verifying.verify(run, remembered=remembered)
     for finding in findings:
-        sys.stdout.write(f"{finding.said}\n")
+        sys.stdout.write(f"{legible(finding.said)}\n")
     bad = sum(finding.bad for finding in findings)
     sys.stdout.write(f"{f'{bad} things are not as they were written' if bad else 'all is well'}: {found}\n")
     if bad:

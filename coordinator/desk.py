@@ -10,7 +10,9 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 
-from broker.errors import WireError
+from broker import topology
+from broker.errors import PartsLost, WireError
+from broker.fields import NAME
 from broker.files import Put
 from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
@@ -54,13 +56,14 @@ class Desk:
     """
 
     def __init__(self, store: Store, post: Post, layout: Layout, version: int, *, drains: int) -> None:
-        self.roster = Roster()
+        self.roster = Roster(store.plan.workers)
         self.open: Open | None = None
         self.final: dict[str, dict[str, float]] = {}
         self.take_secret: Callable[[Ready | Step], Awaitable[None]] | None = None
         self.add_secret: Callable[[Open, str, memoryview], None] | None = None
         self.changed = asyncio.Event()
         self.store = store
+        post.blame = self._blame
         self.plan = store.plan
         self.post = post
         self.version = version
@@ -197,8 +200,15 @@ class Desk:
         """
         self.store.claim.check()
         now = time.monotonic()
-        if isinstance(message, Hello):
+        if isinstance(message, Hello) and not message.incarnation:
+            await self.post.restore(message.worker)
+        elif isinstance(message, Hello):
             self._greet(message, now)
+        elif isinstance(message, Goodbye) and delivery.user == topology.OPERATOR:
+            self.roster.leave(message.worker)
+            log.warning("%s is out of the federation: %s", message.worker, message.reason)
+            if self.open:
+                self.open.round.revoke(message.worker, message.reason)
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)
             if self.open:
@@ -243,9 +253,9 @@ class Desk:
             case Refusal():
                 self._refused(message)
             case Claim():
-                if self.open and message.of == self.open.round.of:
-                    if self.roster.has(message.worker):
-                        self.open.round.claimed.add(message.worker)
+                known = self.roster.has(message.worker)  # names that nobody has would pile up
+                if known and self.open and message.of == self.open.round.of:
+                    self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
@@ -285,20 +295,32 @@ class Desk:
         """Whether a worker is in the version that an attempt has made."""
         return any(of == made and worker in who for made, who in self._made)
 
-    async def _turn_down(self, update: Update, verdict: Verdict, reason: str) -> None:
+    def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
+        facts = self.open.facts if self.open else self._between
+        facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
+        if lie:
+            facts.strike(worker, reason)
+
+    def _blame(self, delivery: Delivery, reason: str) -> None:
+        """See `Post.blame`. A routing key is anybody's to choose: only whom the broker vouches for is struck."""
+        user = delivery.user if self.post.link.vouched else ""
+        name = user or delivery.key.rsplit(".", 1)[-1]
+        self._note_other(name if NAME.fullmatch(name) else "somebody", "invalid", reason, lie=bool(user))
+
+    async def _turn_down(self, update: Update, verdict: Verdict, reason: str, *, lost: bool = False) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
         await self._leave_parts(update.worker)
         if self.open and verdict is Verdict.INVALID:
             self.open.round.refuse(update.worker, reason)
-        facts = self.open.facts if self.open else self._between
-        facts.note_other(update.worker, verdict.value, reason, most=2 * self.plan.asks + 16)
+        self._note_other(update.worker, verdict.value, reason, lie=verdict is Verdict.INVALID and not lost)
         if verdict is not Verdict.DUPLICATE:  # the first copy will be answered
             await self.post.tell([update.worker], Answer(update.of, verdict.value, reason[:1000]))
 
     async def _leave_parts(self, worker: str) -> None:
         """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
         if self.open:
-            self.open.untidy.add(worker)
+            if worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
+                self.open.untidy.add(worker)
         else:
             await self.post.drop_upload(worker)
 
@@ -341,7 +363,7 @@ class Desk:
                 await self._turn_out(here, update, problem)
 
     async def _receive(self, here: Open, update: Update, data: memoryview) -> bool:
-        """Let an update land in `data`; False if its turn has ended before it was there.
+        """Let an update land in `data`; False if its turn has ended before it was there, or others come first.
 
         Raises:
             WireError: its parts lie, or do not come.
@@ -351,7 +373,9 @@ class Desk:
         try:
             async with asyncio.timeout(None) as receiving:  # until the turn ends
                 self._receiving[receiving] = None
-                await self.post.drain(update, data, within_s=self.plan.round_s)
+                if not await self.post.drain(update, data, within_s=self.plan.round_s, waiting=self.uploads.qsize):
+                    self.uploads.put_nowait((here, update))
+                    return False
         except TimeoutError:
             log.info("%s: what %s has sent is left: the turn is over", update.of, update.worker)
             return False
@@ -381,7 +405,7 @@ class Desk:
         if here.secret:
             here.secret.gone.setdefault(update.worker, str(problem))
         elif here is self.open:
-            await self._turn_down(update, Verdict.INVALID, str(problem))
+            await self._turn_down(update, Verdict.INVALID, str(problem), lost=isinstance(problem, PartsLost))
         self.changed.set()
 
     def listen(self, hearing: bool) -> None:

@@ -8,13 +8,32 @@ a version), `final` (the last version, scored by everyone).
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from broker.fields import NAME
+from broker.messages import COUNT_MAX
 from coordinator.round import Round
 
 Metrics = Mapping[str, float]
 Line = dict[str, Any]
+_Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
+_Numbers, _Reasons = dict[str, float], dict[str, str]
+_STRICT = ConfigDict(strict=True)
+_OTHER: Any = create_model(
+    "_OTHER", __config__=_STRICT, worker=(str, ...), verdict=(str, ...), reason=(str, ...), times=(_Count, 1)
+)
+_STRUCK: Any = create_model("_STRUCK", __config__=_STRICT, times=(_Count, ...), why=(str, ...))
+_RESTED: Any = create_model("_RESTED", __config__=_STRICT, rounds=(_Count, ...), why=(str, ...))
+_KINDS: dict[str, Any] = {
+    "event": str, "round": _Count, "attempt": _Count, "version": _Count, "why": str, "cohort": list[str],
+    "counted": dict[str, Line], "refused": _Reasons, "failed": _Reasons, "metrics": _Numbers, "scored": _Numbers,
+    "others": list[_OTHER], "struck": dict[str, _STRUCK], "rested": dict[str, _RESTED],
+    "worker": str, "seconds": float, "bytes_down": float, "bytes_up": float,
+}  # fmt: skip
+_FIELDS: dict[str, Any] = {name: (kind, None) for name, kind in _KINDS.items()}
+_LINE = create_model("_LINE", __config__=_STRICT, **_FIELDS)
 
 
 @dataclass(slots=True)
@@ -26,6 +45,7 @@ class Facts:
     others: list[Line] = field(default_factory=list)
     rested: dict[str, Line] = field(default_factory=dict)
     secure: Line = field(default_factory=dict)
+    struck: dict[str, Line] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     _noted: dict[tuple[str, str, str], Line] = field(default_factory=dict)
@@ -39,10 +59,24 @@ class Facts:
             self._noted[worker, verdict, reason] = line
             self.others.append(line)
 
+    def strike(self, worker: str, why: str) -> None:
+        """A worker has sent what is not merely late or lost, but a lie."""
+        self.struck[worker] = {"times": self.struck.get(worker, {"times": 0})["times"] + 1, "why": why}
+
     def follow(self, before: "Facts") -> None:
         """What was noted before the round began is told with it."""
         self.others += before.others
+        self.struck |= before.struck
         self._noted |= before._noted  # noqa: SLF001 - of the same class
+
+
+def is_line(found: object) -> bool:
+    """Whether what stands in a file that anybody may have written has, where it is a line's, a line's types."""
+    try:
+        _LINE.model_validate(found)
+    except ValidationError:
+        return False
+    return True
 
 
 def mean_metrics(weighted: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
@@ -86,6 +120,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         "refused": dict(sorted(done.refused.items())),
         "failed": {worker: why for worker, why in done.fared.items() if why},
         "others": facts.others,
+        "struck": facts.struck,
         "rested": facts.rested,
         "metrics": mean_metrics((n, facts.trained.get(worker, {})) for worker, n in sorted(done.counted.items())),
         "scored": scores({w: facts.scored[w] for w in sorted(facts.scored) if w in done.cohort}),
@@ -177,10 +212,11 @@ def curve(lines: Iterable[Line]) -> list[Point]:
     held_out: dict[int, dict[str, Metrics]] = {}
     for line in lines:
         event = line.get("event")
+        number, made = line.get("version", 0), line.get("scored", {})
         if event == "round":
-            scored[line["version"] - 1] = line["scored"]
+            scored[number - 1] = made
         elif event == "final":
-            scored[line["version"]] = line["scored"]
+            scored[number] = made
         elif event == "score":
-            held_out.setdefault(line["version"], {})[line["worker"]] = line["metrics"]
+            held_out.setdefault(number, {})[line.get("worker", "")] = line.get("metrics", {})
     return [Point(n, scored.get(n, {}), held_out.get(n, {})) for n in sorted(scored | held_out)]

@@ -65,7 +65,7 @@ class Journal:
             self.tries = _read(self._path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
             log.warning("%s is damaged (%r): a round that was open is begun anew", self._path, problem)
             self._first = int(
                 time.time()
@@ -140,7 +140,15 @@ def _read(path: Path) -> list[Try]:
     found = json.loads(path.read_bytes())
     if found["check"] != _digest(found["tries"]):
         raise ValueError("it does not match its checksum")
-    return [Try(**{**each, "cohort": tuple(each["cohort"])}) for each in found["tries"]]
+    tries = [Try(**{**each, "cohort": tuple(each["cohort"])}) for each in found["tries"]]
+    for each in tries:
+        line: Any = each.line
+        made = line is None or (isinstance(line, dict) and isinstance(line.get("version"), int))
+        if not made or [type(each.round), type(each.attempt), type(each.until)] != [int, int, float]:
+            raise ValueError("it does not say what a journal says")
+        if not all(isinstance(worker, str) for worker in each.cohort):
+            raise ValueError("its cohort is none")
+    return tries
 
 
 def _digest(tries: list[dict[str, Any]]) -> str:

@@ -270,7 +270,7 @@ def read(path: Path) -> Plan:
         return make(tomllib.loads(path.read_text()), str(path))
     except OSError as problem:
         raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:  # also of text, and of numbers with thousands of digits
         raise UsageError(f"{path} is not TOML ({problem}): mend it or restore it.") from None
 
 

@@ -6,14 +6,14 @@ Knows queues, parts and reconnecting. Does not know rounds' rules: every decisio
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import LinkError, WireError
+from broker.errors import BrokerRefused, LinkError, PartsLost, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
-from broker.messages import Answer, Call, Closed, Message, Part, Resumed, Task, Update, encode
+from broker.messages import Answer, Call, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
 from broker.parts import Assembly, split
 
 log = logging.getLogger(__name__)
@@ -26,21 +26,31 @@ RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 FORGET_PARTS = 32
 """After so many parts of a mapped file, what they have been copied from or to leaves our memory for the system's."""
-INBOX_PREFETCH = 2048
-"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them."""
+INBOX_PREFETCH, INBOX_SPARE = 2048, 64
+"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them, but
+however large each of them is, all that may be here at a time must find room in memory."""
+HELLO_PREFETCH = 64
 RETRY_S = 0.2
+RESTORE_S = 2.0
+"""So long at least between two looks at one worker's queues, however often it says that they are gone."""
 DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
 
 
 class Post:
-    """One run's coordinator, as the federation hears it."""
+    """One run's coordinator, as the federation hears it.
+
+    Attributes:
+        blame: told of every message that is put aside, and why.
+    """
 
     def __init__(self, link: Link, run: str, epoch: int) -> None:
         self.link = link
         self.run = run
         self.epoch = epoch
+        self.blame: Callable[[Delivery, str], None] = lambda *_: None
+        self._restored: dict[str, float] = {}  # whose queues were made anew, and when
 
     async def declare(self) -> None:
         """Make sure that the run's queues and the federation's exchanges exist."""
@@ -54,14 +64,16 @@ class Post:
 
     async def hear_hellos(self, take: Take, listen: Callable[[bool], None]) -> None:
         """Give every sign of life to `take`, for ever; `listen` is told when we begin and cease to hear them."""
-        await self._listen(topology.hello_queue(self.run), take, prefetch=256, listen=listen)
+        await self._listen(topology.hello_queue(self.run), take, prefetch=HELLO_PREFETCH, listen=listen)
 
-    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]]) -> None:
+    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]], *, asks: int) -> None:
         """Give everything that workers say to this run to `take`, for ever. `take` acknowledges.
 
+        Of two rounds, which ask so many workers each, updates may be unacknowledged at the same time.
         `again` is called when we had ceased to listen: should the inbox have been deleted, what lay in it is lost.
         """
-        await self._listen(topology.inbox_queue(self.run), take, prefetch=INBOX_PREFETCH, again=again)
+        prefetch = min(2 * asks + INBOX_SPARE, INBOX_PREFETCH)
+        await self._listen(topology.inbox_queue(self.run), take, prefetch=prefetch, again=again)
 
     async def _listen(
         self,
@@ -98,11 +110,19 @@ class Post:
         if getattr(message, "worker", None) != sender:
             await self.bury(delivery, f"a message of {sender} speaks in the name of someone else.")
             return
+        revoked = isinstance(message, Goodbye) and delivery.user == topology.OPERATOR
+        if self.link.vouched and delivery.user != sender and not revoked:
+            whose = (
+                f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody whom the broker vouches for"
+            )
+            await self.bury(delivery, f"a message of {sender} is a stranger's: it comes from {whose}.")
+            return
         await take(message, delivery)
 
     async def bury(self, delivery: Delivery, reason: str) -> None:
         """Put a message aside, with the reason, where an operator can look at it; then forget it."""
         log.warning("refused a message from %s: %s", delivery.key, reason)
+        self.blame(delivery, reason)
         headers = (("reason", reason[:500]), ("key", delivery.key[:200]))
         body = bytes(delivery.body[:DEAD_BYTES_MAX])
         try:
@@ -110,6 +130,22 @@ class Post:
         except LinkError as problem:  # it is bad mail; losing it is better than reading it for ever
             log.debug("could not put it aside: %s", problem)
         await delivery.ack()
+
+    async def restore(self, worker: str) -> None:
+        """Make the queues of an invited worker anew: it says that they are gone, and may not do so itself.
+
+        The broker vouches for who says so: whoever is not invited any more cannot.
+        """
+        now = asyncio.get_running_loop().time()
+        if not self.link.vouched or now - self._restored.get(worker, -RESTORE_S) < RESTORE_S:
+            return
+        self._restored[worker] = now
+        try:
+            await self.link.declare(topology.of_worker(worker, invited=True))
+        except (LinkError, BrokerRefused) as problem:
+            log.warning("the queues of %s are gone and could not be made anew: %s", worker, problem)
+        else:
+            log.info("the queues of %s were gone: made anew", worker)
 
     async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str]) -> int:
         """Send a version to these workers, as one copy to the broker; how many bytes that was.
@@ -139,14 +175,18 @@ class Post:
         with contextlib.suppress(LinkError):
             await self.link.purge(topology.upload_queue(worker))
 
-    async def drain(self, update: Update, room: memoryview, *, within_s: float) -> None:
-        """Let the bytes of an update land in `room`, out of its worker's upload queue.
+    async def drain(
+        self, update: Update, room: memoryview, *, within_s: float, waiting: Callable[[], int] = lambda: 0
+    ) -> bool:
+        """Let the bytes of an update land in `room`, out of its worker's upload queue; False if that is to wait.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
-        asked to send them again. All of it together takes at most `within_s`, whatever worker and broker do.
+        asked to send them again. All of it together takes at most `within_s`, whatever worker and broker do; and who
+        has to be waited for makes room while others are `waiting`, whose parts may be there.
 
         Raises:
-            WireError: the parts lie, or do not come.
+            WireError: the parts lie.
+            PartsLost: they do not come.
         """
         assembly = Assembly(update.payload, room)
         with contextlib.suppress(TimeoutError):
@@ -155,39 +195,71 @@ class Post:
                     pause_s = 0.0
                     try:
                         # what was asked for takes its time: its worker may be cut off, or its line slow
-                        look_s = STALL_S if resent else LOOK_S
-                        await self._collect(assembly, topology.upload_queue(update.worker), look_s)
+                        queue = topology.upload_queue(update.worker)
+                        await self._collect(assembly, queue, patient=resent > 0, waiting=waiting)
                     except (TimeoutError, LinkError) as problem:
                         missing, worker = assembly.missing, update.worker
                         log.info("%s: %d parts of %s are missing (%s)", update.of, missing, worker, problem)
                         pause_s = LOOK_S if isinstance(problem, LinkError) else 0.0
                     if assembly.complete:
-                        return
+                        return True
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
-                    await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker
-        raise WireError(f"{assembly.missing} of its parts did not come.")
+                    await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker, or at its word
+                    if waiting():
+                        return False
+        raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str, look_s: float) -> None:
+    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Callable[[], int]) -> None:
+        """Take parts out of a queue until all are here.
+
+        Raises:
+            TimeoutError: some are not there, and are not waited for (any longer).
+        """
         if assembly.complete:
             return
         now = asyncio.get_running_loop().time
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
-            due_at = now() + STALL_S
+            due_at, waited_s = now() + STALL_S, 0.0
             while not assembly.complete:
-                try:
-                    async with asyncio.timeout_at(min(due_at, now() + look_s)):
-                        delivery = await anext(deliveries)
-                except TimeoutError:
-                    # all have been in the queue: what is neither there nor half here is lost
-                    if now() < due_at and (assembly.arriving or await self.link.depth(queue)):
-                        continue
-                    raise
-                message = read(delivery)
-                if not isinstance(message, Part):
-                    raise WireError("something that is not a part lies in the upload queue.")
-                if assembly.add(message):
+                began_at = now()
+                delivery = await _next(deliveries, until=min(due_at, began_at + LOOK_S))
+                waited_s += now() - began_at
+                if delivery is not None and await self._land(delivery, assembly, queue):
                     due_at = now() + STALL_S
-                    if message.index % FORGET_PARTS == FORGET_PARTS - 1:
-                        forget(assembly.data)
-                await delivery.ack()
+                if assembly.complete or (delivery is not None and not (waited_s >= LOOK_S and waiting())):  # type: ignore[redundant-expr]  # parts land meanwhile
+                    continue
+                waited_s = 0.0
+                # all have been in the queue: what is neither there nor half here is lost
+                there = assembly.arriving or await self.link.depth(queue)
+                if now() >= due_at or not (there or (patient and not waiting())):
+                    raise TimeoutError
+
+    async def _land(self, delivery: Delivery, assembly: Assembly, queue: str) -> bool:
+        """Put a part in its place; whether it was one that was missing.
+
+        Raises:
+            WireError: it lies, or is no part.
+        """
+        # A part does not say whose it is, nor need the broker say who sent it: nobody else may publish with its
+        # worker's name in the key. Further keys in a header are not looked at by RabbitMQ 3.10.
+        if delivery.key != topology.upload_key(queue.removeprefix(topology.upload_queue(""))):
+            log.warning("dropped what %s put into %s", delivery.key, queue)
+            await delivery.ack()
+            return False
+        message = read(delivery)
+        if not isinstance(message, Part):
+            raise WireError("something that is not a part lies in the upload queue.")
+        added = assembly.add(message)
+        if added and message.index % FORGET_PARTS == FORGET_PARTS - 1:
+            forget(assembly.data)
+        await delivery.ack()
+        return added
+
+
+async def _next(deliveries: AsyncIterator[Delivery], *, until: float) -> Delivery | None:
+    """The next delivery; None if there is none by then."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(until):
+            return await anext(deliveries)
+    return None

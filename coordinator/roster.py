@@ -14,8 +14,9 @@ from broker.messages import Hello
 
 LEASE_S_MAX = 3600.0
 WORKERS_MAX = 20_000
-FAILURES_MAX = 3
-"""After so many failures on end a worker rests."""
+FAILURES_MAX, STRIKES_MAX = 3, 3
+"""After so many failures on end a worker rests, and after so many lies in the whole run."""
+_NOBODY: Mapping[str, Mapping[str, Any]] = {}
 REST_ROUNDS, REST_ROUNDS_MAX = 2, 64
 """How long its first rest is; each further one is twice as long, up to the second number."""
 
@@ -41,15 +42,20 @@ class Present:
 
 
 class Roster:
-    """Everyone who is here. Changed only by `hear`, `renew`, `leave` and `lapse`."""
+    """Everyone who is here. Changed only by `hear`, `renew`, `leave` and `lapse`.
 
-    def __init__(self) -> None:
+    Args:
+        invited: for these there is always room.
+    """
+
+    def __init__(self, invited: Iterable[str] = ()) -> None:
+        self._invited = frozenset(invited)
         self._present: dict[str, Present] = {}
 
     def hear(self, hello: Hello, now: float) -> News:
         """Note a sign of life; RETURNED says that what was sent to the worker before is lost."""
         before = self._present.get(hello.worker)
-        if before is None and len(self._present) >= WORKERS_MAX:
+        if before is None and len(self._present) >= WORKERS_MAX and hello.worker not in self._invited:
             return News.CROWDED
         lease_s = min(hello.lease_s, LEASE_S_MAX)
         self._present[hello.worker] = Present(hello.worker, hello.incarnation, hello.trains, lease_s, now + lease_s)
@@ -107,9 +113,10 @@ class Rest:
 
 @dataclass(slots=True)
 class _Record:
-    """A worker that has failed and has not been counted since."""
+    """A worker that has failed and has not been counted since, or has lied."""
 
     failures: int = 0
+    strikes: int = 0
     why: str = ""
     rest: int = 0  # the length of its last rest
     until: int = 0  # so many rounds must be over
@@ -118,28 +125,36 @@ class _Record:
 class Rests:
     """Who keeps failing, and is not chosen for a while.
 
-    A round is one try at a version here, whether it made one. One counted update clears a worker; one more failure
-    after a rest begins the next.
+    A round is one try at a version here, whether it made one. One counted update clears a worker of its failures, but
+    nothing clears it of lies: invalid messages and updates. One more of either after a rest begins the next.
     """
 
     def __init__(self) -> None:
         self._over = 0
         self._records: dict[str, _Record] = {}
 
-    def note(self, fared: Mapping[str, str]) -> dict[str, Rest]:
-        """One more round is over, and its workers have fared so (see `Round.fared`); who begins to rest."""
+    def note(self, fared: Mapping[str, str], struck: Mapping[str, Mapping[str, Any]] = _NOBODY) -> dict[str, Rest]:
+        """One more round is over; who begins to rest.
+
+        Args:
+            fared: how its workers have fared, see `Round.fared`.
+            struck: who has lied since the round before, how often and what about, see `Facts.struck`.
+        """
         self._over += 1
         begun = {}
-        for worker, why in fared.items():
+        for worker in {**fared, **struck}:
             record = self._records.pop(worker, None) or _Record()
-            if not why:
+            why, lie = fared.get(worker, ""), struck.get(worker, {"times": 0, "why": ""})
+            record.failures = record.failures + 1 if why else record.failures if worker not in fared else 0
+            record.strikes += lie["times"]
+            if not record.failures and not record.strikes:
                 continue
             self._records[worker] = record
-            record.failures, record.why = record.failures + 1, why
-            if record.failures >= FAILURES_MAX:
+            record.why = lie["why"] or why or record.why
+            if (why and record.failures >= FAILURES_MAX) or (lie["times"] and record.strikes >= STRIKES_MAX):
                 record.rest = min(2 * record.rest, REST_ROUNDS_MAX) or REST_ROUNDS
                 record.until = self._over + record.rest
-                begun[worker] = Rest(record.rest, why)
+                begun[worker] = Rest(record.rest, record.why)
         while len(self._records) > WORKERS_MAX:  # whoever failed longest ago is forgotten
             del self._records[next(iter(self._records))]
         return begun
@@ -149,7 +164,8 @@ class Rests:
         for line in lines:
             counted, failed = line.get("counted"), line.get("failed")
             if isinstance(counted, dict) and isinstance(failed, dict):
-                self.note({**dict.fromkeys(counted, ""), **failed})
+                struck = line.get("struck")
+                self.note({**dict.fromkeys(counted, ""), **failed}, struck if isinstance(struck, dict) else _NOBODY)
 
     @property
     def present(self) -> dict[str, Rest]:

@@ -78,6 +78,7 @@ class Round:
         self._arriving: set[str] = set()
         self._lost: set[str] = set()
         self._left: set[str] = set()
+        self._revoked: set[str] = set()
         self._silent: dict[str, str] = {}  # worker → why its turn ended without it
         self._losses: dict[str, int] = {}  # worker → how often it lost its task in this turn
         self.claimed: set[str] = set()
@@ -127,6 +128,8 @@ class Round:
             return Verdict.LATE, f"it is for {of}, this is {self.of}"
         if worker not in self.cohort:
             return Verdict.STRANGER, f"{worker} was not asked in {self.of}"
+        if worker in self._revoked:
+            return Verdict.STRANGER, f"{worker} belongs to the federation no more"
         if worker in self.counted or worker in self._arriving:
             return Verdict.DUPLICATE, f"an update of {worker} is counted in {self.of} already"
         if worker in self.refused:
@@ -173,6 +176,12 @@ class Round:
         self.withdraw(worker, reason)
         if self.refused.get(worker) == reason or worker in self.counted:
             self._left.add(worker)
+
+    def revoke(self, worker: str, reason: str) -> None:
+        """The worker belongs to the federation no more: what arrives from it is left, what is in the sum stays."""
+        self.refuse(worker, reason)
+        self._revoked.add(worker)
+        self._left.add(worker)
 
     def refuse(self, worker: str, reason: str) -> None:
         """The worker will not contribute to this round, nor what is arriving; nobody waits for it any more."""

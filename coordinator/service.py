@@ -95,7 +95,7 @@ class Coordinator:
             async with self._group as group:
                 ears = [
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
-                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again)),
+                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
                     group.create_task(self.desk.drain_uploads()),
                     group.create_task(self.desk.keep_sums()),
                     group.create_task(self._beat()),
@@ -203,7 +203,7 @@ class Coordinator:
 
     def _rest(self, here: Open) -> None:
         """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
-        for worker, rest in self.rests.note(here.round.fared).items():
+        for worker, rest in self.rests.note(here.round.fared, here.facts.struck).items():
             log.warning("%s keeps failing and rests for %d rounds: %s", worker, rest.rounds, rest.why)
             here.facts.rested[worker] = {"rounds": rest.rounds, "why": rest.why}
 

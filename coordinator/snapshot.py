@@ -84,7 +84,7 @@ class Snapshot:
             return _filled(of, sums, data)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as problem:
             sums.clear()
             log.warning("%s is of no use (%s): whoever was counted is asked again", self._path, problem)
             self.drop()

@@ -57,7 +57,7 @@ def waiting(folder: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads((folder / WAITS).read_bytes())
         return found if abs(time.time() - found["at"]) < STALE_S else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

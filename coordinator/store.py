@@ -18,7 +18,7 @@ from coordinator import plan as plans
 from coordinator import updates
 from coordinator.chain import Chain, bare
 from coordinator.claim import Claim
-from coordinator.history import checksum_of
+from coordinator.history import checksum_of, is_line
 from coordinator.journal import Journal
 from coordinator.plan import Plan
 
@@ -182,7 +182,7 @@ class Store:
             os.fsync(file.fileno())
 
     def history(self) -> list[dict[str, Any]]:
-        """All lines of the history in order; torn ones are passed over."""
+        """All lines of the history in order; those that are torn, or say what no line says, are passed over."""
         try:
             text = (self.folder / HISTORY).read_text(errors="replace")
         except FileNotFoundError:
@@ -191,7 +191,7 @@ class Store:
         for line in text.splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(line))
-        return [bare(line) for line in lines if isinstance(line, dict)]
+        return [bare(line) for line in lines if is_line(line)]
 
     def begin_epoch(self) -> int:
         """Become the one who may change this run; what others write from now on is refused. Our number.
@@ -242,7 +242,7 @@ class Store:
     def _json(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -1,5 +1,7 @@
 """What tests of every kind share: one private RabbitMQ node, a vhost for each test, and proof that nothing stays.
 
+The node also listens by TLS, for whoever has a certificate of the tests' authority.
+
 A vhost costs half a second through rabbitmqctl, most of it to start rabbitmqctl; so one call makes twenty, and the
 tests take them one by one. They are not removed: the node and its folder go when the tests are over.
 """
@@ -16,16 +18,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from yarl import URL
 
 from broker.errors import UsageError
+from broker.folder import free_ports
 from broker.node import Node, server_version
+from tests.certificates import Authority, secured
 
 VHOSTS = 20
 MAKE_VHOSTS = """
+catch rabbit_auth_backend_internal:add_user(<<"contract">>, <<"a moment's">>, <<"test">>),
+rabbit_auth_backend_internal:clear_password(<<"contract">>, <<"test">>),
 [begin
   Name = list_to_binary("t" ++ integer_to_list(I)),
   _ = rabbit_vhost:add(Name, <<"test">>),
-  _ = rabbit_auth_backend_internal:set_permissions(<<"fluffle">>, Name, <<".*">>, <<".*">>, <<".*">>, <<"test">>)
+  [rabbit_auth_backend_internal:set_permissions(User, Name, <<".*">>, <<".*">>, <<".*">>, <<"test">>)
+    || User <- [<<"fluffle">>, <<"contract">>]]
 end || I <- lists:seq({first}, {last})], ok.
 """
 
@@ -55,8 +63,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    with Node(tmp_path_factory.mktemp("node") / "rabbitmq") as started:
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture(scope="session")
+def tls_port() -> int:
+    return next(free_ports())
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory, authority: Authority, tls_port: int) -> Iterator[Node]:
+    """Its user `contract` may do everything in the tests' vhosts, and has nothing but a certificate."""
+    folder = tmp_path_factory.mktemp("node")
+    with Node(folder / "rabbitmq", conf=secured(folder, authority, tls_port)) as started:
         yield started
 
 
@@ -82,6 +102,14 @@ def _vhosts(node: Node) -> Iterator[str]:
 def vhost_url(broker_url: str, _vhosts: Iterator[str]) -> str:
     """The URL of a vhost that no other test has seen."""
     return broker_url + next(_vhosts)
+
+
+@pytest.fixture
+def invitation(authority: Authority, vhost_url: str, tls_port: int, tmp_path: Path) -> Path:
+    """Of `contract`, into a vhost that no other test has seen."""
+    file = tmp_path / "contract.fluffle"
+    authority.invite("contract", f"amqps://127.0.0.1:{tls_port}{URL(vhost_url).path}").write(file)
+    return file
 
 
 @pytest.fixture(autouse=True)

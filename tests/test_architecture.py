@@ -29,13 +29,12 @@ ROOMS = set(MAY_IMPORT) | {"tests"}
 # decisions and arithmetic: time and chance come in as arguments, so that tests need no sleep and runs can be replayed
 PURE = (
     "broker/changes.py", "broker/errors.py", "broker/fields.py", "broker/formats.py", "broker/frames.py",
-    "broker/masks.py", "broker/messages.py", "broker/norms.py",
-    "broker/pact.py",
+    "broker/masks.py", "broker/messages.py", "broker/norms.py", "broker/pact.py",
     "broker/parts.py", "broker/pieces.py", "broker/ring.py", "broker/shamir.py", "broker/tensors.py",
     "broker/topology.py",
     "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/roster.py",
     "coordinator/round.py", "coordinator/unmasking.py",
-    "workers/masking.py",
+    "workers/imprint.py", "workers/masking.py",
 )  # fmt: skip
 OUTSIDE_WORLD = {
     "asyncio", "datetime", "logging", "os", "secrets", "signal", "socket", "subprocess", "tempfile", "threading",
@@ -69,6 +68,7 @@ NODE_IS_RABBITMQS = {"broker/node.py", "class Node"}
 TOP_LEVEL = {
     "broker", "coordinator", "workers", "tests", "fluffle.py", "pyproject.toml", "docker-compose.yml", "Dockerfile",
     "Makefile", "constraints.txt", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE",
+    "SECURITY.md",
 }  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -283,7 +283,7 @@ def test_the_whole_program_can_be_read() -> None:
 
 def is_command(source: Source, function: Function) -> bool:
     """Whether typer calls it: its arguments are the command line's options, which people give by name anyway."""
-    by_name = Path(source.path).name == "cli.py" and not function.name.startswith("_")
+    by_name = source.path.endswith("cli.py") and not function.name.startswith("_")
     return by_name or re.search(rf"app\.command\([^)]*\)\({function.name}\)", source.text) is not None
 
 

@@ -20,8 +20,19 @@ from broker import daemon, rabbit
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import read_version
+from broker.invitation import Access
 from broker.link import Link
-from broker.options import BrokerUrl, GiveUp, RosterFile, SettingPairs, parse_settings, state_folder
+from broker.options import (
+    BrokerUrl,
+    GiveUp,
+    Insecure,
+    Invite,
+    RosterFile,
+    SettingPairs,
+    parse_settings,
+    state_folder,
+    way_in,
+)  # fmt: skip
 from broker.pinned import read_identity, read_roster
 from workers import host
 from workers import learner as learners
@@ -44,8 +55,9 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes w
 
 def worker(
     learner: LearnerName,
-    broker: BrokerUrl,
     data: Source,
+    broker: BrokerUrl = None,
+    invite: Invite = None,
     name: Annotated[
         str | None, typer.Option(help="Unique in the federation; this machine's name if not given.")
     ] = None,
@@ -76,12 +88,16 @@ def worker(
         typer.Option(help="File with this worker's secret key, for secure rounds; {name} in it is its name."),
     ] = None,
     give_up_s: GiveUp = None,
+    insecure: Insecure = False,
 ) -> None:
     """Stay beside the data: train what is sent here, and send back what changed. Ends on SIGTERM or Ctrl-C.
 
     The task in hand is finished first; a second signal ends it at once, with exit status 3. Status 4: it gave up.
     """
-    called = name if name is not None else _name_of_machine()
+    access = way_in("worker", broker, invite=invite, insecure=insecure)
+    if access.vouched and (many is not None or name not in (None, access.user)):
+        raise UsageError(f"{access.file} invites {access.user} and nobody else: leave --name and --many out.")
+    called = name if name is not None else access.user if access.vouched else _name_of_machine()
     names, sources = ([called], [data]) if many is None else host.named(called, data, many)
     if NAME.fullmatch(names[-1]) is None:
         raise UsageError(f"a worker cannot be called {names[-1]!r}: a name is {NAME_RULE}.")
@@ -95,7 +111,7 @@ def worker(
     daemon.start_log()  # the spool tells what it finds damaged
     spool = Spool(state or state_folder("workers", called), workers=len(names))
     trainer = Trainer(learner, spool, threads=threads, memory_mb=memory_mb, renew_after=renew_after)
-    connect = partial(rabbit.connect, broker, name=f"worker-{names[0]}", give_up_s=give_up_s)
+    connect = partial(rabbit.connect, access, name=f"worker-{names[0]}", give_up_s=give_up_s)
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
 
 
@@ -147,12 +163,17 @@ def try_(
     data: Source,
     settings: SettingPairs = None,
     threads: Threads = 1,
+    invite: Invite = None,
 ) -> None:
-    """Check a learner without any broker: one task, timed, sized and looked at."""
+    """Check a learner without any broker: one task, timed and looked at; and the invitation, if there is one."""
+    access = Access.invited(invite, "worker") if invite else None
     report = try_learner(learner, data, settings=parse_settings(settings), threads=threads)
-    console = Console()
-    console.print(_shown(report))
-    for warning in report.warnings:
+    console, table = Console(), _shown(report)
+    if access:
+        table.add_row("invited", access.said)
+    console.print(table)
+    warnings = [*report.warnings, *filter(None, [access.expiry() if access else ""])]
+    for warning in warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if not report.warnings:
         console.print("[green]fine[/]: this learner is ready for a federation.")

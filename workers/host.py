@@ -39,11 +39,6 @@ async def serve(workers: Sequence[Worker], stop: asyncio.Event) -> None:
     """
     if len(workers) > 1:
         log.info("%d workers begin, %s to %s", len(workers), workers[0].who.name, workers[-1].who.name)
-        kept = [slot for worker in workers for _, slot in worker.spool.kept.get(worker.who.name, [])]
-        if kept:
-            size = sum(len(slot.data) for slot in kept)
-            log.info("%d updates were finished before: sending them again, %s bytes", len(kept), f"{size:,}")
-        del kept  # the slots are the outboxes'
     failures: list[FluffleError] = []
 
     async def one(worker: Worker) -> None:

@@ -21,6 +21,7 @@ from xxhash import xxh3_64, xxh3_64_digest
 
 from broker.errors import WireError
 from broker.files import write_whole
+from broker.formats import FORMATS
 from broker.messages import Attempt, Metrics, Task, Update, decode, encode
 
 log = logging.getLogger(__name__)
@@ -113,12 +114,16 @@ def _read(path: Path) -> Kept:
     update, where = decode(record["update"]), record["delta"]
     if not isinstance(update, Update) or path != _path(path.parent, update.worker, update.of):
         raise ValueError("it is another worker's")
+    scores, until = record["scores"], record["until"]
+    sane = record["format"] in FORMATS and type(until) is float and isinstance(scores, dict)
+    if not sane or not all(isinstance(name, str) and isinstance(score, float) for name, score in scores.items()):
+        raise ValueError("it does not say what a kept update says")
     if isinstance(where, bytes):
         place: bytes | Place = where
     else:
         place = Place(*where)
-        if FILE.fullmatch(place.file) is None:
-            raise ValueError("it names a file that is none of ours")
+        if FILE.fullmatch(place.file) is None or not 0 <= place.at < place.at + place.size_bytes < 2**63:
+            raise ValueError("it names a place that is none of ours")
         with (path.parent / place.file).open("rb") as file:
             file.seek(place.at)
             sum_, left = xxh3_64(), place.size_bytes
@@ -128,10 +133,9 @@ def _read(path: Path) -> Kept:
             if left or sum_.digest() != place.check:
                 raise ValueError("its bytes do not match their checksum")
     task = decode(record["task"]) if record.get("task") else None
-    assert task is None or isinstance(task, Task)
-    return Kept(
-        update, record["scores"], record["format"], record["until"], place, task=task, model=record.get("model", b"")
-    )
+    if not isinstance(task, Task | None):
+        raise ValueError("it was made of something else than a task")  # noqa: TRY004 (as of all that is damaged)
+    return Kept(update, scores, record["format"], until, place, task=task, model=record.get("model", b""))
 
 
 def checked(data: bytes | memoryview) -> bytes:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from broker.errors import LearnerFailed, LinkClosed, LinkError, Refused, WireError
+from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, WireError
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Call, Closed, Payload, Refusal, Score, Task, Update
 from broker.pact import Dealt
@@ -222,7 +222,7 @@ class Outbox:
                         await keeping
                     await self._post.say(update)
                     await sent.news.wait()
-                except LinkClosed:
+                except (LinkClosed, NoRoom):
                     raise
                 except LinkError as problem:  # away for long, or blocked: the update is here, and so is the round
                     sent.unsent = sent.unsent or not uploaded

@@ -6,11 +6,20 @@ the worker's (`service.py`).
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from broker import topology
-from broker.errors import LinkError, QueueInUse, Unroutable, UsageError, WireError
+from broker.errors import (
+    BrokerRefused,
+    GaveUp,
+    Lacking,
+    LinkError,
+    QueueInUse,
+    Unroutable,
+    UsageError,
+    WireError,
+)
 from broker.link import Delivery, Lane, Link, Outgoing, publish_parts, read
 from broker.messages import Claim, Goodbye, Hello, Message, Payload, Ready, Refusal, Score, Step, Update, encode
 from broker.parts import Aim, split
@@ -25,6 +34,9 @@ NAMESAKE_S = 100.0
 """How long a former connection of our own may keep our queue: the broker notices its end after three heartbeats."""
 SAY_S = 120.0
 """How long a claim, score, update or refusal tries to reach the broker before the job is given up."""
+LACKING_S, LACKING_RETRY_S = 3600.0, 5.0
+"""How long an invited worker waits for queues or rights, which only others can give it, and how often it looks."""
+ASK_S = 10.0
 SETTING_UP_MAX = 32
 """How many workers of one process set up their queues at the same time: a thousand at once only get in each other's
 way."""
@@ -62,22 +74,52 @@ class Post:
         self._shared = shared
         self._link = shared.link
         self._tell = tell
+        self._lacks: dict[str, float] = {}  # queues that others must give us back, and since when
 
     async def declare(self) -> None:
-        """Make sure that the worker's queues and the federation's exchanges exist."""
+        """Make sure that the worker's queues and the federation's exchanges exist; if it is invited, others do."""
+        if self._link.vouched:
+            return
         async with self._shared.setting_up:
             if not self._shared.declared:
                 await self._link.declare(topology.FEDERATION)
                 self._shared.declared = True
             await self._link.declare(topology.of_worker(self.worker))
 
-    async def _come_back(self, problem: LinkError) -> None:
-        """The connection was lost, or a queue: there may be another broker, which has nothing of ours."""
+    async def _come_back(self, problem: LinkError, queue: str) -> None:
+        """The connection was lost, or a queue: there may be another broker, which has nothing of ours.
+
+        Raises:
+            GaveUp: what it takes to consume the queue has been withheld from this worker for too long.
+        """
         if self._shared.declared:  # the first of all to notice
             log.info("the broker is away: %s", problem)
         self._shared.declared = False
         await asyncio.sleep(RETRY_S)
         await self.declare()
+        if not (self._link.vouched and isinstance(problem, Lacking)):
+            return
+        now = asyncio.get_running_loop().time()
+        if queue not in self._lacks:
+            self._tell(f"waiting for a coordinator, or whoever runs the federation: {problem}", logging.WARNING)
+        if now - self._lacks.setdefault(queue, now) > LACKING_S:
+            raise GaveUp(f"{self.worker} has waited for {LACKING_S:g} s; is its invitation still good? {problem}")
+        await self._ask_for_queues()
+        await asyncio.sleep(LACKING_RETRY_S)
+
+    async def _ask_for_queues(self) -> None:
+        """An invited worker's are a coordinator's to make anew, who hears of it by a hello without incarnation."""
+        await self.say_hello(Hello(self.worker, "", "", trains=False, lease_s=0.0, doing=None), within_s=ASK_S)
+
+    @contextmanager
+    def _allowed(self) -> Iterator[None]:
+        """What an invited worker may not do now it may be allowed in a while; anybody else will not."""
+        try:
+            yield
+        except BrokerRefused as problem:
+            if not self._link.vouched:
+                raise
+            raise Lacking(str(problem)) from None
 
     def room(self, size_bytes: int) -> Slot:
         """Room for what is to be uploaded; see `Spool.take`."""
@@ -89,7 +131,8 @@ class Post:
         """Give a sign of life; whether anybody listens."""
         message = Outgoing(topology.UP, (topology.hello_key(self.worker),), encode(hello), persistent=False)
         try:
-            await self._link.publish(message, within_s=within_s)
+            with self._allowed():
+                await self._link.publish(message, within_s=within_s)
         except Unroutable:
             return False
         except LinkError as problem:
@@ -100,7 +143,8 @@ class Post:
         """Leave, if the broker hears of it soon."""
         bye = Outgoing(topology.UP, (topology.hello_key(self.worker),), encode(Goodbye(self.worker, reason)))
         try:
-            await self._link.publish(bye, within_s=GOODBYE_S)
+            with self._allowed():
+                await self._link.publish(bye, within_s=GOODBYE_S)
         except LinkError as problem:
             log.debug("no goodbye said: %s", problem)
 
@@ -112,7 +156,8 @@ class Post:
         """
         key = topology.inbox_key(message.of.run, self.worker)
         try:
-            await self._link.publish(Outgoing(topology.UP, (key,), encode(message)), within_s=SAY_S)
+            with self._allowed():
+                await self._link.publish(Outgoing(topology.UP, (key,), encode(message)), within_s=SAY_S)
         except Unroutable:
             self._tell(f"the run {message.of.run} has no coordinator any more", logging.INFO)
 
@@ -124,8 +169,12 @@ class Post:
         """
         key = (topology.upload_key(self.worker),)
         try:
-            await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
+            with self._allowed():
+                await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
         except Unroutable as problem:  # we never consume that queue, so nothing else tells us that it was deleted
+            if self._link.vouched:
+                await self._ask_for_queues()
+                raise
             log.info("making the upload queue anew: %s", problem)
             await self._link.declare(topology.of_worker(self.worker))
             await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
@@ -139,7 +188,9 @@ class Post:
             try:
                 async with AsyncExitStack() as stack:
                     async with self._shared.setting_up:
-                        deliveries = await stack.enter_async_context(self._link.consume(queue))
+                        with self._allowed():
+                            deliveries = await stack.enter_async_context(self._link.consume(queue))
+                    self._lacks.pop(queue, None)
                     again()
                     async for delivery in deliveries:
                         try:
@@ -150,7 +201,7 @@ class Post:
                             take(message)
                         await delivery.ack()
             except LinkError as problem:
-                await self._come_back(problem)
+                await self._come_back(problem, queue)
 
     async def receive_tasks(
         self,
@@ -174,6 +225,7 @@ class Post:
                     try:
                         async with self._own_queue(aim) as deliveries:
                             free.reschedule(None)
+                            self._lacks.pop(topology.down_queue(self.worker), None)
                             await begin()
                             async for delivery in deliveries:
                                 await take(delivery)
@@ -187,7 +239,7 @@ class Post:
                         await asyncio.sleep(1.0)
                     except LinkError as problem:
                         end()
-                        await self._come_back(problem)
+                        await self._come_back(problem, topology.down_queue(self.worker))
         except TimeoutError:
             if not free.expired():
                 raise
@@ -201,10 +253,11 @@ class Post:
         queue = topology.down_queue(self.worker)
         async with AsyncExitStack() as stack:
             async with self._shared.setting_up:
-                async with self._link.consume(queue, lane=Lane.DOWN, prefetch=1, alone=True):
-                    pass  # nobody else is at our queue: only now may it be purged
-                await self._link.purge(queue)
-                deliveries = await stack.enter_async_context(
-                    self._link.consume(queue, lane=Lane.DOWN, prefetch=self._shared.prefetch, alone=True, aim=aim)
-                )
+                with self._allowed():
+                    async with self._link.consume(queue, lane=Lane.DOWN, prefetch=1, alone=True):
+                        pass  # nobody else is at our queue: only now may it be purged
+                    await self._link.purge(queue)
+                    deliveries = await stack.enter_async_context(
+                        self._link.consume(queue, lane=Lane.DOWN, prefetch=self._shared.prefetch, alone=True, aim=aim)
+                    )
             yield deliveries

@@ -20,6 +20,7 @@ from broker.errors import LearnerFailed, OutOfMemory, UsageError
 from broker.messages import EXAMPLES_MAX, MAP_MAX
 from broker.tensors import Layout
 from workers import weights
+from workers.imprint import suspicion
 from workers.learner import Learner, out_of_memory, told
 from workers.work import Outcome, Work
 
@@ -93,9 +94,12 @@ def do(
         into: where the delta is written, exactly as long as `received`; new memory unless given.
 
     Raises:
-        LearnerFailed: the learner raised, returned what it must not, diverged, or is another than the version's.
+        LearnerFailed: the learner raised, returned what it must not, diverged, or is another than the version's; or
+            the weights look made for reading the data off its update.
     """
     model = place.model
+    if work.train and (suspicious := suspicion(layout, memoryview(received))):
+        raise LearnerFailed(suspicious)
     model.zero_grad(set_to_none=True)  # nothing of an earlier task may leak into this one
     weights.load(model, layout, received)
     scores: dict[str, float] = {}

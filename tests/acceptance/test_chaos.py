@@ -192,11 +192,10 @@ def test_memory_and_handles_stay_flat_over_200_rounds(arena: MakeArena) -> None:
     early = held()
     a.open_gate(199)
     f.until(lambda: a.made() == 199)
+    # a file that is being sealed behind the round's back is open for a moment
+    f.until(lambda: all(now[1] <= early[who][1] for who, now in held().items()))
     late = held()
     a.suffer((), within_s=60.0)
     assert_whole(a, 200)
-    assert all(late[who][0] - early[who][0] < 6 * MB and late[who][1] <= early[who][1] for who in early), (
-        early,
-        late,
-    )
+    assert all(late[who][0] - early[who][0] < 6 * MB for who in early), (early, late)
     assert_nothing_left(a)

@@ -4,10 +4,10 @@ import asyncio
 import socket
 import struct
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
-from yarl import URL
-
+from broker.invitation import Access
 from broker.link import Delivery, Link, Outgoing
 from broker.memory import MemoryBroker, MemoryLink
 from broker.rabbit import connect
@@ -50,19 +50,23 @@ class MemoryGround:
 
 
 class RabbitGround:
-    def __init__(self, url: str) -> None:
-        self._url = URL(url)
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self._links: list[Link] = []
-        assert self._url.host is not None
-        assert self._url.port is not None
-        self.proxy = Proxy(self._url.host, self._url.port)
+        assert access.url.host is not None
+        assert access.url.port is not None
+        self.proxy = Proxy(access.url.host, access.url.port)
 
     async def link(self, heartbeat_s: int = 30) -> Link:
         if not self.proxy.port:
             await self.proxy.start()
-        url = str(self._url.with_port(self.proxy.port))
-        self._links.append(await connect(url, name="contract", heartbeat_s=heartbeat_s))
+        self._links.append(await connect(self.access, name="contract", heartbeat_s=heartbeat_s))
         return self._links[-1]
+
+    @property
+    def access(self) -> Access:
+        """Through the proxy."""
+        return replace(self._access, url=self._access.url.with_port(self.proxy.port))
 
     def cut(self) -> None:
         self.proxy.cut()

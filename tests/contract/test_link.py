@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from broker.errors import BrokerRefused, LinkClosed, LinkError, QueueInUse, Unroutable
+from broker.errors import BrokerRefused, LinkClosed, LinkError, NoRoom, QueueInUse, Unroutable
 from broker.link import BROADCAST_MAX, Lane, Outgoing, publish_parts, read
 from broker.messages import PART_BYTES_MIN, Part, Payload
 from broker.parts import PART_BYTES, Assembly, split
@@ -183,7 +183,7 @@ async def test_publishing_to_a_full_queue_gives_up_in_time(ground: Ground) -> No
     link = await ground.link()
     await link.declare(direct(queue("full", max_length_bytes=4, overflow="reject-publish")))
     await link.publish(to("full", b"1234"))
-    with pytest.raises(LinkError, match=r"within 0\.3 s"):
+    with pytest.raises(NoRoom, match=r"within 0\.3 s"):
         await link.publish(to("full", b"5"), within_s=0.3)
 
 

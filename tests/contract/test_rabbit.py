@@ -11,6 +11,7 @@ import pytest
 from yarl import URL
 
 from broker.errors import BrokerRefused, LinkClosed, LinkError, UsageError
+from broker.invitation import Access
 from broker.link import Lane, Outgoing, publish_parts
 from broker.messages import PART_BYTES_MIN, Payload
 from broker.node import Node
@@ -38,7 +39,7 @@ async def listener(answer: bytes) -> AsyncIterator[int]:
     "url", ["", "localhost", "http://localhost", "amqp://", "amqp://u:secret@h:99999", "amqp://h:x"]
 )
 async def test_a_url_that_is_none_is_refused_without_repeating_it(url: str) -> None:
-    with pytest.raises(UsageError, match="must look like amqp://") as told:
+    with pytest.raises(UsageError, match="must look like amqps://") as told:
         await connect(url, name="w1")
     assert "secret" not in str(told.value)
 
@@ -65,7 +66,7 @@ async def test_nobody_there_is_said_with_what_to_do(host: str) -> None:
     with pytest.raises(
         UsageError, match=f"no RabbitMQ answers at {host}: start one with `fluffle broker start`"
     ) as told:
-        await connect(f"amqp://u:secret@{host}/", name="w1")
+        await connect(Access.at(f"amqp://u:secret@{host}/", insecure=True), name="w1")
     assert not isinstance(told.value, BrokerRefused)
 
 
@@ -105,8 +106,7 @@ async def test_tls_that_the_port_does_not_speak_is_refused(vhost_url: str) -> No
 async def test_a_link_can_wait_for_a_broker_that_is_not_there_yet(rabbit_ground: RabbitGround) -> None:
     first = await rabbit_ground.link()
     rabbit_ground.leave()
-    url = str(URL(rabbit_ground._url).with_port(rabbit_ground.proxy.port))
-    waiting = asyncio.ensure_future(connect(url, name="patient", fail_fast=False))
+    waiting = asyncio.ensure_future(connect(rabbit_ground.access, name="patient", fail_fast=False))
     await asyncio.wait({waiting}, timeout=0.3)
     assert not waiting.done()
     rabbit_ground.come_back()

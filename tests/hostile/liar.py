@@ -99,8 +99,12 @@ class Liar:
 
     async def upload(self, pieces: Iterable[Part | Message | bytes]) -> None:
         """Put these into the liar's upload queue."""
+        await self.upload_of(LIAR, pieces)
+
+    async def upload_of(self, worker: str, pieces: Iterable[Part | Message | bytes]) -> None:
+        """Put these into anybody's."""
         for piece in pieces:
-            await self.say(piece, topology.upload_key(LIAR))
+            await self.say(piece, topology.upload_key(worker))
 
     async def answer(self) -> Answer:
         """What the coordinator says next."""

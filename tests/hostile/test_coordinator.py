@@ -235,13 +235,11 @@ async def test_parts_in_any_order_and_number_count_once(tmp_path: Path, pieces: 
         assert await liar.left() == {}
 
 
-async def test_a_goodbye_while_parts_arrive_takes_nothing_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_goodbye_while_parts_arrive_takes_nothing_back(tmp_path: Path) -> None:
     """A liar announces an update, leaves, and only then uploads: it is in the sum or it is not, but never half."""
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
-        monkeypatch.setattr(coordinator.post, "STALL_S", 10.0)  # it has time to say so
-        monkeypatch.setattr(coordinator.post, "LOOK_S", 10.0)
+        fed.patch.setattr(coordinator.post, "STALL_S", 10.0)  # it has time to say so
+        fed.patch.setattr(coordinator.post, "LOOK_S", 10.0)
         await liar.say(update())
         await liar.upload(parts()[:2])
         await fed.until(lambda: "liar" in fed.store.now()["why"] and "receiving" in fed.store.now()["why"])
@@ -290,12 +288,10 @@ async def test_an_upload_that_never_ends_is_ended(tmp_path: Path) -> None:
         only_the_honest(fed, 1)
 
 
-async def test_an_upload_that_trickles_ends_with_the_time_of_a_round(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_upload_that_trickles_ends_with_the_time_of_a_round(tmp_path: Path) -> None:
     """A liar keeps the coordinator waiting for each part as long as it is allowed to, and no longer than a round."""
     async with a_liar_among_two(tmp_path, rounds=1, round_s=0.6) as (fed, liar):
-        monkeypatch.setattr(coordinator.post, "STALL_S", 30.0)
+        fed.patch.setattr(coordinator.post, "STALL_S", 30.0)
         for place in fed.places.values():
             place.lesson.gate.set()
         await liar.say(update())

@@ -93,6 +93,8 @@ class Flow:
 class Cable:
     """Keeps the promises of `broker.link.Link` for one process."""
 
+    vouched = False
+
     def __init__(self, network: Network, process: Process) -> None:
         self.network = network
         self.process = process
@@ -342,6 +344,7 @@ class Taken:
 
     def __init__(self, cable: Cable, flow: Flow, queue: str, delivery: Delivery) -> None:
         self.key = delivery.key
+        self.user = delivery.user
         self.redelivered = delivery.redelivered
         self._room = bytearray(delivery.body)
         self.body = memoryview(self._room).toreadonly()

@@ -66,6 +66,7 @@ KEYS = {name: key.public_key().public_bytes_raw() for name, key in IDENTITIES.it
 """Who may take part in secure rounds, and as whom."""
 SECURE: dict[str, Any] = {"privacy": "secure", "clip": 60.0, "examples_max": 64}
 """Of a plan: the clip is longer than what is learned."""
+PATIENT = {module: {name: getattr(module, name) for name in constants} for module, constants in QUICK.items()}
 
 Hook = Callable[[Outgoing | Delivery], Awaitable[object] | None]
 
@@ -204,8 +205,9 @@ class Lesson:
 class Wire:
     """A `MemoryLink` that shows a hook everything it has published and everything it is about to hand over."""
 
-    def __init__(self, broker: MemoryBroker, hook: Hook | None = None) -> None:
-        self.link = MemoryLink(broker)
+    def __init__(self, broker: MemoryBroker, hook: Hook | None = None, *, user: str = "") -> None:
+        self.link = MemoryLink(broker, user)
+        self.vouched = self.link.vouched
         self.hook = hook
         self.declare = self.link.declare
         self.purge = self.link.purge
@@ -279,15 +281,17 @@ class Place:
 
 @dataclass(slots=True)
 class Federation:
-    """A run and who takes part; made by `federation`."""
+    """A run and who takes part; made by `federation`. What a test changes through `patch` is as before afterwards."""
 
     folder: Path
     broker: MemoryBroker
+    patch: pytest.MonkeyPatch
     places: dict[str, Place] = field(default_factory=dict)
     hook: Hook | None = None
     names: set[str] = field(default_factory=set)
     drains: int = 2
     lasting: bool = True  # a worker that returns finds the files of the one before
+    invited: bool = False  # everybody is, and so the broker vouches for who says what
     coordinator: Coordinator | None = None
     _serving: asyncio.Task[None] | None = None
     _wire: Wire | None = None
@@ -303,10 +307,13 @@ class Federation:
 
     # -- who takes part -----------------------------------------------------------------------------------------
 
+    def _way_of(self, name: str) -> Wire:
+        return Wire(self.broker, self.hook, user=name if self.invited else "")
+
     def join(self, name: str, **of_who: Any) -> Place:
         """One more worker; it is started at once."""
         spool = Spool(self.folder / (f"spool-{name}" if self.lasting else f"spool-{name}-{next(self._spools)}"))
-        lesson, wire, stop = Lesson(spool), Wire(self.broker, self.hook), asyncio.Event()
+        lesson, wire, stop = Lesson(spool), self._way_of(name), asyncio.Event()
         usual: dict[str, Any] = {"lease_s": LEASE_S, "drain_s": 5.0}
         if self.store.plan.privacy == "secure" and of_who.get("trains", True):
             usual["member"] = Member(name, IDENTITIES[name], KEYS)
@@ -320,7 +327,7 @@ class Federation:
 
     def begin(self) -> asyncio.Task[None]:
         """Start the coordinator, or start it anew on the same folder."""
-        self._wire = Wire(self.broker, self.hook)
+        self._wire = self._way_of("coordinator")
         self.coordinator = Coordinator(self.store, self._wire, drains=self.drains, keys=KEYS)
         self._serving = asyncio.create_task(self.coordinator.serve())
         return self._serving
@@ -439,10 +446,11 @@ async def federation(folder: Path, **settings: Any) -> AsyncIterator[Federation]
     """A new run with the plan's settings; at the end nobody is there any more, and no task runs."""
     before = asyncio.all_tasks()
     Store.create(folder / "run", plan(**settings), MODEL, memoryview(start_weights()))
-    made = Federation(folder, MemoryBroker())
     with pytest.MonkeyPatch.context() as patch:
+        made = Federation(folder, MemoryBroker(), patch)
         for module, constants in QUICK.items():
             for name, value in constants.items():
+                assert getattr(module, name) == PATIENT[module][name], f"an earlier test has left {name} changed"
                 patch.setattr(module, name, value)
         patch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a busy disk takes its time
         try:

@@ -52,8 +52,8 @@ async def test_uploads_that_queue_behind_one_that_hangs_end_with_the_turn(
     """There is one drain, and b's trickles in it; c's waits behind it, is whole, and cannot wait for ever."""
     monkeypatch.setattr(coordinator.round, "DRAIN_S_MIN", 0.5)
     async with federation(tmp_path, rounds=1, quorum=1, round_s=0.5) as fed:
-        monkeypatch.setattr(coordinator.post, "STALL_S", 60.0)
-        monkeypatch.setattr(coordinator.post, "LOOK_S", 60.0)
+        fed.patch.setattr(coordinator.post, "STALL_S", 60.0)
+        fed.patch.setattr(coordinator.post, "LOOK_S", 60.0)
         fed.drains = 1
         places = {name: fed.join(name) for name in NAMES}
         places["b"].lesson.gate.clear()

@@ -374,7 +374,7 @@ async def test_parts_that_were_asked_for_again_may_take_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with federation(tmp_path, rounds=1, cohort=1, quorum=1) as fed:
-        monkeypatch.setattr("coordinator.post.STALL_S", 5.0)
+        fed.patch.setattr("coordinator.post.STALL_S", 5.0)
         post, uploads = fed.join("a").worker.post, 0
         upload = post.upload
 

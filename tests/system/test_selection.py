@@ -73,13 +73,11 @@ async def test_a_round_closes_at_its_target_and_nobody_waits_for_a_slow_worker(t
         await nothing_waits(fed)
 
 
-async def test_what_is_being_received_when_the_target_is_reached_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_is_being_received_when_the_target_is_reached_is_left(tmp_path: Path) -> None:
     """c's update is accepted and half its parts have come when a and b are counted."""
     async with federation(tmp_path, rounds=2, cohort=2, quorum=2, over_select=1.5) as fed:
         for patience in ("LOOK_S", "STALL_S"):  # the rest of them is slow, not lost
-            monkeypatch.setattr(f"coordinator.post.{patience}", 60.0)
+            fed.patch.setattr(f"coordinator.post.{patience}", 60.0)
         places = {name: fed.join(name) for name in NAMES}
         for name in ("a", "b"):
             places[name].lesson.gate.clear()

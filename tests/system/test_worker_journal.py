@@ -137,7 +137,7 @@ async def test_an_update_waits_for_a_broker_that_is_away_for_long(
         monkeypatch.setattr(post, lost, in_vain)
         fed.begin()
         await fed.until(lambda: "the update waits for the broker" in caplog.text)
-        assert kept(fed) == ["a.test.1.1.update"]
+        await fed.until(lambda: kept(fed) == ["a.test.1.1.update"])
         fed.broker.resume()
         await fed.end()
         assert place.lesson.done.count((True, 1)) == 1

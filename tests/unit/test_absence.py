@@ -5,8 +5,9 @@ import socket
 
 import pytest
 
-from broker import lanes, rabbit
+from broker import rabbit
 from broker.errors import GaveUp
+from broker.invitation import Access
 from broker.lanes import Absence
 from broker.link import Outgoing
 from broker.topology import Topology
@@ -48,7 +49,7 @@ async def test_whatever_waits_for_rabbitmq_gives_up_with_it(what: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         url = f"amqp://a:b@127.0.0.1:{silent.getsockname()[1]}/"
-        link = rabbit.RabbitLink(lanes.checked(url), "nobody", 30, 0.2)
+        link = rabbit.RabbitLink(Access.at(url), "nobody", 30, 0.2)
         try:
             async with asyncio.timeout(20):
                 with pytest.raises(GaveUp, match=r"out of reach for 0\.2 s and more; gave up: .*127\.0\.0\.1"):

@@ -91,7 +91,7 @@ def test_float32_is_rounded_as_by_way_of_float64(
 
 @pytest.mark.parametrize("fmt", DOWN)
 @pytest.mark.parametrize(
-    ("dtype", "before", "after"), [("float32", -3e38, 3e38), ("float16", -60_000, 60_000), ("float32", 0, np.nan)]
+    ("dtype", "before", "after"), [("float32", -3e38, 3e38), ("float16", 0, np.nan), ("float32", 0, np.nan)]
 )
 def test_a_model_that_diverges_is_said_to(fmt: Format, dtype: str, before: float, after: float) -> None:
     layout = Layout.of([TensorSpec("w", dtype, (1,))])
@@ -101,7 +101,20 @@ def test_a_model_that_diverges_is_said_to(fmt: Format, dtype: str, before: float
 
 
 def test_a_change_that_leads_beyond_the_dtype_is_refused() -> None:
-    layout, fmt = Layout.of([TensorSpec("w", "float16", (1,))]), FORMATS["bfloat16"]
-    encoded = memoryview(from_float64(np.array([60_000.0]), "float16").tobytes())
+    layout, fmt = Layout.of([TensorSpec("w", "float32", (1,))]), FORMATS["float32"]
+    encoded = memoryview(from_float64(np.array([3e38]), "float32").tobytes())
     with pytest.raises(WireError, match=r"^a change leads to weights that are not finite: the model has diverged\.$"):
-        apply_change(encoded, encoded, layout, fmt, memoryview(bytearray(2)))
+        apply_change(encoded, encoded, layout, fmt, memoryview(bytearray(4)))
+
+
+@pytest.mark.parametrize("fmt", DOWN)
+def test_a_change_beyond_what_a_float16_holds_ends_at_the_largest_there_is(fmt: Format) -> None:
+    """One update may take a float16 that far: the round must close all the same, and all must have the same bits."""
+    layout = Layout.of([TensorSpec("w", "float16", (2,))])
+    old, new = (bytearray(from_float64(np.array([-x, x]), "float16").tobytes()) for x in (60_000.0, 65_504.0))
+    before = bytes(old)
+    encoded = encode_change(memoryview(old), memoryview(new), layout, fmt, np.random.default_rng(1))
+    followed = bytearray(4)
+    apply_change(memoryview(before), encoded, layout, fmt, memoryview(followed))
+    assert followed == new
+    assert np.isfinite(np.frombuffer(new, np.float16)).all()

@@ -3,6 +3,8 @@
 import itertools
 import struct
 from collections.abc import Iterable, Iterator
+from datetime import UTC
+from typing import Any
 
 import pamqp.frame
 import pytest
@@ -235,3 +237,44 @@ def test_we_read_what_pamqp_writes() -> None:
     assert read(Heartbeat().marshal() + struct.pack(">BHI", METHOD, 4, 4) + b"abcd\xce", [3]).methods == [
         (4, b"abcd")
     ]
+
+
+@pytest.mark.parametrize("user", ["ada", "w" * 63])
+@pytest.mark.parametrize("headers", [(), (("reason", "x" * 300),)])
+def test_whose_message_it_is_stands_where_amqp_wants_it(user: str, headers: tuple[tuple[str, str], ...]) -> None:
+    known = frames.properties(headers, ("b", "c"), persistent=True, signed=True)
+    payload = frames.header(3, 7, known, "id.1", user=user)[7:-1]
+    head = ContentHeader()
+    head.unmarshal(payload)
+    assert (head.properties.user_id, head.properties.message_id, head.properties.delivery_mode) == (user, "id.1", 2)
+    assert frames.user(payload) == user
+    unsigned = frames.header(3, 7, frames.properties(headers, (), persistent=True), "id.1")[7:-1]
+    head = ContentHeader()
+    head.unmarshal(unsigned)
+    assert (head.properties.user_id, frames.user(unsigned)) == (None, "")
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "content_type": st.text("abc", max_size=9), "content_encoding": st.text("abc", max_size=9),
+            "headers": st.dictionaries(st.text("abc", min_size=1, max_size=9), st.integers(0, 9)),
+            "delivery_mode": st.sampled_from([1, 2]), "priority": st.integers(0, 9),
+            "correlation_id": st.text("abc", max_size=9), "reply_to": st.text("abc", max_size=9),
+            "expiration": st.text("123", max_size=9), "message_id": st.text("abc", max_size=9),
+            "timestamp": st.datetimes().map(lambda at: at.replace(microsecond=0, tzinfo=UTC, year=2020)),
+            "message_type": st.text("abc", max_size=9), "user_id": st.text("abc", max_size=9),
+            "app_id": st.text("abc", max_size=9),
+        },
+    )
+)  # fmt: skip
+def test_whose_message_it_is_is_found_among_all_other_properties(given_: dict[str, Any]) -> None:
+    properties = commands.Basic.Properties(**given_)
+    payload = pamqp.frame.marshal(ContentHeader(0, 5, properties), 1)[7:-1]
+    assert frames.user(payload) == (given_.get("user_id") or "")
+
+
+@given(st.binary(max_size=80), st.booleans())
+def test_a_header_that_lies_names_nobody_or_somebody_and_harms_none(noise: bytes, flagged: bool) -> None:
+    assert isinstance(frames.user(bytes(12) + (b"\xff\xf0" if flagged else b"") + noise), str)

@@ -114,6 +114,26 @@ def test_the_grid_is_the_finest_for_which_there_is_room() -> None:
         assert largest < 2 ** (bits - 1) <= 2.05 * largest
 
 
+def test_a_clip_at_the_edge_of_its_grid_leaves_room_for_what_float64_rounds() -> None:
+    layout = Layout.of([TensorSpec("w", "float64", (1,))])
+    for cohort in range(3, 40):
+        for examples in (1, 3, 7, 1000):
+            clip = (2**63 - 1) / (cohort * examples * 2.0**40) / (1 + 2.0**-9)
+            ring = ring_of(64, clip=clip, examples_max=examples, cohort=cohort)
+            assert ring.grid in (39, 40)
+            data = np.array([ring.limit]).tobytes()
+            (word, *_) = encode(Form(ring, layout), memoryview(data), examples=examples, metrics={}).tolist()
+            assert cohort * word < 2**63
+
+
+def test_a_contribution_is_rounded_once_to_the_nearest_step() -> None:
+    layout, ring = Layout.of([TensorSpec("w", "float64", (6,))]), RINGS[0]
+    steps = np.array([0.5, 1.5, -2.5, 0.49, -0.75, 7.0])
+    data = (steps * 2.0**-ring.grid / 3).tobytes()
+    form = Form(ring, layout)
+    assert form.signed(encode(form, memoryview(data), examples=3, metrics={}))[:6].tolist() == [0, 2, -2, 0, -1, 7]
+
+
 def test_integers_and_booleans_become_the_mean_of_the_workers_rounded_halves_up() -> None:
     layout = Layout.of(
         [TensorSpec("count", "int64", (4,)), TensorSpec("small", "uint8", (1,)), TensorSpec("on", "bool", (2,))]

@@ -36,6 +36,21 @@ def count(here: Round, *workers: str) -> None:
         here.count(worker, 10)
 
 
+def test_who_is_revoked_is_a_stranger_from_then_on_and_is_not_waited_for() -> None:
+    here = parallel(quorum=1)
+    count(here, "ada")
+    here.accept("bob")
+    for worker in ("ada", "bob", "eve", "zoe"):
+        here.revoke(worker, "its invitation was revoked")
+    assert not here.takes("bob")
+    assert here.counted == {"ada": 10}
+    assert here.refused == dict.fromkeys(("bob", "eve"), "its invitation was revoked")
+    for worker in ("ada", "bob", "eve"):
+        assert here.judge(OF, worker) == (Verdict.STRANGER, f"{worker} belongs to the federation no more")
+    assert here.phase(1)[0] is Phase.CLOSED
+    assert here.fared == {"ada": ""}
+
+
 # -- phases ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from broker import pact
-from broker.errors import Aborted, Alarm, Refused
-from broker.masks import Words, apply
+from broker.errors import Aborted, Alarm, Refused, WireError
+from broker.fields import build
+from broker.masks import Mask, Words, apply
 from broker.pact import Advert, Dealt, Finishers, Opened, Pact, Reveal, Settled, Shares, advertise
 from broker.ring import Form, ring_of
 from tests.unit.parley import MODEL, Parley
@@ -288,6 +292,16 @@ def test_a_worker_deals_no_shares_to_a_cohort_with(name: str) -> None:
     parley.workers["w-000"].shares(settled, ["loss"])  # what is right is answered all the same
 
 
+def test_neither_side_takes_part_in_a_cohort_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    parley = Parley(5)
+    settled = parley.settle()
+    monkeypatch.setattr("broker.pact.COHORT_MAX", 4)
+    with pytest.raises(Refused, match="5 members, over the limit of 4"):
+        parley.workers["w-000"].shares(settled, ["loss"])
+    with pytest.raises(Refused, match="at most 4 members"):
+        Parley(5).settle()
+
+
 def test_a_worker_deals_to_one_cohort_only() -> None:
     parley = Parley(5)
     settled = parley.settle()
@@ -486,6 +500,20 @@ def test_beyond_a_complete_graph_a_worker_looks_against_whom_its_neighbours_have
         parley.workers[near[0]].vow(silent)
 
 
+def test_beyond_a_complete_graph_a_worker_does_not_vow_with_too_few_of_its_holders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    neighbours_of_four(monkeypatch)
+    parley = Parley(12)
+    dealt = parley.deal(parley.settle())
+    masked = {name: parley.workers[name].mask(dealt[name], parley.words[name]) for name in parley.names}
+    lost = parley.core.pact.neighbours("w-003")[:2]
+    done = tuple(name for name in parley.names if name not in lost)
+    assert len(done) > parley.core.pact.quorum
+    with pytest.raises(Refused, match="fewer holders have finished than the threshold"):
+        parley.workers["w-003"].vow(Finishers(done, lost, tuple(masked[name].dealers for name in done)))
+
+
 # -- workers that lie ------------------------------------------------------------------------------------------------
 
 
@@ -506,6 +534,19 @@ def test_one_false_share_is_found_and_the_sum_is_right_all_the_same() -> None:
         parley.core.opened(name, Opened((b"\1" * 33,) * 6) if name == "w-001" else opened)
     assert parley.core.result().tobytes() == parley.sum_of(parley.names).tobytes()
     assert parley.core.liars == {"w-001"}
+
+
+def test_a_vow_for_others_and_shares_for_others_do_not_count() -> None:
+    parley = Parley(4)
+    finishers = parley.until_vows()
+    signature = parley.workers["w-001"].vow(finishers)
+    with pytest.raises(Refused, match="w-000's signature is wrong"):
+        parley.core.vow("w-000", signature)
+    reveal = parley.vow(finishers)
+    opened = parley.opened("w-000", reveal)
+    with pytest.raises(Refused, match="w-000 has not opened one share for each of its holders"):
+        parley.core.opened("w-000", Opened(opened.shares[:3]))
+    assert parley.core.waiting == set(parley.names)
 
 
 def test_a_dealer_whose_shares_nobody_can_open_is_named() -> None:
@@ -594,6 +635,17 @@ def test_masked_words_look_like_dice(bits: int) -> None:
     assert len(np.unique(words.view(np.uint32))) > 0.99 * len(words.view(np.uint32))
 
 
+@pytest.mark.parametrize("dtype", ["<u4", "<u8"])
+def test_a_mask_is_one_keystream_from_the_first_word_to_the_last(dtype: str) -> None:
+    words: Words = np.arange(200_003).astype(dtype)
+    before, key = words.copy(), bytes(range(32))
+    stream = Cipher(AES(key), CTR(bytes(16))).encryptor().update(bytes(words.nbytes))
+    apply(words, [Mask(key, plus=True)])
+    assert (words - before).tobytes() == stream
+    apply(words, [Mask(key, plus=False)])
+    assert (words == before).all()
+
+
 def test_words_of_32_and_of_64_bits_are_hidden_by_other_keystreams() -> None:
     parley = Parley(3)
     pact_ = Pact(parley.context, parley.settle())
@@ -601,6 +653,15 @@ def test_words_of_32_and_of_64_bits_are_hidden_by_other_keystreams() -> None:
     narrow, wide = (pact_.pair_mask(key, "w-000", "w-001", bits) for bits in (32, 64))
     assert narrow.key != wide.key
     assert pact_.self_mask(b"s" * 32, "w-000", 32) != pact_.self_mask(b"s" * 32, "w-000", 64)
+
+
+def test_what_is_signed_in_one_attempt_is_worth_nothing_in_another() -> None:
+    parley = Parley(3)
+    settled = parley.settle()
+    first, second = Pact(parley.context, settled), Pact(parley.bound(attempt=2), settled)
+    assert first.dealers("w-000", ["w-001"]) != second.dealers("w-000", ["w-001"])
+    assert first.finishers(Finishers(("w-000",), ())) != second.finishers(Finishers(("w-000",), ()))
+    assert first.commitment("w-000", b"s") != second.commitment("w-000", b"s")
 
 
 def test_thresholds_and_quorums_are_above_two_thirds() -> None:
@@ -645,3 +706,32 @@ def test_the_context_binds_everything() -> None:
         bound(roster=Parley(4).roster),
     }
     assert len(contexts) == 8
+
+
+def plain(said: Any) -> dict[str, Any]:
+    """A message as msgpack would give it back."""
+    return {
+        field.name: [plain(each) if dataclasses.is_dataclass(each) else each for each in value]
+        if isinstance(value := getattr(said, field.name), tuple)
+        else value
+        for field in dataclasses.fields(said)
+    }
+
+
+def test_every_message_is_checked_field_by_field() -> None:
+    parley = Parley(4)
+    settled = parley.settle()
+    shares = parley.workers["w-000"].shares(settled, ["loss"])
+    dealt = parley.deal(settled)
+    finishers = parley.add(dealt)
+    vow = parley.workers["w-000"].vow(finishers)
+    reveal = parley.vow(finishers)
+    opened = parley.opened("w-000", reveal)
+    for said in (*settled.adverts, settled, shares, dealt["w-000"], finishers, vow, reveal, opened):
+        assert build(type(said), plain(said), "it") == said
+    wrong: dict[str, Any] = {"keys": bytes(63), "signature": "s" * 64, "worker": "W!"}
+    for field, value in wrong.items():
+        with pytest.raises(WireError, match=f"advert.{field}"):
+            build(Advert, plain(settled.adverts[0]) | {field: value}, "advert")
+    with pytest.raises(WireError, match="shares"):
+        build(Opened, {"shares": [bytes(34)] * 4}, "it")

@@ -11,6 +11,7 @@ from broker.topology import Queue, Topology
 PAGE = (files(messages.__package__) / "PROTOCOL.md").read_text("utf-8")
 ALL = (topology.FEDERATION, topology.of_worker("WORKER"), topology.of_run("RUN"))
 QUEUES = [queue for part in ALL for queue in part.queues]
+INVITED = topology.of_worker("WORKER", invited=True)
 EXCHANGES = [exchange for part in ALL for exchange in part.exchanges]
 # all that RabbitMQ 3.10, 4.0 and 4.3 take for a classic queue, and nothing that only some do: x-queue-version=1,
 # x-queue-mode, x-delivery-limit, x-consumer-timeout and mirroring are each refused by one of them
@@ -43,6 +44,8 @@ def test_the_page_lists_the_queues_with_their_bindings_and_arguments() -> None:
 
     assert [found[:4] for found in rows("queue")] == [row(queue) for queue in QUEUES]
     assert all(found[4] for found in rows("queue")), "say who publishes and who consumes"
+    invited = [[row(queue)[0], row(queue)[3]] for queue in INVITED.queues]
+    assert rows("queue of an invited worker") == invited
 
 
 def test_the_page_has_the_routing_keys() -> None:
@@ -50,7 +53,18 @@ def test_the_page_has_the_routing_keys() -> None:
         assert f"`{key}`" in PAGE
 
 
-@pytest.mark.parametrize("queue", QUEUES, ids=lambda queue: queue.name)
+def test_an_invited_workers_queues_stay_have_the_same_bindings_and_tighter_limits() -> None:
+    usual = topology.of_worker("WORKER")
+    assert INVITED.bindings == usual.bindings
+    for queue, other in zip(INVITED.queues, usual.queues, strict=True):
+        assert (queue.name, queue.arguments["x-overflow"]) == (other.name, other.arguments["x-overflow"])
+        assert "x-expires" not in queue.arguments
+        assert {"x-max-length", "x-max-length-bytes"} <= queue.arguments.keys()
+        limits = queue.arguments.keys() & other.arguments.keys() - {"x-queue-type", "x-overflow"}
+        assert all(int(queue.arguments[limit]) <= int(other.arguments[limit]) for limit in limits)
+
+
+@pytest.mark.parametrize("queue", [*QUEUES, *INVITED.queues], ids=lambda queue: queue.name)
 def test_every_queue_has_a_type_a_limit_and_no_argument_that_some_rabbitmq_refuses(queue: Queue) -> None:
     arguments = queue.arguments
     assert arguments.keys() <= TAKEN_BY_ALL

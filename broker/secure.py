@@ -1,0 +1,274 @@
+"""What the operator of a federation does: secure it, invite workers, revoke them; on the disk and in the broker.
+
+Knows in which order, so that the same command again mends what was interrupted, and else changes nothing. Does not
+know command lines. What is on the disk comes first: a broker that does not run reads it when it starts.
+"""
+
+import contextlib
+import fcntl
+import secrets
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from yarl import URL
+
+from broker import management, topology
+from broker.certificates import Issued, authority, end_of, hosts_of, issue
+from broker.errors import LinkError, UsageError
+from broker.federation import (
+    COORDINATOR,
+    FILE,
+    READ_BY_RABBIT,
+    SERVER,
+    Federation,
+    Party,
+    as_text,
+    configuration,
+    definitions,
+    hashed,
+    plugins,
+)
+from broker.fields import NAME, NAME_RULE
+from broker.folder import DEFAULT_USER, free_ports, settle, write_private
+from broker.invitation import NOTICE, Invitation
+from broker.management import Management
+from broker.messages import Goodbye, encode
+from broker.topology import OPERATOR
+
+STRANGERS = {"guest", DEFAULT_USER}
+"""Users of a broker that was not secured before: their passwords are known to others than the operator."""
+
+
+def secure(folder: Path, changes: Mapping[str, Any], *, renew: bool = False) -> str:
+    """Make a federation, or change it; what is left to do, empty if nothing is.
+
+    Args:
+        folder: the operator's, made when missing; a private node that lives there becomes the federation's broker.
+        changes: fields of `Federation` that are to have other values than before, or than usual.
+        renew: make new certificates for the broker and the coordinator.
+
+    Raises:
+        UsageError: the folder holds other things, or a value is none.
+    """
+    folder = folder.absolute()
+    before = Federation.read(folder) if (folder / FILE).exists() else None
+    if before is not None and changes.get("vhost", before.vhost) != before.vhost:
+        raise UsageError(f"{folder} holds the federation {before.vhost}: choose another folder for another vhost.")
+    address = settle(folder, changes.get("port"))
+    with _alone(folder):
+        if before is None:
+            logins = {OPERATOR: Party(_secret()), COORDINATOR: Party(_secret())}
+            pages = f"https://localhost:{next(free_ports())}"
+            before = Federation("fluffle", ("localhost",), address.port, pages, False, logins, {})
+        now = replace(before, port=address.port, **{key: value for key, value in changes.items() if key != "port"})
+        management.checked(now.management)
+        if now.external != before.external and len(now.parties) > 2:
+            raise UsageError("how parties log in cannot be changed while workers are invited: revoke them first.")
+        by = _authority(folder, now)
+        _certify_server(folder, now, by, renew=renew)
+        now = _admit(folder, now, COORDINATOR, by, renew=renew or now.external != before.external)
+        return _carry_out(folder, now)
+
+
+def invite(folder: Path, name: str, *, renew: bool = False) -> str:
+    """Add a worker, and write `NAME.fluffle`; what is left to do, empty if nothing is.
+
+    Args:
+        folder: the operator's.
+        name: the worker's. Nothing changes if it is invited already, unless
+        renew: make a new certificate for it, with the same password.
+
+    Raises:
+        UsageError: there is no federation, or the name cannot be had.
+    """
+    folder = folder.absolute()
+    with _alone(folder):
+        now = Federation.read(folder)
+        if NAME.fullmatch(name) is None or name in (OPERATOR, COORDINATOR):
+            raise UsageError(
+                f"{name!r} is no name for a worker: it is {NAME_RULE}, and not {OPERATOR} or {COORDINATOR}."
+            )
+        until = now.revoked.get(name, "")
+        if now.external and until > datetime.now(UTC).isoformat():
+            raise UsageError(
+                f"{name} has been revoked, and would be let in with its old certificate until {until[:10]}: "
+                "choose another name."
+            )
+        now = _admit(folder, now, name, _authority(folder, now), renew=renew)
+        now = replace(now, revoked={who: end for who, end in now.revoked.items() if who != name})
+        return _carry_out(folder, now)
+
+
+def revoke(folder: Path, name: str) -> bool:
+    """End a worker's part at once: login, connections, queues; whether it had any.
+
+    Coordinators are told by a goodbye that only the operator can say for another.
+
+    Raises:
+        UsageError: there is no federation, or nobody of that name has been in it.
+        LinkError: the broker does not answer, so that the worker, if it answers later, would still be let in.
+    """
+    folder = folder.absolute()
+    with _alone(folder):
+        now = Federation.read(folder)
+        if name in (OPERATOR, COORDINATOR) or name not in {*now.parties, *now.revoked}:
+            raise UsageError(f"nobody called {name!r} has been invited: check the name.")
+        pages = _pages(folder, now)
+        pages.ask("GET", "vhosts", now.vhost)  # whether it answers, before anything is changed
+        if name in now.parties:
+            until = max(now.parties[name].until, now.revoked.get(name, ""))
+            parties = {who: party for who, party in now.parties.items() if who != name}
+            now = replace(now, parties=parties, revoked={**now.revoked, name: until})
+            _write(folder, now)
+        (folder / f"{name}.fluffle").unlink(missing_ok=True)
+        return _expel(folder, now, pages, name)
+
+
+def endings(folder: Path, now: datetime | None = None) -> list[str]:
+    """A sentence for each certificate of a federation that ends within a month."""
+    federation, files = Federation.read(folder), folder / READ_BY_RABBIT
+    renew = f"`fluffle broker secure {folder} --renew`"
+    found = [
+        ("the broker's certificate", end_of((files / "server.pem").read_text()), renew),
+        ("the authority", end_of((files / "ca.pem").read_text()), "`fluffle broker secure` in a new folder"),
+    ]
+    for name, party in federation.parties.items():
+        if party.until:
+            again = renew if name == COORDINATOR else f"`fluffle invite {name} --renew --dir {folder}`"
+            found.append((f"the certificate of {name}", datetime.fromisoformat(party.until), again))
+    soon = (now or datetime.now(UTC)) + NOTICE
+    return [f"{what} ends on {at:%Y-%m-%d}: {todo} makes another" for what, at, todo in found if at < soon]
+
+
+def apply(folder: Path) -> str:
+    """Tell the broker of a federation what it is to hold; why that is left to do, empty if it has been done.
+
+    Raises:
+        UsageError: it refuses, or it is somebody else's and does not answer.
+    """
+    now = Federation.read(folder)
+    pages, wanted = _pages(folder, now), definitions(now)
+    try:
+        known = {user["name"]: user["password_hash"] for user in pages.ask("GET", "users")}
+    except LinkError as problem:
+        if not now.owned:
+            raise UsageError(f"{problem} Check --management, then try again.") from None
+        return f"{problem} It will read {folder / READ_BY_RABBIT} when it starts."
+    ours = {name: hashed(party.password) for name, party in now.parties.items()}
+    others = [name for name in ours.keys() & known.keys() if known[name] != ours[name]]
+    if others and not now.owned:
+        raise UsageError(f"RabbitMQ has users already who are called {', '.join(sorted(others))}: remove them first.")
+    pages.ask("POST", "definitions", body=wanted)
+    for name in sorted(known.keys() & (now.revoked.keys() | (STRANGERS if now.owned else set()))):
+        _expel(folder, now, pages, name)
+    return ""
+
+
+def _carry_out(folder: Path, now: Federation) -> str:
+    _write(folder, now)
+    return apply(folder)
+
+
+def _expel(folder: Path, now: Federation, pages: Management, name: str) -> bool:
+    """A user is gone, its connections are closed, coordinators know, and its queues are gone, in this order.
+
+    The last two are the operator's own to do: an administrator need not have any rights in the vhost.
+    """
+    there = pages.ask("DELETE", "users", name) is not None
+    pages.ask("DELETE", "connections", "username", name)
+    ours = _pages(folder, now, by_operator=True)
+    bye = encode(Goodbye(name, "its invitation was revoked"))
+    if name in now.revoked:
+        ours.ask(
+            "POST", "exchanges", now.vhost, topology.UP, "publish",
+            body={
+                "properties": {"user_id": OPERATOR}, "routing_key": topology.hello_key(name),
+                "payload": b64encode(bye).decode(), "payload_encoding": "base64",
+            },
+        )  # fmt: skip
+    for queue in topology.of_worker(name).queues:
+        ours.ask("DELETE", "queues", now.vhost, queue.name)
+    return there
+
+
+def _pages(folder: Path, now: Federation, *, by_operator: bool = False) -> Management:
+    url = URL(now.management)
+    login = (OPERATOR, now.parties[OPERATOR].password)
+    if url.user and not by_operator:
+        login = url.user, url.password or ""
+    return Management(url, login, (folder / READ_BY_RABBIT / "ca.pem").read_text(), public=not now.owned)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One command at a time; each is done in seconds, because every question to the broker has its bound."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no {folder}: `fluffle broker secure {folder}` makes a federation there.")
+    with (folder / "federation.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _secret() -> str:
+    return secrets.token_urlsafe(24)
+
+
+def _authority(folder: Path, now: Federation) -> Issued:
+    certificate, key = folder / READ_BY_RABBIT / "ca.pem", folder / "ca.key"
+    if not key.exists():
+        made = authority(f"the federation {now.vhost}, {secrets.token_hex(4)}")
+        _put(certificate, made.certificate)
+        _put(key, made.key)
+    return Issued(certificate.read_text(), key.read_text())
+
+
+def _certify_server(folder: Path, now: Federation, by: Issued, *, renew: bool) -> None:
+    certificate, key = (folder / READ_BY_RABBIT / name for name in ("server.pem", "server.key"))
+    if renew or not certificate.exists() or hosts_of(certificate.read_text()) != set(now.names):
+        made = issue(by, SERVER + now.vhost, hosts=now.names)
+        _put(key, made.key)
+        _put(certificate, made.certificate)
+
+
+def _admit(folder: Path, now: Federation, name: str, by: Issued, *, renew: bool) -> Federation:
+    """The federation with this party in it, whose file is written where it is new."""
+    file, known = folder / f"{name}.fluffle", now.parties.get(name)
+    former = Invitation.read(file) if file.exists() else None
+    if known is not None and known.until and not renew:
+        if former is not None and (former.broker, former.ca) != (now.url, by.certificate):  # the broker has moved
+            replace(former, broker=now.url, ca=by.certificate).write(file)
+        return now
+    made = issue(by, name)
+    login = "" if now.external else known.password if known and known.password else _secret()
+    Invitation(
+        name=name,
+        role="coordinator" if name == COORDINATOR else "worker",
+        broker=now.url,
+        password=login,
+        ca=by.certificate,
+        certificate=made.certificate,
+        key=made.key,
+        operator=former.operator if former else "",
+        identity=former.identity if former else "",
+    ).write(file)
+    return replace(now, parties={**now.parties, name: Party(login, end_of(made.certificate).isoformat())})
+
+
+def _write(folder: Path, now: Federation) -> None:
+    """All files that follow from the federation. RabbitMQ reads its own as our group, where it is another user."""
+    files = folder / READ_BY_RABBIT
+    _put(folder / FILE, now.text)
+    _put(files / "definitions.json", as_text(definitions(now)))
+    _put(files / "rabbitmq.conf", configuration(now, files))
+    _put(files / "enabled_plugins", plugins(now))
+
+
+def _put(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o750, exist_ok=True)
+    write_private(path, text)
+    if path.parent.name == READ_BY_RABBIT:
+        path.chmod(0o640)

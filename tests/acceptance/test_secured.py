@@ -1,0 +1,243 @@
+"""A federation whose parties do not trust each other: secured, joined, changed and left while it runs."""
+
+import asyncio
+import json
+import shutil
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pytest
+from aiormq.exceptions import AMQPError
+from cryptography import x509
+
+from broker import secure as securing
+from broker.certificates import end_of
+from broker.errors import UsageError
+from broker.invitation import Access
+from broker.node import Node
+from tests.acceptance.federation import Federation
+from tests.acceptance.secured import Secured
+
+pytestmark = pytest.mark.timeout(240)
+
+LEARNER = """
+import time
+from pathlib import Path
+import torch
+
+def model():
+    return torch.nn.Linear(4, 1)
+
+def data(source):
+    return Path(source)
+
+def train(model, data, settings):
+    while data.exists():
+        time.sleep(0.02)
+    with torch.no_grad():
+        model.bias += 1.0
+    return 10, {"loss": 1.0}
+
+def evaluate(model, data):
+    return {"loss": 1.0, "examples": 10}
+"""
+TOLD_S = 10.0
+"""It takes a tenth of a second; a lease takes 15 s to end, and the round's deadline is minutes away."""
+
+
+async def connected(access: Access) -> aio_pika.abc.AbstractConnection:
+    return await aio_pika.connect(access.url, ssl_context=access.tls, timeout=20)
+
+
+@pytest.fixture
+def parties(tmp_path: Path) -> Iterator[Federation]:
+    made = Federation(tmp_path, "")
+    del made.env["FLUFFLE_BROKER"]
+    made.learner.write_text(LEARNER)
+    yield made
+    made.end()
+
+
+def test_four_commands_and_two_invited_workers_train_until_one_is_revoked_in_the_midst_of_a_round(
+    secured: Secured, parties: Federation, record_property: Callable[[str, object], None]
+) -> None:
+    """The first two commands are the fixture's: `broker secure DIR --start` and `invite ada bob --dir DIR`."""
+    f, stall = parties, parties.folder / "stall"
+    secured.fluffle("invite", "carl", "--dir", str(secured.folder))
+    kept = shutil.copy(secured.folder / "carl.fluffle", f.folder)
+    for name, source in (("ada", "nothing"), ("carl", "stall")):
+        invitation = str(secured.folder / f"{name}.fluffle")
+        f.start(name, "worker", str(f.learner), "--invite", invitation, "--data", str(f.folder / source))
+    f.fluffle("init", str(f.learner), str(f.run))
+    invitation = str(secured.folder / "coordinator.fluffle")
+    f.coordinator("--invite", invitation, "--rounds", "5000", "--cohort", "2", "--quorum", "1", "--gather-s", "60")
+    f.until(lambda: any(len(line["counted"]) == 2 for line in f.rounds()))
+    f.until(lambda: {each["user"] for each in secured.connections()} == {"ada", "carl", "coordinator"})
+    for each in secured.connections():
+        assert (each["ssl"], each["peer_cert_subject"]) == (True, f"CN={each['user']}")
+
+    stall.touch()
+    f.until(lambda: list(now_of(f).get("waiting", ())) == ["carl"] and "ada" in now_of(f).get("counted", ()))
+    done = len(f.rounds())
+    began_at = time.monotonic()
+    secured.fluffle("revoke", "carl", "--dir", str(secured.folder))
+    revoked_at = time.monotonic()
+    f.until(lambda: len(f.rounds()) > done)
+    took_s = time.monotonic() - revoked_at
+    assert took_s < TOLD_S
+    closed = f.rounds()[done]
+    assert list(closed["counted"]) == ["ada"]
+    assert closed["refused"] == {"carl": "its invitation was revoked"}
+    record_property(
+        "measured", f"revoke in a round: {revoked_at - began_at:.1f} s, then its round closes {took_s:.2f} s later"
+    )
+    f.until(lambda: len(f.rounds()) > done + 2)
+    assert list(f.rounds()[-1]["cohort"]) == ["ada"]
+    assert "carl" not in {each["user"] for each in secured.connections()}
+    assert not secured.queue("fluffle.upload.carl")
+    assert not (secured.folder / "carl.fluffle").exists()
+    stall.unlink()
+    former = Access.invited(Path(kept))
+    with pytest.raises(AMQPError, match="Login was refused"):
+        asyncio.run(connected(former))
+
+
+def now_of(f: Federation) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((f.run / "now.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+async def test_who_is_revoked_is_out_at_once_and_comes_in_again_only_with_another_invitation(
+    secured: Secured,
+) -> None:
+    folder = secured.folder
+    securing.invite(folder, "fay")
+    former = secured.access("fay")
+    connection = await connected(former)
+    assert securing.revoke(folder, "fay")
+    await secured.until(lambda: connection.is_closed or not connection.connected.is_set())
+    with pytest.raises(AMQPError, match="Login was refused"):
+        await connected(former)
+    files, exported = secured.files(), secured.exported()
+    assert not securing.revoke(folder, "fay")
+    assert (secured.files(), secured.exported()) == (files, exported)
+    securing.invite(folder, "fay")
+    await (await connected(secured.access("fay"))).close()
+    with pytest.raises(AMQPError, match="Login was refused"):
+        await connected(former)
+    securing.revoke(folder, "fay")
+
+
+def test_the_same_commands_again_change_nothing(secured: Secured) -> None:
+    files, exported = secured.files(), secured.exported()
+    assert not securing.secure(secured.folder, {})
+    assert not securing.secure(secured.folder, {"hosts": ("localhost",), "vhost": "fluffle", "external": False})
+    for name in ("ada", "bob"):
+        assert not securing.invite(secured.folder, name)
+    secured.fluffle("broker", "start", "--dir", str(secured.folder))
+    assert secured.files() == files
+    assert secured.exported() == exported
+    assert {user["name"] for user in json.loads(exported)["users"]}.isdisjoint({"guest", "fluffle"})
+
+
+async def test_certificates_are_renewed_while_everyone_stays_connected(secured: Secured) -> None:
+    before = secured.invitation("ada")
+    connection = await connected(secured.access("ada"))
+    serial = served(secured)
+    securing.secure(secured.folder, {}, renew=True)
+    securing.invite(secured.folder, "ada", renew=True)
+    Node(secured.folder).ctl("eval", "ssl:clear_pem_cache().")  # which happens by itself every ten seconds
+    assert served(secured) != serial
+    after = secured.invitation("ada")
+    assert (after.ca, after.password, after.broker) == (before.ca, before.password, before.broker)
+    assert after.certificate != before.certificate
+    assert end_of(after.certificate) >= end_of(before.certificate)
+    await (await connected(secured.access("ada"))).close()
+    channel = await connection.channel()
+    await channel.close()
+    await connection.close()
+
+
+def served(secured: Secured) -> int:
+    """The number of the certificate that the broker shows."""
+    access = secured.access("bob")
+    assert access.tls
+    assert access.url.port
+    with (
+        socket.create_connection(("localhost", access.url.port), timeout=20) as plain,
+        access.tls.wrap_socket(plain, server_hostname="localhost") as talk,
+    ):
+        shown = talk.getpeercert(binary_form=True)
+    assert shown
+    return x509.load_der_x509_certificate(shown).serial_number
+
+
+def test_a_broker_that_has_others_of_these_names_is_left_alone(secured: Secured, tmp_path: Path) -> None:
+    """Names are the broker's, not a vhost's: two federations of one broker would share their coordinator's login."""
+    now, exported = secured.federation, secured.exported()
+    pages = now.management.replace("//", f"//operator:{now.parties['operator'].password}@")
+    trust = tmp_path / "ca.pem"
+    trust.write_text(secured.ca)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(trust))
+        with pytest.raises(UsageError, match="users already who are called coordinator, operator"):
+            securing.secure(tmp_path / "other", {"vhost": "other", "management": pages})
+    assert secured.exported() == exported
+
+
+@pytest.mark.chaos
+async def test_by_certificate_alone_and_another_brokers_pages(tmp_path: Path) -> None:
+    """EXTERNAL: no password is anywhere; a revoked certificate, which still holds, is nobody's."""
+    first, second = Secured(tmp_path / "first"), Secured(tmp_path / "second")
+    try:
+        first.fluffle("broker", "secure", str(first.folder), "--external", "--start")
+        first.fluffle("invite", "ada", "bob", "--dir", str(first.folder))
+        ada = first.access("ada")
+        assert first.invitation("ada").password == ""
+        assert ada.url.query["auth"] == "EXTERNAL"
+        connection = await connected(ada)
+        server = [(first.folder / "broker" / f"server.{kind}").read_text() for kind in ("pem", "key")]
+        for name, login in (("ada", ada), ("bob", first.access("bob"))):
+            with pytest.raises(AMQPError):  # the password of nobody is no password
+                await aio_pika.connect(
+                    ada.url.with_query("").with_user(name).with_password("x"), ssl_context=login.tls
+                )
+        first.fluffle("revoke", "ada", "--dir", str(first.folder))
+        await first.until(lambda: connection.is_closed or not connection.connected.is_set())
+        broker = replace(first.invitation("bob"), certificate=server[0], key=server[1])
+        for context in (ada.tls, broker.context()):
+            with pytest.raises((AMQPError, ssl.SSLError, OSError)):
+                await aio_pika.connect(ada.url, ssl_context=context, timeout=10)
+        assert "choose another name" in first.fluffle("invite", "ada", "--dir", str(first.folder), status=2)
+
+        # the same broker, as if it were somebody else's, whose administrator is called root
+        first.pages.ask("PUT", "users", "root", body={"password": "a-secret", "tags": "administrator"})
+        pages = first.federation.management.replace("//", "//root:a-secret@")
+        admin = first.pages
+        for name in ("coordinator", "bob"):
+            admin.ask("DELETE", "users", name)
+        admin.ask("DELETE", "users", "operator")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSL_CERT_FILE", str(first.folder / "broker" / "ca.pem"))
+            words = ("--vhost", "second", "--management", pages, "--port", "5671", "--external")
+            for _ in range(2):
+                second.fluffle("broker", "secure", str(second.folder), *words)
+                second.fluffle("invite", "bob", "--dir", str(second.folder))
+                exported = second.foreign(pages).ask("GET", "definitions")
+            assert {each["name"] for each in exported["users"]} == {"root", "operator", "coordinator", "bob"}
+            assert "fluffle.upload.bob" in {each["name"] for each in exported["queues"] if each["vhost"] == "second"}
+            second.fluffle("revoke", "bob", "--dir", str(second.folder))
+            exported = second.foreign(pages).ask("GET", "definitions")
+            assert {each["name"] for each in exported["users"]} == {"root", "operator", "coordinator"}
+            assert {each["name"] for each in exported["queues"] if each["vhost"] == "second"} == {"fluffle.dead"}
+    finally:
+        first.fluffle("broker", "stop", "--dir", str(first.folder))

@@ -1,0 +1,240 @@
+"""What the operator's commands write, and what they refuse, before there is any broker."""
+
+import json
+import re
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from yarl import URL
+
+from broker import secure as securing
+from broker.certificates import authority, end_of, hosts_of, issue
+from broker.errors import LinkError, UsageError
+from broker.federation import Federation, Party, configuration, definitions, hashed
+from broker.folder import settle
+from broker.invitation import Access, Invitation
+from broker.management import Management, checked
+
+
+def made(folder: Path, *workers: str, **changes: object) -> Federation:
+    assert "It will read" in securing.secure(folder, changes)
+    for name in workers:
+        assert "It will read" in securing.invite(folder, name)
+    return Federation.read(folder)
+
+
+def test_all_there_is_to_know_is_written_and_secrets_are_the_operators_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    made(folder, "ada")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for name in ("federation.json", "ca.key", "coordinator.fluffle", "ada.fluffle"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
+    for path in (folder / "broker").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+    assert not list(folder.glob("broker/ca.key"))
+    secrets = [party.password for party in Federation.read(folder).parties.values()]
+    assert all(len(secret) >= 32 for secret in secrets)
+    for path in (folder / "broker").iterdir():
+        assert not [secret for secret in secrets if secret in path.read_text()]
+
+
+def test_an_invitation_is_all_that_a_worker_needs(tmp_path: Path) -> None:
+    now = made(tmp_path / "fed", "ada", hosts=("broker.example", "10.1.2.3"), port=5671)
+    access = Access.invited(tmp_path / "fed" / "ada.fluffle", "worker")
+    assert str(access.url.with_password(None)) == "amqps://ada@broker.example:5671/fluffle"
+    assert (access.user, access.vouched, access.url.password) == ("ada", True, now.parties["ada"].password)
+    assert Access.invited(tmp_path / "fed" / "coordinator.fluffle", "coordinator").user == "coordinator"
+
+
+def test_by_certificate_alone_there_is_no_password(tmp_path: Path) -> None:
+    now = made(tmp_path / "fed", "ada", external=True)
+    assert Invitation.read(tmp_path / "fed" / "ada.fluffle").password == ""
+    users = {user["name"]: user["password_hash"] for user in definitions(now)["users"]}
+    assert (users["ada"], users["coordinator"]) == ("", "")
+    assert users["operator"]
+    conf = configuration(now, Path("/x"))
+    assert re.findall(r"^auth_mechanisms\..*$", conf, re.MULTILINE) == ["auth_mechanisms.1 = EXTERNAL"]
+
+
+def test_whoever_has_no_tls_or_no_certificate_is_not_let_in(tmp_path: Path) -> None:
+    conf = configuration(made(tmp_path / "fed"), Path("/x")).splitlines()
+    wanted = {
+        "listeners.tcp = none", "ssl_options.verify = verify_peer", "ssl_options.fail_if_no_peer_cert = true",
+        "ssl_options.versions.1 = tlsv1.3", "ssl_options.versions.2 = tlsv1.2", "management.ssl.ip = 127.0.0.1",
+        "ssl_cert_login_from = common_name", "auth_mechanisms.1 = PLAIN",
+    }  # fmt: skip
+    assert wanted <= set(conf)
+    assert not [line for line in conf if re.match(r"listeners\.tcp\.|management\.tcp|ssl_options\.versions\.3", line)]
+    assert [line for line in conf if line.startswith("listeners.ssl.1 = 127.0.0.1:")]
+
+
+def test_certificates_are_for_one_use_each_and_of_the_curve_p_256() -> None:
+    above = authority("the authority")
+    server, worker = issue(above, "the broker of x", hosts=("localhost", "127.0.0.1")), issue(above, "ada")
+    for issued, use in ((server, ExtendedKeyUsageOID.SERVER_AUTH), (worker, ExtendedKeyUsageOID.CLIENT_AUTH)):
+        found = x509.load_pem_x509_certificate(issued.certificate.encode())
+        assert [*found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value] == [use]
+        assert not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        key = load_pem_private_key(issued.key.encode(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        assert key.curve.name == "secp256r1"
+    assert hosts_of(server.certificate) == {"localhost", "127.0.0.1"}
+    assert end_of(worker.certificate) - datetime.now(UTC) < timedelta(days=366)
+
+
+def test_the_same_commands_again_change_no_byte(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    made(folder, "ada")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    made(folder, "ada")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_another_host_gives_another_server_certificate_and_the_invitations_say_it(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    made(folder, "ada")
+    before = Invitation.read(folder / "ada.fluffle")
+    made(folder, "ada", hosts=("there.example",))
+    after = Invitation.read(folder / "ada.fluffle")
+    assert "there.example" in hosts_of((folder / "broker" / "server.pem").read_text())
+    assert (URL(after.broker).host, after.certificate, after.password) == (
+        "there.example", before.certificate, before.password,
+    )  # fmt: skip
+    assert "listeners.ssl.1 = 127.0.0.1" not in (folder / "broker" / "rabbitmq.conf").read_text()
+
+
+def test_a_new_certificate_keeps_the_password_and_what_others_put_into_the_invitation(tmp_path: Path) -> None:
+    folder, file = tmp_path / "fed", tmp_path / "fed" / "ada.fluffle"
+    made(folder, "ada")
+    before = Invitation.read(file)
+    text = file.read_text().replace('identity = ""', f'identity = "{"ab" * 32}"')
+    file.write_text(text)
+    securing.invite(folder, "ada", renew=True)
+    after = Invitation.read(file)
+    assert (after.password, after.identity) == (before.password, "ab" * 32)
+    assert after.certificate != before.certificate
+
+
+@pytest.mark.parametrize("name", ["", "Ada", "a b", "-a", "operator", "coordinator", "../x", "a" * 64])
+def test_a_worker_has_a_workers_name(name: str, tmp_path: Path) -> None:
+    made(tmp_path / "fed")
+    with pytest.raises(UsageError, match="is no name for a worker"):
+        securing.invite(tmp_path / "fed", name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vhost": "a/b"}, "no name for a vhost"),
+        ({"hosts": ("a\nb",)}, "--host takes"),
+        ({"hosts": ("a b",)}, "--host takes"),
+        ({"hosts": ("user@host",)}, "--host takes"),
+        ({"management": "ftp://x"}, "must look like https"),
+        ({"management": "http://x.example:15672"}, "must not travel unsecured"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        securing.secure(tmp_path / "fed", changes)
+
+
+def test_a_folder_of_other_things_and_one_without_a_federation_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UsageError, match="holds other things"):
+        securing.secure(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    for act in (securing.invite, securing.revoke):
+        with pytest.raises(UsageError, match="broker secure"):
+            act(tmp_path / "nowhere", "ada")
+
+
+def test_revoking_wants_the_broker_there_and_changes_nothing_without(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    made(folder, "ada")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(LinkError, match="do not answer"):
+        securing.revoke(folder, "ada")
+    with pytest.raises(UsageError, match="nobody called 'bob'"):
+        securing.revoke(folder, "bob")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_somebody_elses_broker_must_answer(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"do not answer at 127\.0\.0\.1:1 "):
+        securing.secure(tmp_path / "fed", {"management": "https://root:secret@127.0.0.1:1"})
+
+
+def test_a_name_that_was_revoked_is_not_given_again_while_its_certificate_would_be_let_in(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    now = made(folder, external=True)
+    for until, refused in (("2999-01-01T00:00:00+00:00", True), ("2001-01-01T00:00:00+00:00", False)):
+        values = json.loads(now.text) | {"revoked": {"ada": until}}
+        (folder / "federation.json").write_text(json.dumps(values))
+        if refused:
+            with pytest.raises(UsageError, match="until 2999-01-01: choose another name"):
+                securing.invite(folder, "ada")
+        else:
+            securing.invite(folder, "ada")
+    assert "ada" in Federation.read(folder).parties
+
+
+def test_a_month_before_its_end_every_certificate_is_named_with_what_to_do(tmp_path: Path) -> None:
+    folder, now = tmp_path / "fed", datetime.now(UTC)
+    made(folder, "ada")
+    assert securing.endings(folder) == []
+    assert securing.endings(folder, now + timedelta(days=334)) == []
+    said = securing.endings(folder, now + timedelta(days=336))
+    assert len(said) == 3
+    assert f"`fluffle invite ada --renew --dir {folder}` makes another" in "".join(said)
+    assert len(securing.endings(folder, now + timedelta(days=3640))) == 4
+
+
+def test_workers_have_exactly_their_own_rights(tmp_path: Path) -> None:
+    wanted = definitions(made(tmp_path / "fed", "ada"))
+    rights = {each["user"]: each for each in wanted["permissions"]}
+    assert {key: rights["ada"][key] for key in ("configure", "write", "read")} == {
+        "configure": "^$", "write": r"^fluffle\.up$", "read": r"^fluffle\.(down|control)\.ada$",
+    }  # fmt: skip
+    (topic,) = [each for each in wanted["topic_permissions"] if each["user"] == "ada"]
+    assert (topic["exchange"], topic["write"]) == ("fluffle.up", r"^(hello|inbox\.[a-z0-9-]+|upload)\.{username}$")
+    tags = {user["name"]: user["tags"] for user in wanted["users"]}
+    assert tags == {"ada": [], "coordinator": [], "operator": ["administrator"]}
+
+
+def test_passwords_are_kept_as_rabbitmq_keeps_them() -> None:
+    assert hashed("") == ""
+    assert hashed("x" * 32) == hashed("x" * 32) != hashed("y" * 32)
+    assert len(hashed("x" * 32)) == 48  # 4 bytes of salt, 32 of SHA-256
+
+
+def test_a_damaged_federation_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    made(folder)
+    for damage in ("{", "[]", '{"format": 2}'):
+        (folder / "federation.json").write_text(damage)
+        with pytest.raises(UsageError, match="cannot be read"):
+            Federation.read(folder)
+
+
+def test_a_node_folder_that_is_there_becomes_the_federations(tmp_path: Path) -> None:
+    address = settle(tmp_path / "fed", None)
+    assert made(tmp_path / "fed").port == address.port
+
+
+def test_pages_without_an_answer_are_said_without_the_password() -> None:
+    pages = Management(checked("https://127.0.0.1:1"), ("ada", "secret"), authority("x").certificate)
+    with pytest.raises(LinkError, match=r"do not answer at 127\.0\.0\.1:1 ") as told:
+        pages.ask("GET", "overview")
+    assert "secret" not in str(told.value)
+
+
+def test_a_party_without_certificate_is_the_operator(tmp_path: Path) -> None:
+    parties = made(tmp_path / "fed", "ada").parties
+    assert {name for name, party in parties.items() if not party.until} == {"operator"}
+    assert isinstance(parties["ada"], Party)

@@ -1,0 +1,164 @@
+"""`fluffle attack`: what a server could read off updates of handwritten digits, as a table and a picture.
+
+Knows which scenes are shown and how. Does not know how rows are read off: `attack.py` does.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from broker.errors import UsageError
+
+MODELS, DEFENCES = ("linear", "mlp"), ("none", "mean", "secure", "dp")
+WORK = 600  # rows that a line of the table is worth
+EXTRA = "needs scikit-learn and matplotlib: pip install 'fluffle[demo]'."
+
+
+Line = tuple[str, dict[str, Any]]
+"""What the server sees, in words, and the scene."""
+
+
+class Shown(NamedTuple):
+    """A line of the table: in words, as a scene, and what came of it; the last two are `attack.py`'s."""
+
+    what: str
+    scene: Any
+    found: Any
+
+
+def attack(
+    model: Annotated[str, typer.Option(help="linear, mlp or both.")] = "both",
+    workers: Annotated[str, typer.Option(help="How many workers are averaged.")] = "1,2,10,50",
+    rows: Annotated[str, typer.Option(help="How many rows each of them has.")] = "1,8,64",
+    defence: Annotated[
+        str, typer.Option(help="none (one update), mean (a plain average), secure, dp; or all.")
+    ] = "all",
+    seed: Annotated[int, typer.Option(help="Of rows, models and noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for attack.png and attack.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Read digits off updates, as a curious or a malicious server could: what averages, masks and noise are worth."""
+    kinds = MODELS if model == "both" else _chosen(model, MODELS, "--model")
+    against = DEFENCES if defence == "all" else _chosen(defence, DEFENCES, "--defence")
+    sizes = _numbers(workers, "--workers"), _numbers(rows, "--rows")
+    x, y = _digits()
+    from workers.attack import Scene, classroom  # noqa: PLC0415 - torch takes seconds to load: not for --help
+    from workers.learners.toy import ROWS  # noqa: PLC0415
+
+    scenes = [(what, Scene(**facts)) for what, facts in _lines(kinds, against, *sizes)]
+    if max(scene.workers * scene.rows for _, scene in scenes) > len(x):
+        raise UsageError(f"there are {len(x)} digits: let fewer workers have fewer rows.")
+    shown = []
+    for what, scene in scenes:
+        trials = max(5, min(100, WORK // (scene.workers * scene.rows)))
+        shown.append(Shown(what, scene, scene.play(x, y, trials=trials, seed=seed)))
+    told = [{"what": each.what, **asdict(each.scene), **_plain(each.found)} for each in shown]
+    if as_json:
+        sys.stdout.write(json.dumps(told) + "\n")
+    else:
+        _show(shown)
+        for name, said in classroom({name: ROWS[name] for name in ("bob", "alice")}):
+            Console().print(f"The classroom, off {name}'s delta: {said}", highlight=False)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "attack.json").write_text(json.dumps(told, indent=1) + "\n")
+        _picture(shown, out / "attack.png")
+
+
+def _chosen(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
+    chosen = tuple(text.split(","))
+    if not set(chosen) <= set(known):
+        raise UsageError(f"{option} takes {', '.join(known)}, not {text!r}.")
+    return chosen
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(each) for each in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{option} takes whole numbers from 1, such as 1,2,10, not {text!r}.")
+    return numbers
+
+
+def _digits() -> tuple[Any, Any]:
+    try:
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise UsageError(f"`fluffle attack` {EXTRA}") from None
+    pixels, digits = load_digits(return_X_y=True)
+    return pixels / 16.0, digits
+
+
+def _lines(kinds: tuple[str, ...], against: tuple[str, ...], workers: list[int], rows: list[int]) -> Iterator[Line]:
+    for kind in kinds:
+        for n in rows if "none" in against else ():
+            yield ("one update", {"model": kind, "workers": 1, "rows": n})
+        if "none" in against:
+            yield ("one update, 20 steps", {"model": kind, "workers": 1, "rows": 1, "steps": 20})
+            yield ("one update, as int8", {"model": kind, "workers": 1, "rows": 1, "format": "int8"})
+        for m in [m for m in workers if m > 1] if "mean" in against else ():
+            yield from (("mean", {"model": kind, "workers": m, "rows": n}) for n in rows if m * n < WORK * 2)
+        if "secure" in against:
+            yield ("one masked update", {"model": kind, "workers": 1, "rows": 1, "defence": "secure"})
+        if "dp" in against:
+            yield ("one update, noise z = 0.01", {"model": kind, "workers": 1, "rows": 1, "defence": "dp", "z": 0.01})
+            yield ("one update, noise z = 1", {"model": kind, "workers": 1, "rows": 1, "defence": "dp"})
+            yield ("mean, noise z = 1", {"model": kind, "workers": 10, "rows": 1, "defence": "dp"})
+        if kind == "mlp" and "mean" in against:
+            yield ("mean, imprint", {"model": kind, "workers": 10, "rows": 8, "imprint": True})
+        if kind == "mlp" and "dp" in against:
+            yield (
+                "mean, imprint, noise z = 1",
+                {"model": kind, "workers": 10, "rows": 8, "defence": "dp", "imprint": True},
+            )
+
+
+def _plain(found: Any) -> dict[str, Any]:
+    return {name: value for name, value in asdict(found).items() if name != "shown"}
+
+
+def _show(shown: list[Shown]) -> None:
+    console = Console()
+    table = Table(
+        "model", "the server sees", "workers", "rows each", "clear", "rounds with one", "best, dB", "claimed"
+    )
+    for what, scene, each in shown:
+        table.add_row(
+            scene.model, what, str(scene.workers), str(scene.rows), f"{each.clear / each.rows:.1%}",
+            f"{each.rounds:.0%}", f"{each.median_db:.0f} (top {each.top_db:.0f})",
+            f"{each.right} right of {each.claimed}" if not scene.imprint else "",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "Clear: rows that come back over 40 dB, where nobody sees a difference; a picture of chance has 5 to 8 dB. "
+        "Best: of a round's rows, the median and the top over all rounds. Who does not know the rows claims what two "
+        "neurons agree on. In a secure round the server sees masked updates, and the plain mean of all.",
+        highlight=False,
+    )
+
+
+def _picture(shown: list[Shown], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise UsageError(f"the picture {EXTRA}") from None
+    figure = Figure(figsize=(1.2 * len(shown) + 1, 3.4))
+    for at, (what, scene, each) in enumerate(shown):
+        for row, pixels in enumerate(each.shown):
+            axes = figure.add_subplot(2, len(shown), row * len(shown) + at + 1)
+            axes.imshow(pixels.clip(0, 1).reshape(8, 8), cmap="gray", vmin=0, vmax=1)
+            axes.set_axis_off()
+            said = f"{scene.model}\n{what}\n{scene.workers} × {scene.rows}" if not row else f"{each.median_db:.0f} dB"
+            axes.set_title(said, fontsize=6)
+    figure.text(0.005, 0.62, "row", fontsize=7)
+    figure.text(0.005, 0.22, "read", fontsize=7)
+    figure.savefig(path, dpi=140)

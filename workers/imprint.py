@@ -1,0 +1,51 @@
+"""Whether a model that was sent to be trained looks like one made for reading rows off its updates.
+
+Pure: knows the received weights as arrays. Does not know the learner; what its tensors are called and how they are
+shaped is checked where they are loaded (`weights.py`).
+
+An imprint (Fowl et al. 2022, "Robbing the Fed"; `attack.imprinted`) needs a layer whose neurons all look at the same
+thing, with thresholds of their own: rows of one weight matrix that point the same way. Rows drawn at random, trained,
+or all zero do not.
+"""
+
+import math
+
+import numpy as np
+
+from broker.tensors import Layout, TensorSpec, view
+
+ROWS_LOOKED_AT = 256
+WIDTH_MIN, WIDTH_MAX = 8, 4096  # of rows; of longer ones the beginning is looked at
+FLOATS = ("float16", "float32", "float64")
+DIGITS = 4  # to which two rows' directions agree
+SHARE = 8  # of the rows, one in so many may repeat another
+
+
+def suspicion(layout: Layout, weights: memoryview) -> str:
+    """Why the weights (raw bytes in `layout`) should not be trained on; empty if nothing is wrong with them."""
+    for spec in layout.specs:
+        if spec.dtype in FLOATS and (said := _repeats(spec, layout, weights)):
+            return said
+    return ""
+
+
+def _repeats(spec: TensorSpec, layout: Layout, weights: memoryview) -> str:
+    shape, at = spec.shape, layout.offsets[spec.name]
+    width = math.prod(shape[1:]) if len(shape) > 1 else 0
+    if width < WIDTH_MIN or shape[0] < 3:
+        return ""
+    rows = view(weights[at : at + spec.size_bytes], spec.dtype).reshape(shape[0], width)
+    chosen = np.unique(np.linspace(0, shape[0] - 1, min(shape[0], ROWS_LOOKED_AT)).astype(int))
+    looked = rows[chosen, :WIDTH_MAX].astype(np.float64)
+    looked = looked[np.abs(looked).max(1) > 0]
+    if len(looked) < 3:
+        return ""
+    lead = looked[np.arange(len(looked)), np.abs(looked).argmax(1)]
+    directions = np.round(looked / lead[:, None], DIGITS) + 0.0
+    repeated = len(directions) - len(np.unique(directions, axis=0))
+    if repeated <= max(2, len(looked) // SHARE):
+        return ""
+    return (
+        f"{repeated} of {len(looked)} rows of {spec.name} point the same way, as in a model made for "
+        "reading data off its updates: ask whoever sent it."
+    )

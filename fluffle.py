@@ -28,6 +28,7 @@ import broker.roster_cli
 import coordinator.cli
 import workers.attack_cli
 import workers.cli
+from broker.contract import fingerprint
 from broker.daemon import GAVE_UP, PARENT, STOPPED, StoppedEarly
 from broker.errors import FluffleError, GaveUp, RunEnded, UsageError
 from broker.fields import legible
@@ -87,6 +88,9 @@ def init(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder to make.")],
     seed: Annotated[int, typer.Option(min=0, help="Begins all dice: first weights, cohorts, training.")] = 0,
     settings: SettingPairs = None,
+    pin_learner: Annotated[
+        bool, typer.Option(help="Let workers train only with the very same learner file, bit for bit.")
+    ] = False,
     if_missing: Annotated[bool, typer.Option(help="Leave a run alone that is there already.")] = False,
 ) -> None:
     """Make a run: its folder, its plan, and version 0 from the learner's model()."""
@@ -94,18 +98,20 @@ def init(
         store = Store.open(run)
         sys.stdout.write(f"{run} holds the run {store.plan.run} already\n")
         return
-    store = _init(learner, run, {"seed": seed, "settings": parse_settings(settings)})
+    store = _init(learner, run, {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
     sys.stdout.write(f"{run} is ready: run {store.plan.run}, version 0 is {store.path(0)}\n")
 
 
-def _init(learner: str, run: Path, values: dict[str, Any]) -> Store:
+def _init(learner: str, run: Path, values: dict[str, Any], *, pin: bool = False) -> Store:
     # here and not above: torch takes two seconds to load, and no other command needs it in this process
     from workers import learner as learners  # noqa: PLC0415
     from workers import task, weights  # noqa: PLC0415
 
     plan = plans.make({"run": new_run_name(run), "learner": learner, **values}, "these options")
-    model = task.new_model(learners.load(learner), seed=plan.seed)
+    found = learners.load(learner)
+    model = task.new_model(found, seed=plan.seed)
     layout = weights.layout_of(model)
+    plan = plans.change(plan, {"contract": fingerprint(layout), "learner_file": found.file if pin else ""})
     return Store.create(run, plan, layout, memoryview(weights.read(model, layout)))
 
 
@@ -404,6 +410,7 @@ app.command()(workers.cli.worker)
 app.command()(coordinator.cli.status)
 app.command()(coordinator.cli.verify)
 app.command()(coordinator.cli.replay)
+app.command()(workers.cli.ledger)
 app.command()(workers.cli.evaluate)
 app.command()(workers.attack_cli.attack)
 app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine, secured or not.")

@@ -34,14 +34,7 @@ class Issued(NamedTuple):
 
 def authority(name: str) -> Issued:
     """An authority of its own, which vouches for others and for no further authorities."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = _named(name)
-    builder = (
-        _begun(subject, subject, key.public_key(), datetime.now(UTC) + timedelta(days=AUTHORITY_DAYS))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs=True), critical=True)
-    )
-    return _sealed(builder, key, key)
+    return _issued(name)
 
 
 def issue(by: Issued, name: str, *, hosts: Sequence[str] = ()) -> Issued:
@@ -49,22 +42,7 @@ def issue(by: Issued, name: str, *, hosts: Sequence[str] = ()) -> Issued:
 
     It ends no later than the authority.
     """
-    above = x509.load_pem_x509_certificate(by.certificate.encode())
-    above_key = load_pem_private_key(by.key.encode(), None)
-    assert isinstance(above_key, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP256R1())
-    use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
-    end_at = min(datetime.now(UTC) + timedelta(days=DAYS), above.not_valid_after_utc)
-    builder = (
-        _begun(_named(name), above.subject, key.public_key(), end_at)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(above_key.public_key()), critical=False)
-    )
-    if hosts:
-        builder = builder.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
-    return _sealed(builder, key, above_key)
+    return _issued(name, by=by, hosts=hosts)
 
 
 def end_of(certificate: str) -> datetime:
@@ -86,35 +64,35 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _named(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _begun(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, end_at: datetime
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - SLACK)
-        .not_valid_after(end_at)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs, key_cert_sign=signs, crl_sign=signs, content_commitment=False,
+def _issued(name: str, *, by: Issued | None = None, hosts: Sequence[str] = ()) -> Issued:
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    issuer, signer, end_at = subject, key, now + timedelta(days=AUTHORITY_DAYS)
+    if by is not None:
+        above = x509.load_pem_x509_certificate(by.certificate.encode())
+        above_key = load_pem_private_key(by.key.encode(), None)
+        assert isinstance(above_key, ec.EllipticCurvePrivateKey)
+        issuer, signer = above.subject, above_key
+        end_at = min(now + timedelta(days=DAYS), above.not_valid_after_utc)
+    usage = x509.KeyUsage(
+        digital_signature=by is not None, key_cert_sign=by is None, crl_sign=by is None, content_commitment=False,
         key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
         decipher_only=False,
     )  # fmt: skip
-
-
-def _sealed(
-    builder: x509.CertificateBuilder, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey
-) -> Issued:
+    builder = (
+        x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - SLACK)
+        .not_valid_after(end_at)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.BasicConstraints(ca=by is None, path_length=0 if by is None else None), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    if by is not None:
+        use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+        whose = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+        builder = builder.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+        builder = builder.add_extension(whose, critical=False)
+    if hosts:
+        builder = builder.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
     packed = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-    return Issued(builder.sign(by, hashes.SHA256()).public_bytes(Encoding.PEM).decode(), packed)
+    return Issued(builder.sign(signer, hashes.SHA256()).public_bytes(Encoding.PEM).decode(), packed)

@@ -12,6 +12,7 @@ import typer
 
 from broker import node
 from broker import secure as securing
+from broker.errors import UsageError
 from broker.federation import FILE, Federation
 
 app = typer.Typer(no_args_is_help=True, help="A private RabbitMQ node on this machine.")
@@ -129,14 +130,20 @@ def invite(
     names: Names,
     folder: Folder = None,
     renew: Annotated[bool, typer.Option(help="Make a new certificate for who is invited already.")] = False,
+    again: Annotated[bool, typer.Option(help="Invite also those who have been revoked.")] = False,
 ) -> None:
     """Let workers in, each with a login, rights and queues of its own; DIR/NAME.fluffle is all that it needs."""
     folder = folder or default_folder()
-    left = ""
+    left, refused = "", []
     for name in names:
-        left = securing.invite(folder, name, renew=renew)
-        typer.echo(f"{name}: {folder / name}.fluffle")
+        try:
+            left = securing.invite(folder, name, renew=renew, again=again)
+            typer.echo(f"{name}: {folder / name}.fluffle")
+        except UsageError as problem:  # the others come in all the same
+            refused.append(str(problem))
     _say(left)
+    if refused:
+        raise UsageError(" ".join(refused))
 
 
 def revoke(names: Names, folder: Folder = None) -> None:

@@ -16,6 +16,7 @@ FluffleError
  │    └── LinkClosed     our own side closed the link
  ├── LearnerFailed       the learner's author: the user's code raised; carries the end of its traceback
  │    └── OutOfMemory    … because it ran out of memory
+ ├── Declined            the data's owner: their policy does not allow it
  ├── GaveUp              a supervisor: the process has ended to be started anew (exit status 4)
  └── RunEnded            the operator: a run cannot go on, and the sentence says what it waited for
 
@@ -85,6 +86,10 @@ class LearnerFailed(FluffleError):
 
 class OutOfMemory(LearnerFailed):
     """The user's code ran out of memory; its process may still hold it."""
+
+
+class Declined(FluffleError):
+    """The policy of the data's owner stands in the way; the text is the rule, and no more than that."""
 
 
 class GaveUp(FluffleError):

@@ -173,26 +173,20 @@ def definitions(of: Federation) -> dict[str, Any]:
 
 def _declared(vhost: str, several: list[topology.Topology]) -> dict[str, Any]:
     stays = {"vhost": vhost, "durable": True, "auto_delete": False}
+    to_queue = {"vhost": vhost, "destination_type": "queue", "arguments": {}}
+    exchanges, queues, bindings = (
+        [each for part in several for each in getattr(part, kind)] for kind in ("exchanges", "queues", "bindings")
+    )
     return {
         "exchanges": [
-            {"name": each.name, "type": each.kind, "internal": False, "arguments": {}, **stays}
-            for topology_ in several
-            for each in topology_.exchanges
+            {"name": each.name, "type": each.kind, "internal": False, "arguments": {}, **stays} for each in exchanges
         ],
-        "queues": [
-            {"name": each.name, "arguments": dict(each.arguments), **stays}
-            for topology_ in several
-            for each in topology_.queues
-        ],
+        "queues": [{"name": each.name, "arguments": dict(each.arguments), **stays} for each in queues],
         "bindings": [
-            {
-                "source": each.exchange, "destination": each.queue, "routing_key": each.key, "vhost": vhost,
-                "destination_type": "queue", "arguments": {},
-            }
-            for topology_ in several
-            for each in topology_.bindings
+            {"source": each.exchange, "destination": each.queue, "routing_key": each.key, **to_queue}
+            for each in bindings
         ],
-    }  # fmt: skip
+    }
 
 
 CONF = """\

@@ -104,14 +104,14 @@ def seal(
     beside = _beside(path, tag)
     try:
         if durable:
-            _sync(beside)
+            sync(beside)
         with guard():
             beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)  # what a disk has failed to keep once, it may claim to have kept the next time
         raise
     if durable:
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def read_version(path: Path) -> tuple[Layout, memoryview, dict[str, str]]:
@@ -231,7 +231,8 @@ def _written(path: Path, tag: str = "") -> Iterator[IO[bytes]]:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See to it that a file, or a folder with the names in it, survives a power failure."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -91,7 +91,7 @@ class Invitation:
                 values = tomllib.load(file)
         except OSError as problem:
             raise UsageError(f"the invitation {path} cannot be read: {problem.strerror}.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        except (ValueError, RecursionError) as problem:  # also of text, and of numbers with thousands of digits
             raise UsageError(f"the invitation {path} is not TOML ({problem}): {ask}.") from None
         if values.get("format") != 1:
             raise UsageError(

@@ -39,6 +39,7 @@ _LIMITS = {
 
 Name = Annotated[str, NAME]
 Text = Annotated[str, Within(0, TEXT_MAX)]
+Digest = Annotated[str, Within(0, 64)]
 COUNT_MAX = 2**53
 Count = Annotated[int, Within(0, COUNT_MAX)]
 Number = float  # finite: `fields` sees to it
@@ -120,6 +121,9 @@ class Task:
     to be written; its norm is at most `clip`, unless that is 0, and its `examples` are `examples_max` where they were
     more. The payload holds the version's weights if `down` is `full`, else its change, in that format, from the
     version before, which everyone has claimed to whom this is sent.
+
+    `cohort` is how many are asked at the same time. Unless they are empty, `contract` and `learner_file` say what the
+    learner must be (`broker/contract.py`).
     """
 
     of: Attempt
@@ -135,6 +139,9 @@ class Task:
     epoch: Count = 0
     clip: Annotated[float, Within(0, CLIP_MAX)] = 0.0
     examples_max: Examples = EXAMPLES_MAX
+    cohort: Count = 0
+    contract: Digest = ""
+    learner_file: Digest = ""
     secure: Secure | None = None
 
     @property
@@ -183,11 +190,15 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Worker → coordinator: this task cannot be done here, because."""
+    """Worker → coordinator: this task cannot be done here, because.
+
+    `declined`: the data's owner does not allow it, which is no failure of the worker's.
+    """
 
     of: Attempt
     worker: Name
     reason: Text
+    declined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,13 +74,14 @@ def secure(folder: Path, changes: Mapping[str, Any], *, renew: bool = False) -> 
         return _carry_out(folder, now)
 
 
-def invite(folder: Path, name: str, *, renew: bool = False) -> str:
+def invite(folder: Path, name: str, *, renew: bool = False, again: bool = False) -> str:
     """Add a worker, and write `NAME.fluffle`; what is left to do, empty if nothing is.
 
     Args:
         folder: the operator's.
         name: the worker's. Nothing changes if it is invited already, unless
         renew: make a new certificate for it, with the same password.
+        again: although it has been revoked.
 
     Raises:
         UsageError: there is no federation, or the name cannot be had.
@@ -93,6 +94,8 @@ def invite(folder: Path, name: str, *, renew: bool = False) -> str:
                 f"{name!r} is no name for a worker: it is {NAME_RULE}, and not {OPERATOR} or {COORDINATOR}."
             )
         until = now.revoked.get(name, "")
+        if until and not again:
+            raise UsageError(f"{name} has been revoked: --again invites it all the same.")
         if now.external and until > datetime.now(UTC).isoformat():
             raise UsageError(
                 f"{name} has been revoked, and would be let in with its old certificate until {until[:10]}: "

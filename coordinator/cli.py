@@ -159,6 +159,7 @@ def status(
     if as_json:
         shown = [{"version": p.version, "scored": p.scored, "held_out": p.held_out} for p in points]
         found = {"run": store.plan.run, "version": store.latest(), "rounds": store.plan.rounds, "now": now}
+        found |= {"contract": store.plan.contract, "learner_file": store.plan.learner_file}
         found |= {"updates_bytes": sum(kept), "abandoned": abandoned, "standby": standby.waiting(run)}
         json.dump({**found, "versions": shown, "history": lines}, sys.stdout)
         sys.stdout.write("\n")
@@ -170,7 +171,7 @@ def status(
 
     console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
-    for said in _said_of(invite):
+    for said in [*_said_contract(store.plan), *_said_of(invite)]:
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     if waits := standby.waiting(run):
         say(f"standing by: process {waits['process']} on {waits['machine']}")
@@ -194,6 +195,12 @@ def status(
     console.print(table)
     for said in _said_before(lines):
         say(said)
+
+
+def _said_contract(plan: plans.Plan) -> Iterator[str]:
+    """What every worker's learner must be; a former fluffle did not say."""
+    if plan.contract:
+        yield f"contract {plan.contract}" + (f", learner file {plan.learner_file}" if plan.learner_file else "")
 
 
 def _said_of(invite: Path | None) -> Iterator[str]:

@@ -337,7 +337,8 @@ class Desk:
     def _refused(self, refusal: Refusal) -> None:
         log.warning("%s: %s refused: %s", refusal.of, refusal.worker, refusal.reason)
         if self.open and refusal.of == self.open.round.of:
-            self.open.round.withdraw(refusal.worker, refusal.reason)
+            withdraw = self.open.round.decline if refusal.declined else self.open.round.withdraw
+            withdraw(refusal.worker, refusal.reason)
             if self.open.secret:
                 self.open.secret.gone.setdefault(refusal.worker, refusal.reason)
         elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):

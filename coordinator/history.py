@@ -28,7 +28,8 @@ _STRUCK: Any = create_model("_STRUCK", __config__=_STRICT, times=(_Count, ...), 
 _RESTED: Any = create_model("_RESTED", __config__=_STRICT, rounds=(_Count, ...), why=(str, ...))
 _KINDS: dict[str, Any] = {
     "event": str, "round": _Count, "attempt": _Count, "version": _Count, "why": str, "cohort": list[str],
-    "counted": dict[str, Line], "refused": _Reasons, "failed": _Reasons, "metrics": _Numbers, "scored": _Numbers,
+    "counted": dict[str, Line], "refused": _Reasons, "failed": _Reasons, "declined": _Reasons,
+    "metrics": _Numbers, "scored": _Numbers,
     "others": list[_OTHER], "struck": dict[str, _STRUCK], "rested": dict[str, _RESTED],
     "worker": str, "seconds": float, "bytes_down": float, "bytes_up": float,
 }  # fmt: skip
@@ -119,6 +120,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         },
         "refused": dict(sorted(done.refused.items())),
         "failed": {worker: why for worker, why in done.fared.items() if why},
+        "declined": dict(sorted(done.declined.items())),
         "others": facts.others,
         "struck": facts.struck,
         "rested": facts.rested,

@@ -5,19 +5,19 @@ Knows what settings there are, their bounds and which contradict each other. Doe
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
+from broker import wording
 from broker.errors import UsageError
-from broker.fields import NAME, NAME_RULE
+from broker.fields import NAME
 from broker.formats import KEEP
 from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
 from broker.pact import COHORT_MAX, COHORT_MIN
@@ -32,6 +32,7 @@ HEADER = """\
 
 """
 _NAME = Annotated[str, Field(pattern=f"^(?:{NAME.pattern})$")]
+_DIGEST = Annotated[str, Field(max_length=64)]
 _KEY = Annotated[str, Field(max_length=KEY_MAX)]
 _VALUE = (
     bool
@@ -45,24 +46,6 @@ _SETTING_RULE = (
     f"must be a finite number of at most 64 bits, true, false, or text of at most {TEXT_MAX} characters, "
     f"under a name of at most {KEY_MAX}"
 )
-_WORDS = {
-    "dict_type": "must be a table of names and values",
-    "float_type": "must be a number",
-    "greater_than": "must be above {gt:.0f}",
-    "greater_than_equal": "must be at least {ge:.0f}",
-    "int_type": "must be a whole number",
-    "less_than_equal": "must be at most {le:.0f}",
-    "literal_error": "must be {expected}",
-    "missing": "is missing",
-    "multiple_of": "must be a multiple of {multiple_of}",
-    "string_pattern_mismatch": f"must be {NAME_RULE}",
-    "string_too_long": "must have at most {max_length} characters",
-    "string_too_short": "must not be empty",
-    "string_type": "must be text",
-    "too_long": "may have at most {max_length} entries",
-    "tuple_type": "must be a list of names",
-    "unexpected_keyword_argument": "is not a setting",
-}
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -107,6 +90,9 @@ class Plan:
         min_cohort: secure: fewest updates in a sum, from 3.
         threshold: secure: more than this part of a worker's neighbours must help to open its secrets.
         keep_updates: every counted update stays in the run's folder, so that each version can be made again.
+        contract: the fingerprint of the tensors that every worker's learner must have (`broker/contract.py`); empty,
+            as in runs of a former fluffle: not checked.
+        learner_file: SHA-256 of the learner's file, in hex, if no other will do; else empty.
         settings: what the learner's `train` is given.
     """
 
@@ -133,6 +119,8 @@ class Plan:
     min_cohort: Annotated[int, Field(ge=COHORT_MIN, le=COHORT_MAX)] = COHORT_MIN
     threshold: Annotated[float, Field(ge=0.5, lt=1)] = 2 / 3
     keep_updates: bool = False
+    contract: _DIGEST = ""
+    learner_file: _DIGEST = ""
     settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -224,24 +212,15 @@ def make(values: Mapping[str, Any], source: str = "the plan") -> Plan:
     Raises:
         UsageError: a setting that is unknown, of the wrong type, out of bounds, or contradicts another.
     """
-    given = dict(values)
-    if isinstance(given.get("workers"), list):  # TOML has lists only
-        given["workers"] = tuple(given["workers"])
-    try:
-        return Plan(**given)
-    except ValidationError as problem:
-        raise UsageError(f"{source}: {_said(problem.errors(include_url=False)[0])}.") from None
+    return wording.make(Plan, values, source, say=_said)
 
 
 def _said(error: ErrorDetails) -> str:
     """What pydantic found wrong first, in our words."""
     place = error["loc"]
-    if not place:  # a contradiction, found by __post_init__
-        return error["msg"].removeprefix("Value error, ")
-    if place[0] == "settings" and len(place) > 1:
+    if len(place) > 1 and place[0] == "settings":
         return f"settings.{str(place[1])[:40]} {_SETTING_RULE}"
-    words = _WORDS.get(error["type"])
-    return f"{place[0]} {words.format(**error.get('ctx', {})) if words else error['msg']}"
+    return wording.said(error)
 
 
 def change(plan: Plan, changes: Mapping[str, Any]) -> Plan:
@@ -266,12 +245,7 @@ def read(path: Path) -> Plan:
     Raises:
         UsageError: no such file, not TOML, or not a plan.
     """
-    try:
-        return make(tomllib.loads(path.read_text()), str(path))
-    except OSError as problem:
-        raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
-    except (ValueError, RecursionError) as problem:  # also of text, and of numbers with thousands of digits
-        raise UsageError(f"{path} is not TOML ({problem}): mend it or restore it.") from None
+    return make(wording.read(path), str(path))
 
 
 def to_toml(plan: Plan) -> bytes:

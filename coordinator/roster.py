@@ -159,6 +159,15 @@ class Rests:
             del self._records[next(iter(self._records))]
         return begun
 
+    def excuse(self, declined: Mapping[str, str]) -> None:
+        """Let those rest whose data's owners did not allow the round that is over: a little, and never for longer.
+
+        Hours come and go, cohorts grow, and whoever owns the data may change the rules at any time.
+        """
+        for worker, why in declined.items():
+            record = self._records.setdefault(worker, _Record())
+            record.why, record.until = why, max(record.until, self._over + REST_ROUNDS)
+
     def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take up what a run's history says of how its workers have fared."""
         for line in lines:
@@ -166,6 +175,7 @@ class Rests:
             if isinstance(counted, dict) and isinstance(failed, dict):
                 struck = line.get("struck")
                 self.note({**dict.fromkeys(counted, ""), **failed}, struck if isinstance(struck, dict) else _NOBODY)
+                self.excuse(line.get("declined") or {})
 
     @property
     def present(self) -> dict[str, Rest]:

@@ -57,6 +57,7 @@ class Round:
         target: most of them; when they are there, nobody else is waited for.
         counted: worker → examples, for every update in the sum.
         refused: worker → reason, for everyone who will not contribute any more.
+        declined: those of them whose data's owner does not allow it, and why.
         claimed: those who have said that the whole task is with them; decides nothing.
         deadline_at: when the present turn stops waiting for answers.
         ends_at: when it stops waiting for uploads that were accepted before.
@@ -71,6 +72,7 @@ class Round:
         self.target = len(self.cohort) if target is None else target
         self.counted: dict[str, int] = {}
         self.refused: dict[str, str] = {}
+        self.declined: dict[str, str] = {}
         self._turns = [tuple(turn) for turn in turns]
         self._turn_s = turn_s
         self._asked: tuple[str, ...] = ()
@@ -182,6 +184,12 @@ class Round:
         self.refuse(worker, reason)
         self._revoked.add(worker)
         self._left.add(worker)
+
+    def decline(self, worker: str, reason: str) -> None:
+        """The worker withdraws because its data's owner wants it, which is no failure either."""
+        self.leave(worker, reason)
+        if worker in self._left:
+            self.declined[worker] = reason
 
     def refuse(self, worker: str, reason: str) -> None:
         """The worker will not contribute to this round, nor what is arriving; nobody waits for it any more."""

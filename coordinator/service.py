@@ -206,6 +206,7 @@ class Coordinator:
         for worker, rest in self.rests.note(here.round.fared, here.facts.struck).items():
             log.warning("%s keeps failing and rests for %d rounds: %s", worker, rest.rounds, rest.why)
             here.facts.rested[worker] = {"rounds": rest.rounds, "why": rest.why}
+        self.rests.excuse(here.round.declined)
 
     async def _take_turn(self, here: Open) -> None:
         left_s, here.left_s = here.left_s, None
@@ -372,7 +373,8 @@ class Coordinator:
         return Task(
             of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
             format=plan.format, keep=plan.kept, epoch=self.post.epoch, clip=plan.clip, examples_max=plan.examples_max,
-            secure=Secure(plan.ring_bits, plan.cohort) if self._secrecy else None,
+            contract=plan.contract, secure=Secure(plan.ring_bits, plan.cohort) if self._secrecy else None,
+            learner_file=plan.learner_file, cohort=len(self.desk.open.round.asked) if self.desk.open else 0,
         )  # fmt: skip
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:

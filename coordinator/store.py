@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from broker.chain import Chain, bare
 from broker.errors import UsageError
 from broker.files import Put, checksum, draft_version, in_order, read_version, seal, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator import updates
-from coordinator.chain import Chain, bare
 from coordinator.claim import Claim
 from coordinator.history import checksum_of, is_line
 from coordinator.journal import Journal

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from broker import chain
+from broker.chain import Finding
 from broker.errors import UsageError
 from broker.files import checksum, read_version
 from broker.tensors import Layout
-from coordinator import chain, history, updates
+from coordinator import history, updates
 from coordinator import plan as plans
-from coordinator.chain import Finding
 from coordinator.store import HISTORY, VERSIONS, Store
 
 VERSION = re.compile(r"(\d{6,})\.safetensors")
@@ -44,9 +45,7 @@ def verify(folder: Path, *, remembered: str = "") -> tuple[list[Finding], str]:
         data = b""
     except OSError as problem:
         raise UsageError(f"{folder / HISTORY} cannot be read: {problem.strerror}.") from None
-    findings, last = chain.check(data)
-    if remembered and f'"chain":"{remembered}"'.encode() not in data:
-        findings.append(Finding(f"no line of the history has the chain {remembered}: it was written anew since."))
+    findings, last = chain.check(data, remembered=remembered)
     rounds = history.rounds(store.history())
     findings += _versions(store, rounds)
     findings += _kept(store, rounds)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from broker.contract import fingerprint, other_file
 from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
 from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
@@ -121,7 +122,7 @@ class Pupil:
         found = learner.load(request["learner"])
         self._renew(found)
         self.ready_s += time.monotonic() - began
-        return {"specs": _told(self.place.layout)}
+        return {"specs": _told(self.place.layout), "contract": fingerprint(self.place.layout), "file": found.file}
 
     @property
     def place(self) -> task.Place:
@@ -145,6 +146,8 @@ class Pupil:
         """Do one task."""
         began = time.monotonic()
         place, work = self._beside(request["source"]), Work(**request["work"])
+        if another := other_file(place.learner.file, work.learner_file):
+            raise LearnerFailed(another)  # it was changed after the daemon had looked
         layout = self.place.layout if request["specs"] is None else _layout(request["specs"])
         received, room = self._room(request["weights"]), self._room(request["delta"])
         as_it_is = work.format == "float32"

@@ -1,11 +1,13 @@
-"""The worker's commands: `fluffle worker`, `fluffle try` and `fluffle evaluate`.
+"""The worker's commands: `fluffle worker`, `fluffle try`, `fluffle ledger` and `fluffle evaluate`.
 
 Knows options and what is printed. Does not know how a task is done.
 """
 
 import asyncio
+import json
 import re
 import socket
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -15,8 +17,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from broker import daemon, rabbit
+from broker.chain import check
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import read_version
@@ -36,6 +40,8 @@ from broker.options import (
 from broker.pinned import read_identity, read_roster
 from workers import host
 from workers import learner as learners
+from workers import ledger as ledgers
+from workers import policy as policies
 from workers.masking import Member
 from workers.post import Shared
 from workers.service import Worker
@@ -50,6 +56,7 @@ LearnerName = Annotated[
     str, typer.Argument(metavar="LEARNER", help=f"A file.py, a module, or one of: {', '.join(learners.EXAMPLES)}.")
 ]
 Source = Annotated[str, typer.Option("--data", help="What the learner's data() is given: a path, a name, …")]
+State = Annotated[Path | None, typer.Option(help="Folder for this worker's files.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes with; results may depend on it.")]
 
 
@@ -71,7 +78,10 @@ def worker(
         ),
     ] = None,
     evaluate_only: Annotated[bool, typer.Option(help="Score versions, never train.")] = False,
-    state: Annotated[Path | None, typer.Option(help="Folder for this worker's files.")] = None,
+    state: State = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="The data owner's rules, a TOML file: what is served, when, what may leave.")
+    ] = None,
     threads: Threads = 1,
     memory_mb: Annotated[
         int | None,
@@ -103,9 +113,11 @@ def worker(
         raise UsageError(f"a worker cannot be called {names[-1]!r}: a name is {NAME_RULE}.")
     known = learners.learner_name(learner)
     lease_s, hosted = host.lease_s(len(names)), many is not None
-    members = _members(names, roster, identity)
+    if policy is not None:
+        policies.read(policy)
+    members, trains = _members(names, roster, identity), not evaluate_only
     whos = [
-        Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted, member=members.get(each))
+        Who(each, known, trains=trains, lease_s=lease_s, hosted=hosted, policy=policy, member=members.get(each))
         for each in names
     ]
     daemon.start_log()  # the spool tells what it finds damaged
@@ -183,12 +195,50 @@ def _shown(report: Report) -> Table:
     table = Table(show_header=False)
     table.add_row("model", f"{report.parameters:,} numbers in {report.tensors} tensors")
     table.add_row("travels each way, each round", f"{report.weights_bytes / 1e6:.3f} MB")
+    table.add_row("contract", report.contract.tensors)
+    table.add_row("learner file", report.contract.file)
     table.add_row("loading learner and data", f"{report.ready_s:.2f} s")
     table.add_row("one task", f"{report.train_s:.2f} s, {report.examples:,} examples")
     table.add_row("train said", _metrics(report.metrics))
     table.add_row("evaluate before", _metrics(report.before))
     table.add_row("evaluate after", _metrics(report.after))
     return table
+
+
+def ledger(
+    name: Annotated[str | None, typer.Option(help="The worker's; this machine's name if not given.")] = None,
+    state: State = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Say whether it is as it was written, and how it ends.")
+    ] = False,
+    remembered: Annotated[
+        str, typer.Option("--chain", help="A chain that was printed before, which must still be there.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """What a worker was asked for, what it refused, what has left it and what became of that.
+
+    Exit status 1 if it is not as it was written, where that is looked at: with --verify, --chain or --json.
+    """
+    called = name if name is not None else _name_of_machine()
+    path = ledgers.find(state, called)
+    data = path.read_bytes()
+    lines, (findings, last) = [*ledgers.lines(data)], check(data, "ledger", remembered=remembered)
+    bad = sum(each.bad for each in findings)
+    if as_json:
+        found = {"worker": called, "lines": lines, "chain": last, "findings": [each._asdict() for each in findings]}
+        sys.stdout.write(json.dumps(found) + "\n")
+    elif verify or remembered:
+        said = f"{bad} things are not as they were written" if bad else "all is well"
+        sys.stdout.writelines(f"{each.said}\n" for each in findings)
+        sys.stdout.write(f"{said}: {len(lines)} lines in {path}; the chain ends in {last or 'nothing'}\n")
+    else:
+        table, bad = Table("when", "what", "run", "round", "asked by", ""), 0
+        for line in lines:
+            table.add_row(*map(Text, ledgers.told(line)))
+        Console().print(table)
+    if bad:
+        raise typer.Exit(1)
 
 
 def evaluate(

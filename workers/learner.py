@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ class Learner:
         data: (source) → whatever train and evaluate want; called once for each source in a process.
         train: (model, data, settings) → examples, or (examples, metrics); changes the model in place.
         evaluate: (model, data) → metrics, such as loss, accuracy and examples.
+        file: SHA-256 of its file, in hex; empty if it has none. What it imports is not in it.
         demo: (workers, seed) → the sources and settings of a demonstration, where the file offers one.
     """
 
@@ -43,6 +45,7 @@ class Learner:
     data: Callable[[str], Any]
     train: Callable[[Any, Any, dict[str, Any]], Any]
     evaluate: Callable[[Any, Any], Any]
+    file: str = ""
     demo: Callable[[int, int], dict[str, Any]] | None = None
 
 
@@ -68,7 +71,8 @@ def load(where: str) -> Learner:
         )
     functions = {name: getattr(module, name) for name in FUNCTIONS}
     demo = getattr(module, "demo", None)
-    return Learner(name=learner_name(where), **functions, demo=demo if callable(demo) else None)
+    file = sha256(Path(module.__file__).read_bytes()).hexdigest() if module.__file__ else ""
+    return Learner(name=learner_name(where), **functions, file=file, demo=demo if callable(demo) else None)
 
 
 def learner_name(where: str) -> str:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, WireError
@@ -21,6 +20,7 @@ from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Call, Closed, Payload, Refusal, Score, Task, Update
 from broker.pact import Dealt
 from workers.journal import Kept, Place, checked, forget, keep
+from workers.owner import Owner
 from workers.post import SAY_S, Post
 from workers.residuals import Residuals
 from workers.secrecy import Secrecy, Talk
@@ -48,6 +48,7 @@ class Sent:
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
     bell: asyncio.TimerHandle | None = None
     work: asyncio.Task[None] | None = None
+    verdict: tuple[str, str] = "none", "nobody has said what became of it"
 
     @property
     def owes(self) -> bool:
@@ -66,7 +67,7 @@ class Outbox:
     Args:
         worker: its name.
         post: its end of the wire.
-        folder: where finished updates are kept until they have a verdict.
+        owner: of the data; in whose folder finished updates are kept until they have a verdict.
         residuals: what its updates have left out.
         tell: writes a line into the log, at a level.
         rest: called when something is done with.
@@ -82,14 +83,15 @@ class Outbox:
         worker: str,
         post: Post,
         *,
-        folder: Path,
+        owner: Owner,
         residuals: Residuals,
         tell: Callable[[str, int], None],
         rest: Callable[[], None],
     ) -> None:
         self._worker = worker
         self._post = post
-        self._folder = folder
+        self._owner = owner
+        self._folder = owner.folder
         self._residuals = residuals
         self._tell = tell
         self._rest = rest
@@ -163,10 +165,14 @@ class Outbox:
             else:
                 self._heed(sent, message)
 
-    async def refuse(self, task: Task, reason: str) -> None:
-        """Tell the coordinator why a task is not done here; if it does not hear that, it waits for its deadline."""
+    async def refuse(self, task: Task, reason: str, *, declined: bool = False) -> None:
+        """Tell the coordinator why a task is not done here; if it does not hear that, it waits for its deadline.
+
+        `declined`: the data's owner does not allow it.
+        """
         self._tell(f"{task.of} refused: {reason}", logging.WARNING)
-        await self._try_to_say(Refusal(task.of, self._worker, reason[:TEXT_MAX]))
+        self._owner.note("refused", task.of, reason=reason)
+        await self._try_to_say(Refusal(task.of, self._worker, reason[:TEXT_MAX], declined))
 
     # -- one of them --------------------------------------------------------------------------------------------
 
@@ -174,6 +180,9 @@ class Outbox:
         task, ended = sent.task, True
         try:
             async with asyncio.timeout(patience_s(task)):
+                if sent.payload is None:  # else an earlier process has written that it left
+                    self._owner.let_go(task, sent.done)
+                    await asyncio.to_thread(self._owner.ledger.keep)
                 secret = task.secure and sent.done.delta is not None
                 await (self._send_secret(sent) if secret else self._send_all(sent))
         except asyncio.CancelledError:
@@ -181,7 +190,7 @@ class Outbox:
             raise
         except TimeoutError:
             self._tell(f"{task.of}: no verdict has come", logging.WARNING)
-        except LinkError as problem:
+        except (LearnerFailed, LinkError) as problem:  # the first: the ledger cannot be written
             await self.refuse(task, f"what came of it could not be sent: {problem}")
         finally:
             sent.over = sent.over or ended
@@ -192,6 +201,7 @@ class Outbox:
             if ended and sent.owes:
                 self._residuals.forget(task.of)
             if ended and sent.done.delta is not None:
+                self._owner.note("verdict", task.of, verdict=sent.verdict[0], reason=sent.verdict[1])
                 forget(self._folder, self._worker, task.of)
             self._rest()
 
@@ -313,14 +323,14 @@ class Outbox:
             self._tell(f"{of}: the update is accepted: {answer.reason}", logging.DEBUG)
             if sent.owes:
                 self._residuals.accept(of)
-            sent.over = True
         else:
             self._tell(f"{of}: the update is {answer.verdict}: {answer.reason}", logging.WARNING)
-            sent.over = True
+        if answer.verdict != "resend":
+            sent.over, sent.verdict = True, (answer.verdict, answer.reason)
         sent.news.set()
 
     def _give_up(self, sent: Sent, reason: str) -> None:
         """Not in the midst of an upload, though: half of one is of no use."""
         self._tell(f"{sent.task.of} is given up: {reason}", logging.INFO)
-        sent.over = True
+        sent.over, sent.verdict = True, ("given up", reason)
         sent.news.set()

@@ -77,15 +77,24 @@ class Secrecy:
         folder: where it is put down which rounds it has helped to unmask.
         room: makes room for masked words.
         note: writes into the owner's ledger.
+        least: of how many the owner wants a cohort to be.
         noise: is added to an update before it is masked.
     """
 
     def __init__(
-        self, member: Member, folder: Path, *, room: Callable[[int], Slot], note: Note, noise: Noise = no_noise
+        self,
+        member: Member,
+        folder: Path,
+        *,
+        room: Callable[[int], Slot],
+        note: Note,
+        least: Callable[[], int] = lambda: 0,
+        noise: Noise = no_noise,
     ) -> None:
         self.member = member
         self.room = room
         self.note = note
+        self.least = least
         self.noise = noise
         self._path = folder / f"{member.name}.unmasked"
 
@@ -198,6 +207,8 @@ class Talk:
                 assert self._task.secure
                 if len(says.adverts) > self._task.secure.cohort:
                     raise Refused(f"the ring has no room for a cohort of {len(says.adverts)}.")
+                if len(says.adverts) < self._secrecy.least():
+                    raise Refused(f"the data's owner wants a cohort of {self._secrecy.least()} at the least.")
                 self._form = Form(_ring(self._task), self._done.layout, says.metrics)
                 return masking.shares(says, self._metrics)
             case Dealt():

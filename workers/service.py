@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from broker.changes import apply_change
-from broker.errors import LearnerFailed, LinkError, UsageError, WireError
+from broker.errors import Declined, LearnerFailed, LinkError, UsageError, WireError
 from broker.formats import FORMATS, Format
 from broker.link import Delivery, first_of, read
 from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
 from broker.parts import Aimed
 from broker.tensors import Layout
 from workers.outbox import Outbox
+from workers.owner import Owner
 from workers.post import Post, Shared
 from workers.residuals import Residuals
 from workers.secrecy import Secrecy, check, digest_of
@@ -82,13 +83,15 @@ class Worker:
         self.seat = seat
         self.layout = Layout(())
         self._rest = asyncio.Event()  # something is done with
+        self._owner = Owner(who, shared.spool.folder)
         self._residuals = Residuals(shared.spool.folder, who.name)
         self._outbox = Outbox(
-            who.name, self.post, folder=shared.spool.folder, residuals=self._residuals, tell=self._tell,
-            rest=self._rest.set,
+            who.name, self.post, owner=self._owner, residuals=self._residuals, tell=self._tell, rest=self._rest.set,
         )  # fmt: skip
         if who.member:
-            self._outbox.secrecy = Secrecy(who.member, shared.spool.folder, room=self.post.room, note=self._note)
+            self._outbox.secrecy = Secrecy(
+                who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write
+            )
         self._incarnation = ""  # empty while we do not listen
         self._arrival: Arrival | None = None
         self._next: Job | None = None
@@ -154,12 +157,10 @@ class Worker:
     def _tell(self, what: str, level: int = logging.INFO) -> None:
         """A line in the log; one of many workers says who it is, and what is usual only to those who ask for it."""
         if self.who.hosted:
-            what, level = f"{self.who.name}: {what}", logging.DEBUG if level == logging.INFO else level
+            what = f"{self.who.name}: {what}"
+        if level == logging.INFO and (self.who.hosted or self._owner.policy.log == "refusals"):
+            level = logging.DEBUG
         log.log(level, "%s", what)
-
-    def _note(self, event: str, **facts: object) -> None:
-        """For the owner of the data, who has no ledger yet: a line in the log."""
-        self._tell(f"{event}: {facts}", logging.WARNING if event == "alarm" else logging.INFO)
 
     # -- signs of life ------------------------------------------------------------------------------------------
 
@@ -234,9 +235,10 @@ class Worker:
             await self._arrival.header.ack()
             self._arrival = None
         try:
+            self._owner.admit(task, delivery.user, trains=self._trains(task))
             landing = self._room_for(task)
-        except (LearnerFailed, UsageError) as problem:
-            await self._outbox.refuse(task, str(problem))
+        except (Declined, LearnerFailed, UsageError) as problem:
+            await self._outbox.refuse(task, str(problem), declined=isinstance(problem, Declined))
             await delivery.ack()
             return
         if landing is not None:
@@ -258,8 +260,8 @@ class Worker:
         """
         check(task, self.who)
         expected = self.layout if task.down == "full" else FORMATS[task.down].layout(self.layout)
-        if differs := expected.difference(task.payload.layout):
-            raise LearnerFailed(f"this worker's learner has other tensors than the version: {differs}.")
+        if differs := self.seat.contract.breach(task, expected, task.payload.layout):
+            raise LearnerFailed(differs)
         if task.format == "top-k" and not task.keep > 0:
             raise LearnerFailed(f"an update in the format top-k cannot keep {task.keep:g} of its floats.")
         landing = self.spool.expect(task.payload)
@@ -322,8 +324,10 @@ class Worker:
             train=train, evaluate=True, seed=task_seed(task.seed, task.of.round, self.who.name),
             settings=task.settings, round=task.of.round, format=task.format, keep=task.keep,
             clip=task.clip, examples_max=task.examples_max,
+            learner_file=task.learner_file,
         )  # fmt: skip
         try:
+            self._owner.take(task, trains=train)
             async with asyncio.timeout_at(job.due_at):
                 weights = await self._unfold(task, landing)
                 self._holds = self.spool.hold((task.of.run, task.version), landing)
@@ -331,13 +335,14 @@ class Worker:
                     await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
                 owed = self._residuals.of(task.of) if work.owes else None
                 model = await asyncio.to_thread(digest_of, weights.data) if task.secure else b""
-                done = await self.seat.run(work, self.layout, weights=weights, residual=owed)
+                done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
                 done = replace(done, model=model)
-        except (LearnerFailed, WireError, TimeoutError) as problem:
+        except (Declined, LearnerFailed, WireError, TimeoutError) as problem:
             late = f"not done within the {task.deadline_s:.0f} s of the task"
-            await self._outbox.refuse(task, str(problem) or late)
+            await self._outbox.refuse(task, str(problem) or late, declined=isinstance(problem, Declined))
             return None
-        said = ", ".join(f"{name} {value:.4g}" for name, value in (done.metrics or done.scores).items())
+        told = (done.metrics or done.scores) if self._owner.policy.log == "metrics" else {}
+        said = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
         self._tell(f"{task.of}: {'trained' if train else 'scored'} in {done.seconds:.2f} s: {said}")
         return done
 

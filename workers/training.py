@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from broker.contract import Contract
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import format_of
 from broker.tensors import Layout, TensorSpec
@@ -39,6 +40,7 @@ class Trainer:
     Attributes:
         spool: as given.
         pid: the process, while there is one.
+        contract: of the learner as it was loaded last.
         ready_s: how long it took to load the learner, and since then the data.
         patience_s: how long a task that nobody waits for any more may go on, before the process is killed: as long
             as another one would take to load learner and data, so that either choice costs at most twice what the
@@ -55,6 +57,7 @@ class Trainer:
         renew_after: int = RENEW_AFTER,
     ) -> None:
         self.pid: int | None = None
+        self.contract = Contract()
         self.ready_s = 0.0
         self.patience_s = 0.0
         self._opening = {"do": "open", "learner": learner, "threads": threads}
@@ -176,6 +179,7 @@ class Trainer:
             raise
         self.pid = self._child.pid
         self._layout = _layout(answer)
+        self.contract = Contract(answer["contract"], answer["file"])
 
     async def _ask(self, request: dict[str, Any], slots: tuple[Slot | None, ...] = ()) -> dict[str, Any]:
         """The child's answer; `slots` are what the request speaks of, and kept until the child is done with them."""
@@ -226,6 +230,11 @@ class Seat:
     trainer: Trainer
     source: str
     at_once: bool = True
+
+    @property
+    def contract(self) -> Contract:
+        """As `Trainer.contract`."""
+        return self.trainer.contract
 
     async def start(self) -> Layout:
         """As `Trainer.start`."""

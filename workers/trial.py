@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from broker.contract import Contract
 from broker.errors import UsageError
 from broker.messages import Scalar
 from broker.tensors import FLOATS, Layout, as_float64, from_float64, view
@@ -28,6 +29,7 @@ class Report:
     Attributes:
         tensors: how many the model has, buffers included.
         parameters: how many numbers are in them.
+        contract: what other learners must have in common with it.
         weights_bytes: how much travels each way each round.
         ready_s: seconds to load the learner and its data.
         train_s: seconds of one task, evaluation included.
@@ -40,6 +42,7 @@ class Report:
 
     tensors: int
     parameters: int
+    contract: Contract
     weights_bytes: int
     ready_s: float
     train_s: float
@@ -90,6 +93,7 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
         return Report(
             tensors=len(layout.specs),
             parameters=sum(spec.items for spec in layout.specs),
+            contract=trainer.contract,
             weights_bytes=layout.size_bytes,
             ready_s=trainer.ready_s,
             train_s=done.seconds,

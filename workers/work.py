@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from mmap import mmap
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -45,6 +46,7 @@ class Who:
         drain_s: how long SIGTERM lets the job in hand go on.
         member: who it is in secure rounds, and whom it knows; without it takes no part in any.
         hosted: it is one of many in its process, and the log tells only what is unusual.
+        policy: the file in which the data's owner says what is allowed; None for anything.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Who:
     drain_s: float = 30.0
     hosted: bool = False
     member: Member | None = None
+    policy: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Work:
 
     The update is written in `format`, of which `keep` is an argument where it wants one. Its norm is at most `clip`,
     unless that is 0, and its examples are `examples_max` where the learner says more.
+    It is done by a learner whose file has the SHA-256 `learner_file`, or by any if that is empty.
     """
 
     train: bool
@@ -73,6 +77,7 @@ class Work:
     keep: float = 1.0
     clip: float = 0.0
     examples_max: int = EXAMPLES_MAX
+    learner_file: str = ""
 
     @property
     def owes(self) -> bool:

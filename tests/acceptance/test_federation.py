@@ -114,7 +114,7 @@ def test_a_worker_with_another_model_is_refused_with_the_difference_and_the_run_
     assert f.wait("coordinator") == 0
     for line in f.rounds():
         assert list(line["counted"]) == ["w1"]
-        assert "this worker's learner has other tensors than the version" in line["refused"]["other"]
+        assert "this worker's learner is another than the run's: its contract is " in line["refused"]["other"]
     assert f.kill("other", signal.SIGTERM) == 0
 
 

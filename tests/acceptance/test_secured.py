@@ -130,7 +130,9 @@ async def test_who_is_revoked_is_out_at_once_and_comes_in_again_only_with_anothe
     files, exported = secured.files(), secured.exported()
     assert not securing.revoke(folder, "fay")
     assert (secured.files(), secured.exported()) == (files, exported)
-    securing.invite(folder, "fay")
+    with pytest.raises(UsageError, match="fay has been revoked: --again invites it"):
+        securing.invite(folder, "fay")
+    securing.invite(folder, "fay", again=True)
     await (await connected(secured.access("fay"))).close()
     with pytest.raises(AMQPError, match="Login was refused"):
         await connected(former)
@@ -217,7 +219,9 @@ async def test_by_certificate_alone_and_another_brokers_pages(tmp_path: Path) ->
         for context in (ada.tls, broker.context()):
             with pytest.raises((AMQPError, ssl.SSLError, OSError)):
                 await aio_pika.connect(ada.url, ssl_context=context, timeout=10)
-        assert "choose another name" in first.fluffle("invite", "ada", "--dir", str(first.folder), status=2)
+        assert "choose another name" in first.fluffle(
+            "invite", "ada", "--again", "--dir", str(first.folder), status=2
+        )
 
         # the same broker, as if it were somebody else's, whose administrator is called root
         first.pages.ask("PUT", "users", "root", body={"password": "a-secret", "tags": "administrator"})

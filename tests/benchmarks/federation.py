@@ -4,6 +4,7 @@ Its learner adds one to every parameter and so does nearly no training. Knows ho
 history, at /proc, at the broker's counters. Knows nothing of how a round is made.
 """
 
+import asyncio
 import itertools
 import json
 import math
@@ -17,15 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from broker import rabbit, topology
 from broker.errors import RunEnded
 from broker.files import read_version
-from broker.folder import BROKER
+from broker.folder import BROKER, free_ports
 from broker.node import Node
 from broker.pinned import draw_keys
 from broker.processes import holder
 from tests.benchmarks.pump import pump
 from tests.benchmarks.rows import WARMUP, Row
 from tests.benchmarks.troupe import Troupe, cpu_s, offspring, peak_bytes, troupe
+from tests.certificates import Authority, secured
 
 ROW_S = 600.0
 GATHER_S = "240"
@@ -95,19 +98,27 @@ class Crowd:
         return {part: max(map(peak_bytes, pids), default=0) for part, pids in self.pids.items()}
 
 
-def federate(row: Row, folder: Path) -> Figures:
+def federate(row: Row, folder: Path, *, tls: bool = False) -> Figures:
     """Make a row's rounds in a new folder, and then see what its broker can carry.
+
+    Args:
+        row: what is measured.
+        folder: made.
+        tls: everybody is invited, and comes by mutual TLS.
 
     Raises:
         FluffleError: they were not made, and why.
     """
     folder.mkdir()
-    with Node(folder / "rabbitmq") as node:
+    by, port = Authority(), next(free_ports())
+    with Node(folder / "rabbitmq", conf=secured(folder, by, port) if tls else "") as node:
         run, learner, curtain = folder / "run", folder / "adds.py", folder / "curtain"
         learner.write_text(LEARNER.format(parameters=row.parameters, rounds=row.all_rounds))
         init(learner, run)
         end = time.monotonic() + ROW_S
-        with troupe(folder, {"FLUFFLE_BROKER": node.url}) as company:
+        if tls:
+            invite(node, row, by, f"amqps://localhost:{port}/")
+        with troupe(folder, {} if tls else {"FLUFFLE_BROKER": node.url}) as company:
             start(company, row, learner, run)
             samples = watch(row, run / "history.jsonl", company, node, end)
             company.until(lambda: len(list(folder.glob("waits-*"))) >= row.hosts, end)
@@ -135,23 +146,45 @@ def init(learner: Path | str, run: Path, *options: str) -> None:
         raise RunEnded(made.stderr.strip()[-300:])
 
 
+RIGHTS = {"coordinator": (".*",) * 3}
+WORKERS_RIGHTS = ("^$", r"^fluffle\.up$", r"^fluffle\.(down|control)\.NAME$")
+
+
+def invite(node: Node, row: Row, by: Authority, broker: str) -> None:
+    """Do what an operator does: users with their rights, queues, and an invitation for everyone."""
+    workers = [f"w{number}" for number in range(1, row.workers + 1)]
+    for name in ("coordinator", *workers):
+        role = "worker" if name in workers else "coordinator"
+        by.invite(name, broker, role=role).write(node.folder.parent / f"{name}.fluffle")
+        node.ctl("add_user", name, "for a moment")
+        node.ctl("clear_password", name)
+        rights = RIGHTS.get(name, WORKERS_RIGHTS)
+        node.ctl("set_permissions", name, *(right.replace("NAME", name) for right in rights))
+    asyncio.run(declare(node.url, workers))
+
+
+async def declare(url: str, workers: list[str]) -> None:
+    link = await rabbit.connect(url, name="operator")
+    for part in (topology.FEDERATION, *(topology.of_worker(name, invited=True) for name in workers)):
+        await link.declare(part)
+    await link.close()
+
+
 def start(company: Troupe, row: Row, learner: Path, run: Path) -> None:
     plan, member = secrets_of(row, company.folder / "keys") if row.secure else ((), ())
+
+    def invited(name: str) -> tuple[str, ...]:
+        file = company.folder / f"{name}.fluffle"
+        return ("--invite", str(file)) if file.exists() else ()
+
     for number, share in enumerate(row.shares, 1):
         name = f"w{number}"
         many = ("--many", str(share)) if row.hosts < row.workers else ()
-        place = (
-            "--name",
-            name,
-            "--data",
-            str(company.folder / "curtain"),
-            "--state",
-            str(company.folder / name),
-            *member,
-        )
-        company.start(name, *FLUFFLE, "worker", str(learner), *place, *many)
+        place = ("--name", name, "--data", str(company.folder / "curtain"), "--state", str(company.folder / name))
+        company.start(name, *FLUFFLE, "worker", str(learner), *place, *many, *invited(name), *member)
     everyone = ("--cohort", str(row.workers), "--quorum", str(row.workers), "--gather-s", GATHER_S)
-    company.start("coordinator", *FLUFFLE, "coordinator", str(run), "--rounds", str(row.all_rounds), *everyone, *plan)
+    words = ("coordinator", str(run), "--rounds", str(row.all_rounds), *everyone, *invited("coordinator"), *plan)
+    company.start("coordinator", *FLUFFLE, *words)
 
 
 def secrets_of(row: Row, keys: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

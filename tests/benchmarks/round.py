@@ -43,22 +43,30 @@ Pythons = dict[str, Path | str]
 """By the peers' names: a Python that has it, or why there is none."""
 
 
-def measure(row: Row, folder: Path, pythons: Pythons) -> dict[str, Any]:
-    """All figures of a row, in a new folder.
+def measure(row: Row, folder: Path, pythons: Pythons, *, tls: bool = False) -> dict[str, Any]:
+    """All figures of a row, in a new folder; with `tls` also of the same rounds by mutual TLS, in turn with these.
 
     Raises:
         FluffleError: our own rounds were not made, and why.
     """
     peers = [peer for peer in PEERS if peer.name in pythons and row.hosts == row.workers <= ALONE_MAX]
-    turns = TURNS if peers else 1
+    tls = tls and row.hosts == row.workers
+    turns = TURNS if peers or tls else 1
     turn = replace(row, rounds=-(-row.rounds // turns))
     ours: list[Figures] = []
+    by_tls: list[Figures] = []
     theirs: dict[str, list[Said] | str] = {peer.name: [] for peer in peers}
     for number in range(turns):
         ours.append(federate(turn, folder / f"ours-{number}"))
+        if tls:
+            by_tls.append(federate(turn, folder / f"tls-{number}", tls=True))
         for peer in peers:
             theirs[peer.name] = meet(peer, pythons[peer.name], turn, folder, theirs[peer.name])
     figures = together(ours)
+    if tls:
+        secured = together(by_tls)
+        ratio = secured["seconds"]["median"] / figures["seconds"]["median"]
+        figures["tls"] = {"ratio": ratio, **{key: secured[key] for key in ("seconds", "cpu_s", "peak_bytes")}}
     if peers:
         ours_s = figures["seconds"]["median"]
         figures["peers"] = {peer.name: against(peer, theirs[peer.name], row, ours_s) for peer in peers}
@@ -134,6 +142,7 @@ def options(words: list[str] | None) -> argparse.Namespace:
     asked.add_argument("--json", type=Path, default=FIGURES, metavar="FILE", help=f"all figures ({FIGURES})")
     asked.add_argument("--plot", type=Path, metavar="FILE", help="the picture (beside the figures, as .png)")
     asked.add_argument("--peers", type=Path, metavar="FOLDER", help="compare with others, installed below there")
+    asked.add_argument("--tls", action="store_true", help="the same rounds by mutual TLS, too, in turn")
     asked.add_argument("--pip", type=shlex.split, default=[], metavar="WORDS", help="more words for pip, for peers")
     given = asked.parse_args(words)
     if given.rounds is not None and given.rounds < 1:
@@ -162,7 +171,7 @@ def main(words: list[str] | None = None) -> int:
         out.print(f"measuring {row.label}: {row.all_rounds} rounds …")
         try:
             with tempfile.TemporaryDirectory(prefix="fluffle-bench-") as folder:
-                done.append(measure(row, Path(folder), pythons))
+                done.append(measure(row, Path(folder), pythons, tls=given.tls))
         except Exception as problem:  # noqa: BLE001 - whatever it is, the other rows are not to be lost
             failed[row.label] = str(problem)
     tell(out, done, failed)

@@ -57,6 +57,13 @@ def _lines(rows: list[Measured]) -> Iterator[tuple[str, Iterable[str]]]:
         yield f"peak MB, {name}", [_mb(row["peak_bytes"][part]) for row in rows]
     yield "MB out of the coordinator", each(lambda r: f"{r['coordinator_out_bytes'] / 1e6:.3f}")
     yield "MB up, from all workers", each(lambda r: f"{r['up_bytes'] / 1e6:.3f}")
+    if any("tls" in row for row in rows):
+        by = [row.get("tls", {}) for row in rows]
+        yield "by mutual TLS, s", [_s(it["seconds"]) if it else "" for it in by]
+        yield "  min to max", [_span(it["seconds"]) if it else "" for it in by]
+        yield "  times plain", [f"{it['ratio']:.2f}" if it else "" for it in by]
+        for part, name in CPU_OF.items():
+            yield f"  CPU s, {name}", [_cpu(it["cpu_s"].get(part)) if it else "" for it in by]
     for name in _peers(rows):
         yield from _beside(name, [row.get("peers", {}).get(name, {}) for row in rows])
 

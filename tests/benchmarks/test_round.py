@@ -34,10 +34,10 @@ def test_a_row_is_measured_and_one_that_fails_does_not_lose_it(
 ) -> None:
     measure, said = bench.measure, tmp_path / "figures.json"
 
-    def measure_or_fail(row: rows.Row, folder: Path, pythons: bench.Pythons) -> dict[str, Any]:
+    def measure_or_fail(row: rows.Row, folder: Path, pythons: bench.Pythons, **how: bool) -> dict[str, Any]:
         if row.workers == 1:
             raise RunEnded("nobody came")
-        return measure(row, folder, pythons)
+        return measure(row, folder, pythons, **how)
 
     monkeypatch.setattr(bench, "measure", measure_or_fail)
     assert bench.main(["--rows", "1xtoy,2xtoy", "--rounds", "2", "--json", str(said)]) == 1

@@ -40,11 +40,12 @@ with _instrumented:
     from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
     import coordinator.cli
-    from broker import files, frames
+    from broker import chain, files, frames
     from broker.amqp import Connection
     from broker.changes import apply_change
     from broker.errors import LinkError, UsageError, WireError
     from broker.formats import FORMATS, format_of
+    from broker.invitation import Invitation
     from broker.link import Intake
     from broker.messages import (
         Answer,
@@ -65,7 +66,7 @@ with _instrumented:
     from broker.norms import clip
     from broker.parts import Assembly, split
     from broker.tensors import Layout, TensorSpec
-    from coordinator import chain, history, journal, snapshot, standby, updates
+    from coordinator import history, journal, snapshot, standby, updates
     from coordinator import plan as plans
     from coordinator.aggregation import MEAN, finished
     from coordinator.claim import Claim as RunClaim
@@ -75,9 +76,7 @@ with _instrumented:
     from coordinator.store import HISTORY, NOW, Store
     from workers import journal as kept_updates
 
-    INVITATION: Any = None
-    if importlib.util.find_spec("broker.invitation"):
-        INVITATION = importlib.import_module("broker.invitation").Invitation
+    POLICY: Any = importlib.import_module("workers.policy") if importlib.util.find_spec("workers.policy") else None
 
 OF = Attempt("run", 3, 1)
 MODEL = Layout.of(
@@ -202,7 +201,13 @@ def plan(data: bytes) -> None:
 def invitation(data: bytes) -> None:
     """`NAME.fluffle`."""
     with contextlib.suppress(UsageError):
-        INVITATION.read(_file("x.fluffle", data))
+        Invitation.read(_file("x.fluffle", data))
+
+
+def policy(data: bytes) -> None:
+    """`policy.toml`."""
+    with contextlib.suppress(UsageError):
+        POLICY.read(_file("policy.toml", data))
 
 
 def past(data: bytes) -> None:
@@ -370,6 +375,10 @@ def _toml(data: bytes) -> Any:
     return tomllib.loads(data.decode())
 
 
+def _dumped(found: Any) -> bytes:
+    return tomli_w.dumps(found).encode()
+
+
 def _rows(data: bytes) -> Any:
     return [json.loads(row) for row in data.splitlines()]
 
@@ -403,15 +412,16 @@ TARGETS: dict[str, Kind] = {
     "part": Kind(part, lambda: [encode(each) for each in _messages()], msgpack.unpackb, msgpack.packb),
     "amqp": Kind(amqp, _frames),
     "numbers": Kind(numbers, lambda: [bytes([n, m, 9]) + bytes(range(256)) * 4 for n in range(4) for m in (0, 99)]),
-    "plan": Kind(plan, lambda: [plans.to_toml(PLAN)], _toml, lambda found: tomli_w.dumps(found).encode()),
+    "plan": Kind(plan, lambda: [plans.to_toml(PLAN)], _toml, _dumped),
     "past": Kind(past, lambda: [_lines()], _rows, lambda rows: b"\n".join(map(_json, rows)) + b"\n"),
     "round": Kind(round_, _tries, json.loads),
     "sums": Kind(sums, _sums, _head, _headed),
     "kept": Kind(kept, _kept, msgpack.unpackb, msgpack.packb),
     "version": Kind(version, _saved, _head, _headed),
+    "invitation": Kind(invitation, _invited, _toml, _dumped),
 }
-if INVITATION is not None:
-    TARGETS["invitation"] = Kind(invitation, _invited, _toml, lambda found: tomli_w.dumps(found).encode())
+if POLICY is not None:
+    TARGETS["policy"] = Kind(policy, lambda: [b'hours = ["22:00-06:30"]\ncohort_min = 3\n'], _toml, _dumped)
 
 _SPLICES = (
     b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"\x80" + b"\0" * 7, b"\xdd\xff\xff\xff\xff",

@@ -20,6 +20,8 @@ VARIANTS = {"past": 100, "plan": 100, "sums": 200, "round": 150, "version": 150,
 FOUND = {
     "a plan nested too deep": ("plan", b"settings.x = " + b"[" * 5000),
     "a plan with a number of 5000 digits": ("plan", b"rounds = " + b"9" * 5000),
+    "an invitation nested too deep": ("invitation", b"name = " + b"[" * 5000),
+    "an invitation with a number of 5000 digits": ("invitation", b"format = " + b"9" * 5000),
     "a journal nested too deep": ("round", b'{"check": "", "tries": ' + b"[" * 100_000),
     "a journal whose attempt is text": (
         "round",

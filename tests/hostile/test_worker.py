@@ -18,6 +18,7 @@ from typing import TypeVar
 import pytest
 
 from broker import topology
+from broker.chain import check
 from broker.link import Lane, Outgoing
 from broker.memory import MemoryLink
 from broker.messages import (
@@ -40,6 +41,7 @@ from broker.parts import Assembly, split
 from broker.tensors import Layout, TensorSpec
 from tests.hostile.liar import RUN, changed, nested, packed
 from tests.system.rig import BOUND_S, MODEL, Federation, Place, federation, learned, start_weights
+from workers.ledger import SUFFIX
 from workers.outbox import SENT_MAX
 from workers.spool import HELD_MAX
 from workers.work import task_seed
@@ -118,7 +120,7 @@ class FalseCoordinator:
 
     def files(self) -> list[Path]:
         """What the worker keeps on its disk."""
-        return [file for file in self.place.worker.spool.folder.iterdir() if file.is_file()]
+        return [file for file in self.place.worker.spool.folder.iterdir() if file.is_file() and file.suffix != SUFFIX]
 
 
 @asynccontextmanager
@@ -132,7 +134,8 @@ async def a_worker(folder: Path, **of_who: bool) -> AsyncIterator[tuple[Federati
         await fed.until(lambda: bool(place.worker._incarnation))
         yield fed, FalseCoordinator(link, place)
         await fed.close()
-        assert list(place.worker.spool.folder.glob("*")) == [], "files were left"
+        (ledger,) = place.worker.spool.folder.glob("*")  # and no other file was left
+        assert check(ledger.read_bytes(), "ledger")[0] == []
         gc.collect()  # a failed publish and its traceback may hold each other, and what was being sent
         assert place.worker.spool.in_use == 0, "models were kept"
         await link.close()

@@ -25,6 +25,7 @@ import coordinator.post
 import coordinator.service
 import workers.post
 from broker import topology
+from broker.contract import Contract, fingerprint
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import FORMATS, format_of
 from broker.link import PUBLISH_S, Delivery, Lane, Outgoing
@@ -149,6 +150,7 @@ class Lesson:
         gate: training waits for it; open unless a test closes it.
         began: set when a training has begun.
         fails: training raises LearnerFailed with this text.
+        layout, contract: of the learner.
         unready: there is nothing to train with, for this reason.
         done: the (train, round) of everything that was done.
         received: round → checksum of the weights from which it was trained.
@@ -162,6 +164,7 @@ class Lesson:
         self.began = asyncio.Event()
         self.fails = ""
         self.unready = ""
+        self.layout, self.contract = MODEL, Contract(fingerprint(MODEL))
         self.done: list[tuple[bool, int]] = []
         self.received: dict[int, int] = {}
         self._spool = spool
@@ -170,7 +173,7 @@ class Lesson:
     async def start(self) -> Layout:
         if self.unready:
             raise UsageError(self.unready)
-        return MODEL
+        return self.layout
 
     async def run(self, work: Work, layout: Layout, *, weights: Slot, residual: Residual | None = None) -> Done:
         del residual  # what formats leave out is lost here

@@ -29,11 +29,11 @@ import numpy as np
 import pytest
 
 from broker import topology
+from broker.chain import Chain
 from broker.errors import LearnerFailed, RunEnded
 from broker.messages import Answer, Attempt, Message
 from broker.tensors import Layout
 from coordinator import history
-from coordinator.chain import Chain
 from coordinator.service import Coordinator
 from coordinator.store import VERSIONS, Store
 from coordinator.verify import verify
@@ -372,7 +372,7 @@ class Bench:
     """Stands in for the training process: takes its time, or fails."""
 
     def __init__(self, simulation: Simulation, party: Party, lesson: Lesson) -> None:
-        self.start = lesson.start
+        self.start, self.contract = lesson.start, lesson.contract
         self._simulation = simulation
         self._party = party
         self._lesson = lesson

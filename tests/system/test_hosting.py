@@ -16,6 +16,7 @@ from broker.messages import Task
 from tests.system.rig import BOUND_S, LEASE_S, MODEL, Federation, Lesson, Wire, expected, federation
 from tests.system.test_rounds import when
 from workers import host
+from workers.ledger import SUFFIX
 from workers.post import Shared
 from workers.service import Worker
 from workers.spool import Spool
@@ -64,7 +65,7 @@ async def hosting(fed: Federation, names: tuple[str, ...] = NAMES) -> AsyncItera
         await wire.close()
         spool.remove()
     assert spool.in_use == 0
-    assert not spool.folder.exists()
+    assert {path.suffix for path in spool.folder.glob("*")} <= {SUFFIX}
 
 
 async def test_a_sampled_cohort_of_hosted_workers_makes_what_workers_alone_would_make(tmp_path: Path) -> None:

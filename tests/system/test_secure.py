@@ -17,6 +17,7 @@ from coordinator.journal import Journal
 from coordinator.store import Store
 from coordinator.vault import Vault
 from tests.system.rig import SECURE, federation, read, secure_expected, start_weights
+from workers.ledger import read as read_ledger
 
 THREE = ("a", "b", "c")
 NAMES = ("a", "b", "c", "d", "e")
@@ -129,9 +130,8 @@ async def test_whatever_comes_twice_counts_once(tmp_path: Path) -> None:
 
 
 async def test_a_second_unmasking_of_a_round_is_refused_and_the_owner_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
 ) -> None:
-    caplog.set_level("INFO")
     async with federation(tmp_path, **SECURE, rounds=1) as fed:
         refusals = list[Refusal]()
 
@@ -150,7 +150,11 @@ async def test_a_second_unmasking_of_a_round_is_refused_and_the_owner_is_told(
         await fed.until(lambda: bool(refusals))
         await fed.end()
         assert [(each.worker, "has helped to unmask this round" in each.reason) for each in refusals] == [("a", True)]
-        assert any("alarm" in line and "has helped to unmask" in line for line in caplog.messages)
+        ledger = read_ledger(fed.folder / "spool-a" / "a.ledger")
+        told = [line for line in ledger if line["event"] in ("secure", "alarm")]
+        assert [line["event"] for line in told] == ["secure", "alarm"]
+        assert (told[0]["cohort"], told[0]["of"]) == (list(THREE), list(THREE))
+        assert "has helped to unmask" in told[1]["why"]
         assert fed.counted() == [list(THREE)]
 
 

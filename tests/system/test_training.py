@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import os
 import re
 import select
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ import numpy as np
 import pytest
 import uvloop
 
+from broker.contract import Contract, fingerprint
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import count_floats, format_of
 from broker.messages import Attempt, Scalar
-from broker.tensors import FLOATS, as_float64, view
+from broker.norms import squares
+from broker.tensors import FLOATS, Layout, TensorSpec, as_float64, view
+from workers.learner import load
 from workers.residuals import Residual, Residuals
 from workers.spool import SMALL_BYTES, Spool
 from workers.training import Trainer
@@ -390,6 +395,8 @@ def test_a_trial_measures_a_learner() -> None:
     assert (report.tensors, report.parameters, report.weights_bytes, report.examples) == (2, 2, 8, 64)
     assert report.after["loss"] < report.before["loss"] / 2
     assert report.warnings == ()
+    line = [TensorSpec("weight", "float32", (1, 1)), TensorSpec("bias", "float32", (1,))]
+    assert report.contract == Contract(fingerprint(Layout.of(line)), load("line").file)
 
 
 def test_a_trial_refuses_a_model_that_is_another_every_time(tmp_path: Path) -> None:
@@ -406,3 +413,26 @@ def evaluate(model, data): return {}
         UsageError, match=r"different tensors \(weight float32\[1, 3\] should be weight float32\[1, 2\]\)"
     ):
         try_learner(str(path), "")
+
+
+# -- bounds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "top-k"])
+async def test_an_update_is_scaled_down_to_the_tasks_clip_with_the_same_bits_each_time(
+    learner: str, tmp_path: Path, name: str
+) -> None:
+    fmt, made = format_of(name, keep=0.7), []
+    async with training(learner, tmp_path) as trainer:
+        layout = await trainer.start()
+        for clip in (0.0, 0.25, 0.25):
+            weights = trainer.spool.take(layout.size_bytes)
+            weights.data[:] = bytes(layout.size_bytes)
+            asked = replace(work(do="drift"), format=name, keep=0.7, clip=clip, examples_max=3)
+            done = await trainer.run(asked, layout, source="here", weights=weights)
+            assert done.delta is not None
+            made.append((math.sqrt(squares(fmt.runs(layout, done.delta.data))), bytes(done.delta.data)))
+            assert done.examples == 3, "the learner says 5"
+    assert made[0][0] > 1
+    assert 0.2 < made[1][0] <= 0.25 * (1 + 1e-6)
+    assert made[1] == made[2]

@@ -14,10 +14,11 @@ from broker.messages import Answer, Attempt, Part, Payload, Task, Update
 from tests.system.rig import BOUND_S, MODEL, Federation, Lesson, expected, federation, read
 from workers.journal import SUFFIX, checked
 from workers.outbox import SENT_MAX, Outbox
+from workers.owner import Owner
 from workers.post import Post
 from workers.residuals import Residuals
 from workers.spool import Spool
-from workers.work import Done
+from workers.work import Done, Who
 
 ROUNDS = 3
 AT = 2
@@ -182,8 +183,8 @@ async def test_an_update_that_is_given_up_is_not_written_down_afterwards(
     monkeypatch.setattr("workers.outbox.checked", slowly)
     spool = Spool(tmp_path / "spool")
     outbox = Outbox(
-        "a", cast(Post, Stuck()), folder=spool.folder, residuals=Residuals(spool.folder, "a"),
-        tell=lambda *_: None, rest=lambda: None,
+        "a", cast(Post, Stuck()), owner=Owner(Who("a", "lesson"), spool.folder),
+        residuals=Residuals(spool.folder, "a"), tell=lambda *_: None, rest=lambda: None,
     )  # fmt: skip
     payload, works = Payload("p", 262144, MODEL.specs), []
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import chain
-from coordinator.chain import Chain, bare, check
+from broker import chain
+from broker.chain import Chain, bare, check
 
 LINES: list[dict[str, Any]] = [
     {"event": "round", "version": number, "why": "3/3 \u2028", "metrics": {"loss": 0.1 * number}}

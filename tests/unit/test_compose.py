@@ -20,7 +20,7 @@ def commands() -> list[list[str]]:
     """The words after `fluffle` of every service, with the defaults where the environment may say otherwise."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE)
     listed = [json.loads(words) for words in re.findall(r"^ +command: (\[.*?\])$", text, re.MULTILINE | re.DOTALL)]
-    return [*listed, *(words.split() for words in re.findall(r"^ +fluffle (.*)$", text, re.MULTILINE))]
+    return [*listed, *(words.split() for words in re.findall(r"^ +fluffle ([^|\n]*)", text, re.MULTILINE))]
 
 
 def test_every_service_of_ours_is_found() -> None:

@@ -83,6 +83,7 @@ def test_a_rounds_line_says_who_was_counted_and_who_was_not_and_why() -> None:
         },
         "refused": {"eve": "no data"},
         "failed": {"eve": "no data"},
+        "declined": {},
         "others": [],
         "struck": {},
         "rested": {},

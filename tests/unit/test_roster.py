@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -208,3 +209,44 @@ def test_a_round_begins_with_a_full_cohort_or_after_a_while_with_a_quorum(
     present: int, waited_s: float, begins: bool, why: str
 ) -> None:
     assert may_begin(present, 4, 3, waited_s=waited_s, gather_s=30) == (begins, why)
+
+
+# -- lies ------------------------------------------------------------------------------------------------------------
+
+
+def lied(times: int = 1) -> dict[str, dict[str, Any]]:
+    return {"eve": {"times": times, "why": "junk"}}
+
+
+def test_who_lies_three_times_in_a_run_rests_though_all_its_updates_were_counted() -> None:
+    rests = Rests()
+    assert rests.note({"ada": "", "eve": ""}, lied()) == {}
+    assert rests.note({"ada": "", "eve": ""}) == {}
+    assert rests.note({"ada": "", "eve": ""}, lied()) == {}
+    assert rests.note({"ada": ""}, lied()) == {"eve": Rest(2, "junk")}
+    assert rests.present == {"eve": Rest(2, "junk")}
+
+
+def test_each_lie_after_the_third_begins_a_longer_rest() -> None:
+    rests = Rests()
+    assert rests.note({}, lied(3)) == {"eve": Rest(2, "junk")}
+    assert rests.note({"eve": ""}, lied()) == {"eve": Rest(4, "junk")}
+    assert rests.note({"eve": ""}) == {}, "what is counted is no reason to rest"
+    assert rests.note({"eve": "no rows"}, lied(20)) == {"eve": Rest(8, "junk")}
+
+
+def test_lies_and_failures_are_counted_apart() -> None:
+    rests = Rests()
+    for _ in range(2):
+        assert rests.note({"eve": "no rows"}, lied()) == {}
+    assert rests.note({"eve": ""}) == {}
+    assert rests.note({"eve": "no rows"}) == {}
+    assert rests.note({}, lied()) == {"eve": Rest(2, "junk")}
+
+
+def test_for_the_invited_there_is_always_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.roster.WORKERS_MAX", 1)
+    roster = Roster(["ada"])
+    assert [roster.hear(hello(name), 0.0) for name in ("eve", "bob", "ada")] == [
+        News.JOINED, News.CROWDED, News.JOINED,
+    ]  # fmt: skip

@@ -178,9 +178,9 @@ def test_a_name_that_was_revoked_is_not_given_again_while_its_certificate_would_
         (folder / "federation.json").write_text(json.dumps(values))
         if refused:
             with pytest.raises(UsageError, match="until 2999-01-01: choose another name"):
-                securing.invite(folder, "ada")
+                securing.invite(folder, "ada", again=True)
         else:
-            securing.invite(folder, "ada")
+            securing.invite(folder, "ada", again=True)
     assert "ada" in Federation.read(folder).parties
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from broker import chain
 from broker.errors import UsageError, WireError
 from broker.files import checksum, in_order
 from broker.tensors import Layout, TensorSpec
-from coordinator import chain
 from coordinator import plan as plans
 from coordinator.plan import Plan
 from coordinator.store import Store, new_run_name

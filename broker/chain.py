@@ -1,7 +1,7 @@
-"""The history as a chain: every line vouches for all that stand before it, so none can be changed without a trace.
+"""A log as a chain: every line vouches for all that stand before it, so none can be changed without a trace.
 
-Knows how a line is written, and what has become of lines that were written so. Does not know what a line says, nor
-versions.
+Knows how a line is written, and what has become of lines that were written so: a run's history, a worker's ledger.
+Does not know what a line says.
 
 A line's `chain` is the hex SHA-256 of the chain before it (nothing before the first) and of the line itself without
 `chain`. A line is written in one way only, as JSON with sorted keys and without spaces, so that no other byte of it
@@ -11,8 +11,9 @@ A power failure may tear the last line. The next one to be written stands on a l
 that is whole, and carries `after_torn`: the SHA-256 of what it found between the two. That tells what was torn from
 what was spoilt afterwards, for which no line vouches.
 
-What a chain cannot tell: that its end was cut off (the versions will miss their lines), or that everything from some
-line on was written anew. Against that, keep the last chain elsewhere: `fluffle verify` prints it, and takes it back.
+What a chain cannot tell: that its end was cut off (a run's versions will miss their lines), or that everything from
+some line on was written anew. Against that, keep the last chain elsewhere: `fluffle verify` and `fluffle ledger
+--verify` print it, and take it back.
 """
 
 import json
@@ -24,7 +25,7 @@ from typing import IO, Any, NamedTuple
 CHAIN, AFTER_TORN = "chain", "after_torn"
 TAIL_BYTES = 64 * 1024
 SEARCHES_MAX = 32
-"""For so many broken places the line that stood before is looked for in the whole history."""
+"""For so many broken places the line that stood before is looked for in the whole file."""
 
 
 class Finding(NamedTuple):
@@ -35,7 +36,7 @@ class Finding(NamedTuple):
 
 
 class Chain:
-    """The end of one history, remembered from line to line. Nobody else writes to it meanwhile."""
+    """The end of one file, remembered from line to line. Nobody else writes to it meanwhile."""
 
     def __init__(self) -> None:
         self._end = -1  # where the file ended when we left it
@@ -77,8 +78,14 @@ def bare(line: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in (CHAIN, AFTER_TORN)}
 
 
-def check(data: bytes) -> tuple[list[Finding], str]:
-    """What is to be said of a whole history's bytes, and its last chain."""
+def check(data: bytes, name: str = "history", *, remembered: str = "") -> tuple[list[Finding], str]:
+    """What is to be said of a whole file's bytes, and its last chain.
+
+    Args:
+        data: all of it.
+        name: what it is called in what is said.
+        remembered: a chain that was printed before; it must still be there.
+    """
     findings: list[Finding] = []
     numbered = [(number, raw, _read(raw)) for number, raw in enumerate(data.split(b"\n"), 1)]
     chains = {"": 0}
@@ -100,7 +107,9 @@ def check(data: bytes) -> tuple[list[Finding], str]:
         before, last, torn = line[CHAIN], number, b""
     if torn:
         findings.append(_left(last, torn, whole=whole))
-    return findings, before
+    if remembered and remembered not in chains:
+        findings.append(Finding(f"no line of the history has the chain {remembered}: it was written anew since."))
+    return [found._replace(said=found.said.replace("history", name)) for found in findings], before
 
 
 def _misplaced(number: int, last: int, line: Mapping[str, Any], chains: Mapping[str, int]) -> Finding:
@@ -152,7 +161,7 @@ def _lines(first: int, last: int) -> str:
 
 
 def _tail(file: IO[bytes], end: int) -> tuple[str, bytes, bytes]:
-    """The last chain of a history, what lies behind that line, and what must come before another line."""
+    """The last chain of a file, what lies behind that line, and what must come before another line."""
     size = TAIL_BYTES
     while True:
         start = max(0, end - size)

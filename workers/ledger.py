@@ -1,0 +1,136 @@
+"""The worker's own account: what it was asked for, what it refused, what left, what became of it. `NAME.ledger`.
+
+Knows how a line is written so that nobody can change it later without a trace (`broker/chain.py`), and how the file
+is read. Does not know when something is written (`owner.py`, `outbox.py`), nor how it is shown.
+
+No coordinator can write here: of what it says only short texts are told, with whatever is not for the eye escaped.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from broker.chain import AFTER_TORN, CHAIN, Chain
+from broker.errors import LearnerFailed, UsageError
+from broker.files import sync
+from broker.options import state_folder
+
+SUFFIX = ".ledger"
+TEXT_MAX, ENTRIES_MAX = 500, 100
+"""Characters of a text in a line, and names in a list; what is longer is cut."""
+
+Line = dict[str, Any]
+
+
+class Ledger:
+    """One worker's, in a folder that is its process's alone; it outlives the process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._chain = Chain()
+        self._named = False  # the folder has the file's name, also after a power failure
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Add a line; it survives a power failure once `keep` has returned.
+
+        Raises:
+            LearnerFailed: the disk is full or not writable.
+        """
+        line = {"event": event, "at": round(time.time(), 3)} | {name: plain(fact) for name, fact in facts.items()}
+        with self._disk():
+            if not self.path.exists():
+                self.path.touch(mode=0o600)
+            with self.path.open("ab+") as file:
+                self._chain.append(file, line)
+
+    def keep(self) -> None:
+        """See to it that what was written stays written. Takes as long as the disk does; call it in a thread.
+
+        Raises:
+            LearnerFailed: the disk is full or broken.
+        """
+        with self._disk():
+            sync(self.path)
+            if not self._named:
+                sync(self.path.parent)
+                self._named = True
+
+    def read(self) -> list[Line]:
+        """All its lines in order; torn ones are passed over.
+
+        Raises:
+            LearnerFailed: they cannot be read.
+        """
+        with self._disk("read"):
+            return [*lines(self.path.read_bytes())] if self.path.exists() else []
+
+    @contextlib.contextmanager
+    def _disk(self, what: str = "written") -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise LearnerFailed(
+                f"this worker's ledger cannot be {what} ({problem.strerror}), and without it nothing leaves: make "
+                "room on its disk, or choose another folder with --state."
+            ) from None
+
+
+def lines(data: bytes) -> Iterator[Line]:
+    """The lines in a ledger's bytes, whoever has written them."""
+    for raw in data.split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(raw)
+            if isinstance(line, dict) and isinstance(line.get("event"), str):
+                yield line
+
+
+def find(folder: Path | None, worker: str) -> Path:
+    """Where a worker's ledger is: in `folder`, or where it is if nothing else was said when the worker was started.
+
+    Raises:
+        UsageError: nowhere.
+    """
+    # one of many has its number behind the name of them all
+    homes = [folder] if folder else [state_folder("workers", each) for each in (worker, worker.rpartition("-")[0])]
+    paths = [home / f"{worker}{SUFFIX}" for home in homes]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise UsageError(f"there is no ledger {paths[0]}: name the worker with --name, and its folder with --state.")
+
+
+def moment(line: Line) -> datetime | None:
+    """When a line was written, in local time; None if somebody else has written it, and what is no time."""
+    try:
+        return datetime.fromtimestamp(line["at"], UTC).astimezone()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return None
+
+
+def told(line: Line) -> tuple[str, ...]:
+    """A line for people: when, what, run, round, who asked, and what else it says."""
+    when, left = moment(line), plain(line)
+    first = [str(left.pop(name, "")) for name in ("event", "run", "round", "asked_by")]
+    rest = (
+        f"{name} {', '.join(map(str, fact)) if isinstance(fact, list) else fact}"
+        for name, fact in left.items()
+        if name not in ("at", CHAIN, AFTER_TORN)
+    )
+    return f"{when:%Y-%m-%d %H:%M:%S}" if when else "?", *first, "; ".join(rest)
+
+
+def plain(fact: Any) -> Any:
+    """A fact as it may stand in a line: bounded, and nothing in it that a terminal would obey."""
+    if isinstance(fact, str):
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in fact[:TEXT_MAX])
+        return shown[:TEXT_MAX]
+    if isinstance(fact, Mapping):
+        return {plain(name): plain(value) for name, value in [*fact.items()][:ENTRIES_MAX]}
+    if isinstance(fact, list | tuple):
+        return [plain(each) for each in fact[:ENTRIES_MAX]]
+    return str(fact) if isinstance(fact, float) and not math.isfinite(fact) else fact

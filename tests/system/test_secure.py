@@ -17,7 +17,7 @@ from coordinator.journal import Journal
 from coordinator.store import Store
 from coordinator.vault import Vault
 from tests.system.rig import SECURE, federation, read, secure_expected, start_weights
-from workers.ledger import read as read_ledger
+from workers.ledger import Ledger
 
 THREE = ("a", "b", "c")
 NAMES = ("a", "b", "c", "d", "e")
@@ -150,7 +150,7 @@ async def test_a_second_unmasking_of_a_round_is_refused_and_the_owner_is_told(
         await fed.until(lambda: bool(refusals))
         await fed.end()
         assert [(each.worker, "has helped to unmask this round" in each.reason) for each in refusals] == [("a", True)]
-        ledger = read_ledger(fed.folder / "spool-a" / "a.ledger")
+        ledger = Ledger(fed.folder / "spool-a" / "a.ledger").read()
         told = [line for line in ledger if line["event"] in ("secure", "alarm")]
         assert [line["event"] for line in told] == ["secure", "alarm"]
         assert (told[0]["cohort"], told[0]["of"]) == (list(THREE), list(THREE))

@@ -35,6 +35,7 @@ from broker.fields import legible
 from broker.invitation import Access
 from broker.node import Node
 from broker.options import BROKER, INVITE, Insecure, SettingPairs, parse_settings
+from broker.pinned import draw_keys
 from coordinator import history, report
 from coordinator import plan as plans
 from coordinator.store import Store, new_run_name
@@ -48,6 +49,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 POLL_S = 0.1
+SECURE = {"clip": 8.0, "examples_max": 2048}
+"""Of a demonstration with secure rounds: how long an update may be, and for how many examples it counts."""
 STOP_S = 20.0
 HELD_OUT = "held-out"
 INTERRUPTED = 130
@@ -131,6 +134,7 @@ def demo(
     workers: Annotated[int, typer.Option(min=1, max=64, help="How many workers, where the learner can choose.")] = 4,
     rounds: Annotated[int | None, typer.Option(min=1, help="Versions to make.")] = None,
     schedule: Annotated[str, typer.Option(help="parallel or cyclic.")] = "parallel",
+    privacy: Annotated[str, typer.Option(help="none, or secure: nobody sees a worker's update.")] = "none",
     broker_url: Annotated[
         str | None, typer.Option("--broker", help="Use this RabbitMQ; default: a private one.")
     ] = None,
@@ -151,6 +155,7 @@ def demo(
         "cohort": len(cast.workers),
         "quorum": len(cast.workers),
         "schedule": schedule,
+        **({"privacy": privacy, **SECURE} if privacy != "none" else {}),
         "workers": tuple(cast.workers),
         "gather_s": 120.0,
         "seed": seed,
@@ -209,9 +214,13 @@ def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     logs = store.folder / "log"
     logs.mkdir()
     with _company(url, logs) as company:
-        company.start("coordinator", "coordinator", str(store.folder))
+        keys, roster, member = store.folder / "keys", tuple[str, ...](), tuple[str, ...]()
+        if store.plan.privacy == "secure":
+            roster = ("--roster", str(draw_keys(keys, [*cast.workers])))
+            member = (*roster, "--identity", str(keys / "{name}.key"))
+        company.start("coordinator", "coordinator", str(store.folder), *roster)
         for name, source in cast.workers.items():
-            company.start(name, "worker", store.plan.learner, "--name", name, "--data", source)
+            company.start(name, "worker", store.plan.learner, "--name", name, "--data", source, *member)
         if cast.held_out is not None:
             options = ("--name", HELD_OUT, "--data", cast.held_out, "--evaluate-only")
             company.start(HELD_OUT, "worker", store.plan.learner, *options)

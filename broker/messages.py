@@ -7,11 +7,12 @@ The decoder trusts nothing: msgpack under limits, then every field against the d
 """
 
 import struct
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import msgpack
 
+from broker import pact
 from broker.errors import WireError
 from broker.fields import NAME, Within, build, in_short
 from broker.tensors import TENSORS_MAX, Layout, TensorSpec
@@ -81,6 +82,14 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Secure:
+    """Within a task: its update is only added up in secret, in words of `bits`, with those of `cohort` at most."""
+
+    bits: Annotated[int, Within(32, 64)]
+    cohort: Annotated[int, Within(pact.COHORT_MIN, pact.COHORT_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """Worker → every coordinator: I am here until the lease ends.
 
@@ -133,6 +142,15 @@ class Task:
     cohort: Count = 0
     contract: Digest = ""
     learner_file: Digest = ""
+    secure: Secure | None = None
+
+    @property
+    def terms(self) -> bytes:
+        """What both sides of a secure round must agree upon beside run, round and model, written in one way only."""
+        settings = sorted(self.settings.items())
+        terms = [self.version, self.seed, settings, self.format, self.clip, self.examples_max]
+        packed: bytes = msgpack.packb([*terms, *(astuple(self.secure) if self.secure else ())])
+        return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +233,41 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """Worker → coordinator: my update is finished and safe here; these are my keys for the secure sum `serial`.
+
+    `metrics` are the names of what I could tell with it, inside the sum.
+    """
+
+    of: Attempt
+    worker: Name
+    serial: Count
+    advert: pact.Advert
+    metrics: Annotated[tuple[Key, ...], Within(0, pact.METRICS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Worker → coordinator: my part in a stage of the secure sum; `payload` says in which parts masked words come."""
+
+    of: Attempt
+    worker: Name
+    serial: Count
+    says: pact.Shares | pact.Masked | pact.Vow | pact.Opened
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Coordinator → worker: a stage of the secure sum is over, go on from this; nil: a sum begins, say `Ready`."""
+
+    of: Attempt
+    serial: Count
+    says: pact.Settled | pact.Dealt | pact.Finishers | pact.Reveal | None = None
+    epoch: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A numbered piece of a payload: all `part_bytes` long but the last; `checksum` is the XXH3 (64 bits) of `data`.
 
@@ -227,7 +280,7 @@ class Part:
     data: Buffer = field(repr=False)
 
 
-Small = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed | Resumed
+Small = Hello | Goodbye | Task | Claim | Score | Update | Refusal | Answer | Closed | Resumed | Ready | Step | Call
 Message = Small | Part
 KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(Message)}
 
@@ -283,7 +336,7 @@ def decode(body: Buffer) -> Message:
     if not isinstance(kind, str) or kind not in KINDS:
         raise WireError(f"unknown kind of message {in_short(kind)}.")
     message: Message = build(KINDS[kind], raw, kind)
-    if isinstance(message, Task | Update):
+    if isinstance(message, Task | Update | Step) and message.payload:
         message.payload.layout.check()
     return message
 

@@ -29,6 +29,9 @@ SettingPairs = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting for the learner's train().")
 ]
 
+RosterFile = Annotated[
+    Path | None, typer.Option("--roster", help="Secure rounds: who may take part, and whose keys they are.")
+]
 GiveUp = Annotated[
     float | None,
     typer.Option(min=0, help="End with status 4 once RabbitMQ was out of reach for so long; default: wait for ever."),

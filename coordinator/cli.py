@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +19,12 @@ from rich.table import Table
 
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
+from broker.errors import UsageError
 from broker.fields import legible
 from broker.invitation import Access
 from broker.link import Link
-from broker.options import BrokerUrl, GiveUp, Insecure, Invite, SettingPairs, parse_settings, way_in
+from broker.options import BrokerUrl, GiveUp, Insecure, Invite, RosterFile, SettingPairs, parse_settings, way_in
+from broker.pinned import read_roster
 from coordinator import history, service, standby, updates
 from coordinator import plan as plans
 from coordinator import replay as replaying
@@ -31,6 +33,21 @@ from coordinator.store import Store
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder; `fluffle init` makes one.")]
 PlanOptions = dict[str, Any]
+OverSelect = Annotated[
+    float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
+]
+How = Annotated[str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")]
+Down = Annotated[str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")]
+Privacy = Annotated[
+    str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 to 1.")
+]
+KeepUpdates = Annotated[
+    bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
+]
+Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
 
 
 def coordinator(
@@ -39,31 +56,26 @@ def coordinator(
     invite: Invite = None,
     rounds: Annotated[int | None, typer.Option(help="Versions to make.")] = None,
     cohort: Annotated[int | None, typer.Option(help="Workers chosen for a round.")] = None,
-    over_select: Annotated[
-        float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
-    ] = None,
+    over_select: OverSelect = None,
     quorum: Annotated[int | None, typer.Option(help="Fewest updates that make a version.")] = None,
     round_s: Annotated[float | None, typer.Option(help="Seconds until a round stops waiting.")] = None,
     gather_s: Annotated[float | None, typer.Option(help="Seconds to wait at first for a full cohort.")] = None,
     schedule: Annotated[str | None, typer.Option(help="parallel or cyclic.")] = None,
     workers: Annotated[str | None, typer.Option(help="Only these: names with commas, in cyclic order.")] = None,
-    how: Annotated[
-        str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")
-    ] = None,
+    how: How = None,
     keep: Annotated[float | None, typer.Option(help="The part of its numbers that a top-k update sends.")] = None,
-    down: Annotated[
-        str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")
-    ] = None,
+    down: Down = None,
     clip: Annotated[
         float | None, typer.Option(help="The largest norm of an update; longer ones are refused.")
     ] = None,
     examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
-    keep_updates: Annotated[
-        bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
-    ] = None,
-    drains: Annotated[
-        int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")
-    ] = service.DRAINS,
+    privacy: Privacy = None,
+    ring_bits: Annotated[int | None, typer.Option(help="Secure: 32 or 64 bits a number.")] = None,
+    min_cohort: Annotated[int | None, typer.Option(help="Secure: fewest updates in a sum, from 3.")] = None,
+    threshold: Threshold = None,
+    roster: RosterFile = None,
+    keep_updates: KeepUpdates = None,
+    drains: Drains = service.DRAINS,
     settings: SettingPairs = None,
     give_up_s: GiveUp = None,
     insecure: Insecure = False,
@@ -88,6 +100,10 @@ def coordinator(
         "down": down,
         "clip": clip,
         "examples_max": examples_max,
+        "privacy": privacy,
+        "ring_bits": ring_bits,
+        "min_cohort": min_cohort,
+        "threshold": threshold,
         "keep_updates": keep_updates,
     }
     changes: PlanOptions = {name: value for name, value in given.items() if value is not None}
@@ -99,15 +115,22 @@ def coordinator(
         store = Store.open(run)  # as it is now
         store.begin_epoch()
         store.adopt(plans.change(store.plan, changes))
+        keys = read_roster(roster) if roster else {}
+        if store.plan.privacy == "secure" and not keys:
+            raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
         connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
-        daemon.run(lambda stop: _serve(store, connect, stop, drains=drains, forced=forced))
+        begin = partial(service.serve, store, drains=drains, forced=forced, keys=keys)
+        daemon.run(lambda stop: _serve(store, connect, stop, begin))
 
 
 async def _serve(
-    store: Store, connect: Callable[[], Awaitable[Link]], stop: asyncio.Event, *, drains: int, forced: bool
+    store: Store,
+    connect: Callable[[], Awaitable[Link]],
+    stop: asyncio.Event,
+    begin: Callable[[Link], Coroutine[None, None, None]],
 ) -> None:
     link = await connect()
-    work = asyncio.create_task(service.serve(store, link, drains=drains, forced=forced))
+    work = asyncio.create_task(begin(link))
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from broker import topology
 from broker.errors import PartsLost, WireError
@@ -16,7 +16,7 @@ from broker.fields import NAME
 from broker.files import Put
 from broker.formats import CHUNK_ITEMS, format_of
 from broker.link import Delivery
-from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Refusal, Score, Update
+from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Ready, Refusal, Score, Step, Update
 from broker.tensors import Layout
 from coordinator import history, updates
 from coordinator import plan as plans
@@ -49,6 +49,8 @@ class Desk:
         sums: what the present turn has added up, in memory that all turns of all rounds use.
         version: the last one that was made.
         unsafe: the round that made it, while that is not on the disk.
+        uploads: what was accepted and is to be drained.
+        take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
         final: worker → its score of the last version, once that has been asked for.
         changed: set whenever something was heard.
     """
@@ -57,6 +59,8 @@ class Desk:
         self.roster = Roster(store.plan.workers)
         self.open: Open | None = None
         self.final: dict[str, dict[str, float]] = {}
+        self.take_secret: Callable[[Ready | Step], Awaitable[None]] | None = None
+        self.add_secret: Callable[[Open, str, memoryview], None] | None = None
         self.changed = asyncio.Event()
         self.store = store
         post.blame = self._blame
@@ -76,7 +80,7 @@ class Desk:
         self._receiving: dict[asyncio.Timeout, None] = {}  # in the order in which they began
         self._received = asyncio.Event()
         self._between = Facts()  # what was heard while no round was open, for the next one's line
-        self._uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
+        self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
         self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
@@ -183,6 +187,9 @@ class Desk:
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
+        if not self.sums.updates:
+            put(0, weights)
+            return
         self.rule.finish(self.sums, weights, forgetting_put(put, weights), spread=self._spread)
 
     async def hear(self, message: Message, delivery: Delivery) -> None:
@@ -239,6 +246,8 @@ class Desk:
             case Update():
                 await self._judge(message, delivery)
                 return
+            case Ready() | Step() if self.take_secret:
+                await self.take_secret(message)
             case Score():
                 self._score(message)
             case Refusal():
@@ -259,12 +268,14 @@ class Desk:
         here = self.open
         if self.unsafe and update.of == self.unsafe.of and update.worker in self.unsafe.counted:
             await self._leave_parts(update.worker)  # it will be told when the version is safe
-        elif any(update.of == of and update.worker in counted for of, counted in self._made):
+        elif self.has_counted(update.of, update.worker):
             await self.post.tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
             await self._leave_parts(update.worker)
         else:
             most = self.plan.examples_max
             verdict, reason = judge(update, here.round if here else None, self.payload_layout, examples_max=most)
+            if self.take_secret and verdict is Verdict.ACCEPTED:
+                verdict, reason = Verdict.INVALID, "updates of this run are only added up in secret"
             if here and verdict is Verdict.ACCEPTED and not here.is_of_this_turn(update):
                 log.info("%s: %s has trained from other weights: asking for another", update.of, update.worker)
                 here.untidy.add(update.worker)
@@ -273,12 +284,16 @@ class Desk:
             elif here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
                 here.held.append(delivery)
-                self._uploads.put_nowait((here, update))
+                self.uploads.put_nowait((here, update))
                 return
             else:
                 await self._turn_down(update, verdict, reason)
         await delivery.ack()
         self.changed.set()
+
+    def has_counted(self, of: Attempt, worker: str) -> bool:
+        """Whether a worker is in the version that an attempt has made."""
+        return any(of == made and worker in who for made, who in self._made)
 
     def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
         facts = self.open.facts if self.open else self._between
@@ -324,6 +339,8 @@ class Desk:
         if self.open and refusal.of == self.open.round.of:
             withdraw = self.open.round.decline if refusal.declined else self.open.round.withdraw
             withdraw(refusal.worker, refusal.reason)
+            if self.open.secret:
+                self.open.secret.gone.setdefault(refusal.worker, refusal.reason)
         elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
             self.final.setdefault(refusal.worker, {})
 
@@ -338,8 +355,8 @@ class Desk:
 
     async def _drain_uploads(self, room: Room) -> None:
         while True:
-            here, update = await self._uploads.get()
-            data = room.clear(self.payload_layout.size_bytes)
+            here, update = await self.uploads.get()
+            data = room.clear(update.payload.layout.size_bytes)
             try:
                 if await self._receive(here, update, data):
                     await self._add_up(here, update, data)
@@ -357,8 +374,8 @@ class Desk:
         try:
             async with asyncio.timeout(None) as receiving:  # until the turn ends
                 self._receiving[receiving] = None
-                if not await self.post.drain(update, data, within_s=self.plan.round_s, waiting=self._uploads.qsize):
-                    self._uploads.put_nowait((here, update))
+                if not await self.post.drain(update, data, within_s=self.plan.round_s, waiting=self.uploads.qsize):
+                    self.uploads.put_nowait((here, update))
                     return False
         except TimeoutError:
             log.info("%s: what %s has sent is left: the turn is over", update.of, update.worker)
@@ -372,17 +389,23 @@ class Desk:
         async with self._adding:
             if not self._wanted(here, update):  # any more
                 return
-            await asyncio.to_thread(self._add, update, data)
-            here.round.count(update.worker, update.examples)
-        here.facts.trained[update.worker] = update.metrics
+            if self.add_secret:
+                await asyncio.to_thread(self.add_secret, here, update.worker, data)
+            else:
+                await asyncio.to_thread(self._add, update, data)
+                here.round.count(update.worker, update.examples)
+                here.facts.trained[update.worker] = update.metrics
         here.facts.bytes_up += len(data)
         self.changed.set()
 
     def _wanted(self, here: Open, update: Update) -> bool:
-        return here is self.open and here.round.takes(update.worker)
+        takes = here.secret.wants if here.secret else here.round.takes
+        return here is self.open and takes(update.worker)
 
     async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
-        if here is self.open:
+        if here.secret:
+            here.secret.gone.setdefault(update.worker, str(problem))
+        elif here is self.open:
             await self._turn_down(update, Verdict.INVALID, str(problem), lost=isinstance(problem, PartsLost))
         self.changed.set()
 

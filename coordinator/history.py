@@ -45,6 +45,7 @@ class Facts:
     scored: dict[str, Metrics] = field(default_factory=dict)
     others: list[Line] = field(default_factory=list)
     rested: dict[str, Line] = field(default_factory=dict)
+    secure: Line = field(default_factory=dict)
     struck: dict[str, Line] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -105,7 +106,7 @@ def scores(scored: Mapping[str, Metrics]) -> dict[str, float]:
 
 def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float) -> Line:
     """The line of a round that made a version. `at` is in seconds since 1970, `seconds` how long the round took."""
-    return {
+    line = {
         "event": "round",
         "round": done.of.round,
         "attempt": done.of.attempt,
@@ -129,6 +130,9 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         "bytes_down": facts.bytes_down,
         "bytes_up": facts.bytes_up,
     }
+    if facts.secure:  # metrics came inside the sum, as means
+        line |= {"secure": facts.secure, **{key: facts.secure[key] for key in ("metrics", "scored")}}
+    return line
 
 
 def abandoned_line(given_up: Round, facts: Facts, *, why: str, seconds: float, at: float) -> Line:

@@ -32,6 +32,8 @@ class Try:
         plan: a digest of the plan's settings that decide what updates are made of.
         cohort: who was asked, in order; empty when the try is over without a version.
         until: when its (first) turn stops waiting, in seconds since 1970.
+        serial: the last secure sum that was begun in it.
+        released: in that sum something was revealed, so there must be no other.
         line: the history's, once the version has been made of what was counted.
     """
 
@@ -41,6 +43,8 @@ class Try:
     cohort: tuple[str, ...]
     until: float
     line: dict[str, Any] | None = None
+    serial: int = 1
+    released: bool = False
 
 
 class Journal:
@@ -89,6 +93,21 @@ class Journal:
     def made(self, line: dict[str, Any]) -> None:
         """The try at the line's round has made its version; `flush` before that is safe, or begin the next one."""
         self._change(line["round"], line=line)
+
+    def next_sum(self, number: int) -> tuple[int, bool]:
+        """Another secure sum begins in a try at a round: its serial, unless the one before it was released."""
+        found = self._at(number)
+        assert found
+        if not found.released:
+            self._change(number, serial=found.serial + 1)
+            self._save()
+            return found.serial + 1, False
+        return found.serial, True
+
+    def release(self, number: int) -> None:
+        """From now on something may be revealed in the present secure sum of a round."""
+        self._change(number, released=True)
+        self._save()
 
     def abandon(self, number: int) -> None:
         """The try at a round is over without a version."""

@@ -8,9 +8,46 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from broker.link import Delivery
-from broker.messages import Attempt, Update
+from broker.messages import Attempt, Call, Ready, Step, Update
+from broker.ring import Form
 from coordinator.history import Facts
 from coordinator.round import Round
+from coordinator.unmasking import Unmasking
+
+
+@dataclass(slots=True)
+class Secret:
+    """A secure sum in the making.
+
+    Attributes:
+        serial: tells it from others of the same attempt.
+        context: what all keys and signatures in it bind.
+        core: who has said what, and the masked sum.
+        ready: worker → its keys, of everyone who has advertised some.
+        form: what the words stand for, once that is settled.
+        coming: worker → what it said of its masked words, which are on their way.
+        calls: worker → what it was told last.
+        gone: worker → why it has dropped out.
+        finished: whose words are in the sum, once that is known.
+        said: what counts, in order.
+        released: something may have been revealed.
+    """
+
+    serial: int
+    context: bytes
+    core: Unmasking
+    ready: dict[str, Ready] = field(default_factory=dict)
+    form: Form | None = None
+    coming: dict[str, Step] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+    finished: tuple[str, ...] = ()
+    said: list[Ready | Step] = field(default_factory=list)
+    released: bool = False
+
+    def wants(self, worker: str) -> bool:
+        """Whether a worker's masked words are still wanted."""
+        return self.core.stage == "masked" and worker in self.core.waiting
 
 
 @dataclass(slots=True)
@@ -26,6 +63,7 @@ class Open:
     held: list[Delivery] = field(default_factory=list)  # accepted updates, acknowledged when the version is safe
     untidy: set[str] = field(default_factory=set)  # sent parts that nobody will drain
     left_s: float | None = None  # taken up again: how long its turn has left
+    secret: Secret | None = None  # where updates are only added up in secret
     called: str = ""  # the payload that this turn's workers are sent
 
     def begin_turn(self) -> None:

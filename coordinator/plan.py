@@ -16,10 +16,13 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from broker import wording
+from broker.errors import UsageError
 from broker.fields import NAME
 from broker.formats import KEEP
 from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
+from broker.pact import COHORT_MAX, COHORT_MIN
 from broker.parts import PART_BYTES
+from broker.ring import Ring, ring_of
 from coordinator.aggregation import RULES
 
 FILE = "plan.toml"
@@ -82,6 +85,10 @@ class Plan:
         clip: the largest norm of an update (`broker/norms.py`), 0 for any. A worker scales a longer one down; what
             comes longer all the same is refused.
         examples_max: the most examples that an update counts for; a worker that learned from more says this.
+        privacy: `secure`: updates are only added up in secret (`broker/pact.py`), and nobody sees one; else `none`.
+        ring_bits: secure: 32 or 64 bits for each number of a masked update, whose grid is as fine as they allow.
+        min_cohort: secure: fewest updates in a sum, from 3.
+        threshold: secure: more than this part of a worker's neighbours must help to open its secrets.
         keep_updates: every counted update stays in the run's folder, so that each version can be made again.
         contract: the fingerprint of the tensors that every worker's learner must have (`broker/contract.py`); empty,
             as in runs of a former fluffle: not checked.
@@ -107,12 +114,18 @@ class Plan:
     down: Literal["full", "bfloat16", "int8"] = "full"
     clip: Annotated[float, Field(ge=0, le=CLIP_MAX)] = 0.0
     examples_max: Annotated[int, Field(ge=1, le=EXAMPLES_MAX)] = EXAMPLES_MAX
+    privacy: Literal["none", "secure"] = "none"
+    ring_bits: Literal[32, 64] = 32
+    min_cohort: Annotated[int, Field(ge=COHORT_MIN, le=COHORT_MAX)] = COHORT_MIN
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 2 / 3
     keep_updates: bool = False
     contract: _DIGEST = ""
     learner_file: _DIGEST = ""
     settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.privacy == "secure":
+            self._check_secure()
         if self.least > self.cohort:
             raise ValueError(f"the quorum ({self.quorum}) is above the cohort ({self.cohort}): lower it")
         if self.workers and self.cohort > len(self.workers):
@@ -140,10 +153,38 @@ class Plan:
                 f"a cyclic round has no use for changes of versions (down is {self.down}): set it to full"
             )
 
+    def _check_secure(self) -> None:
+        if self.cohort < self.min_cohort:
+            raise ValueError(
+                f"the cohort ({self.cohort}) is below min_cohort ({self.min_cohort}): a sum of fewer updates hides "
+                "nobody; raise it, or set privacy to none"
+            )
+        wanted = {"schedule": "parallel", "rule": "mean", "format": "float32", "keep_updates": False}
+        for name, value in wanted.items():
+            if (found := getattr(self, name)) != value:
+                raise ValueError(
+                    f"{name} is {found}, which needs the updates of single workers or cannot be masked, and with "
+                    f"privacy = secure nobody sees them: set it to {value}, or privacy to none"
+                )
+        try:
+            self.ring  # noqa: B018 (whether it has room)
+        except UsageError as problem:
+            raise ValueError(str(problem).removesuffix(".")) from None
+
+    @property
+    def ring(self) -> Ring:
+        """In which masked updates are added up.
+
+        Raises:
+            UsageError: there is no clip, or no room for so many workers and examples.
+        """
+        return ring_of(self.ring_bits, clip=self.clip, examples_max=self.examples_max, cohort=self.cohort)
+
     @property
     def least(self) -> int:
-        """The quorum in force: as given, or two thirds of the cohort, rounded up."""
-        return -(-2 * self.cohort // 3) if self.quorum is None else self.quorum
+        """The quorum in force: as given, or two thirds of the cohort, rounded up; not below a secure sum's least."""
+        quorum = -(-2 * self.cohort // 3) if self.quorum is None else self.quorum
+        return max(quorum, self.min_cohort) if self.privacy == "secure" else quorum
 
     @property
     def asks(self) -> int:

@@ -13,7 +13,7 @@ from broker import topology
 from broker.errors import BrokerRefused, LinkError, PartsLost, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
-from broker.messages import Answer, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
+from broker.messages import Answer, Call, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
 from broker.parts import Assembly, split
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Post:
         parts = forgetting(split(task.payload, weights), weights, lambda part: len(part.data))
         return len(header) + await publish_parts(self.link, parts, topology.DOWN, keys, lane=Lane.DOWN)
 
-    async def tell(self, workers: Iterable[str], message: Answer | Closed | Resumed) -> None:
+    async def tell(self, workers: Iterable[str], message: Answer | Closed | Resumed | Call) -> None:
         """Send a small message to these workers. One that cannot be reached will hear it by asking again."""
         message = replace(message, epoch=self.epoch)
         for batch in batches(tuple(workers)):

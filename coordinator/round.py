@@ -157,6 +157,17 @@ class Round:
         self._arriving.discard(worker)
         self.counted[worker] = examples
 
+    def drop_out(self, worker: str, reason: str) -> None:
+        """What was counted, because it was ready for a secure sum, is not in it."""
+        if self.counted.pop(worker, None) is not None:
+            self.refuse(worker, reason)
+
+    def go_without(self, reason: str) -> None:
+        """Nothing is counted, and the version stays what it was: a sum that is lost may not be asked for again."""
+        for worker in [*self.counted]:
+            self.drop_out(worker, reason)
+        self.quorum = 0
+
     def withdraw(self, worker: str, reason: str) -> None:
         """The worker says that it will not contribute; what is arriving already counts all the same."""
         if worker not in self._arriving and worker not in self.refused:  # the first reason is the one to read
@@ -165,7 +176,7 @@ class Round:
     def leave(self, worker: str, reason: str) -> None:
         """The worker withdraws with a goodbye, which is no failure."""
         self.withdraw(worker, reason)
-        if self.refused.get(worker) == reason:
+        if self.refused.get(worker) == reason or worker in self.counted:
             self._left.add(worker)
 
     def revoke(self, worker: str, reason: str) -> None:
@@ -189,6 +200,10 @@ class Round:
     def lose(self, worker: str) -> None:
         """The worker's lease has ended, or it has left; it may come back."""
         self._lost.add(worker)
+
+    def is_away(self, worker: str) -> bool:
+        """Whether the worker was here, and its lease has ended or it has left."""
+        return worker in self._lost or worker in self._left
 
     def find(self, worker: str) -> bool:
         """The worker is (back) here; True when it still owes this turn an update."""

@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 
 from broker.changes import encode_change
-from broker.errors import LinkError, Unroutable, WireError
+from broker.errors import Aborted, LinkError, Unroutable, WireError
 from broker.files import forget
 from broker.formats import FORMATS
 from broker.link import Link, first_of
-from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
+from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Secure, Task
 from coordinator import history
 from coordinator import plan as plans
 from coordinator.claim import beat
@@ -30,6 +30,7 @@ from coordinator.opened import Open, named
 from coordinator.post import Post
 from coordinator.roster import Rests, choose_cohort, may_begin
 from coordinator.round import Phase, Round
+from coordinator.secrecy import Keys, Secrecy
 from coordinator.standby import BEAT_S
 from coordinator.store import Store
 
@@ -47,7 +48,7 @@ DRAINS = 2
 class Coordinator:
     """One run's coordinator. `serve` returns when the plan's last version is made and scored."""
 
-    def __init__(self, store: Store, link: Link, *, drains: int = DRAINS) -> None:
+    def __init__(self, store: Store, link: Link, *, drains: int = DRAINS, keys: Keys | None = None) -> None:
         self.store = store
         epoch = store.claim.epoch or store.begin_epoch()
         store.settle()
@@ -62,6 +63,8 @@ class Coordinator:
         lines = store.history()
         self._former = self.desk.remember(lines)
         self.rests.remember(lines)
+        secure = self.plan.privacy == "secure"
+        self._secrecy = Secrecy(store, self.desk, keys=keys or {}, wait=self._wait) if secure else None
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
         self._say = Now(store, self.desk, self.rests).say
@@ -187,11 +190,10 @@ class Coordinator:
         try:
             while trying.has_turn:
                 await self._take_turn(here)
-        except (LinkError, WireError) as problem:
+        except (LinkError, WireError, Aborted) as problem:
             trouble = str(problem)
         await self._sealed()  # the version before this one
-        phase, why = trying.outcome or (Phase.OPEN, "")
-        seconds = time.monotonic() - began_at
+        (phase, why), seconds = trying.outcome or (Phase.OPEN, ""), time.monotonic() - began_at
         self._rest(here)
         if phase is Phase.CLOSED and not trouble:
             await self._close(here, why, seconds)
@@ -211,6 +213,9 @@ class Coordinator:
         asked = here.round.begin_turn(time.monotonic(), turn_s=left_s)
         here.begin_turn()
         first = here.round.cohort[: len(asked)] == asked
+        task = self._task(here.round.of, "train", here.called)
+        if self._secrecy:
+            await self._secrecy.begin(here, task, again=left_s is not None)
         if left_s is None:
             await self.desk.begin_turn()
             await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
@@ -230,7 +235,10 @@ class Coordinator:
                 await self._send(here, again)
                 continue
             await self._wait(until=here.round.deadline_at if now < here.round.deadline_at else here.round.ends_at)
-        if self.desk.sums.updates:
+        if self._secrecy:
+            await self._sealed()  # what was put down of the sum before this one is needed until then
+            await self._secrecy.sum_up(here, task)
+        if self.desk.sums.updates or not here.round.quorum:
             here.weights = await asyncio.to_thread(self._draft, here)
 
     def _draft(self, here: Open) -> memoryview:
@@ -249,11 +257,10 @@ class Coordinator:
 
     async def _close(self, here: Open, why: str, seconds: float) -> None:
         """The round has made a version. The next one may begin while it is written to the disk."""
-        done = here.round
-        line = history.round_line(done, here.facts, why=why, seconds=seconds, at=time.time())
+        line = history.round_line(here.round, here.facts, why=why, seconds=seconds, at=time.time())
         self.store.journal.made(line)
         self.weights = here.weights
-        self.desk.made(done)
+        self.desk.made(here.round)
         await self._drop_uploads(here)
         self._sealing = self._group.create_task(self._seal(here, line, why))
 
@@ -264,6 +271,8 @@ class Coordinator:
         await asyncio.to_thread(self.store.seal, done.of.round)
         self.store.note(await asyncio.to_thread(self.store.vouched, line))
         self.desk.safe(done)
+        if self._secrecy:
+            self._secrecy.forget()
         log.info("%s closed: %s", done.of, why)
         await self._tell(done.of, done.cohort, done.counted, why)
         for delivery in here.held:
@@ -303,7 +312,8 @@ class Coordinator:
 
     async def _score_last(self) -> None:
         """Let everyone score the last version: nobody will receive it in a next round."""
-        trainers, evaluators = self.roster.trainers(self.plan.workers), self.roster.evaluators()
+        evaluators = self.roster.evaluators()  # in secure rounds no trainer says its own score to anybody
+        trainers = [] if self._secrecy else self.roster.trainers(self.plan.workers)
         of, began_at = Attempt(self.plan.run, self.desk.version, 0), time.monotonic()
         asked = [*trainers, *evaluators]
         if not asked:
@@ -363,7 +373,7 @@ class Coordinator:
         return Task(
             of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
             format=plan.format, keep=plan.kept, epoch=self.post.epoch, clip=plan.clip, examples_max=plan.examples_max,
-            contract=plan.contract,
+            contract=plan.contract, secure=Secure(plan.ring_bits, plan.cohort) if self._secrecy else None,
             learner_file=plan.learner_file, cohort=len(self.desk.open.round.asked) if self.desk.open else 0,
         )  # fmt: skip
 
@@ -376,8 +386,6 @@ class Coordinator:
                     self.desk.open.round.lose(worker)
             return 0
 
-    # -- waiting ------------------------------------------------------------------------------------------------
-
     async def _wait(self, until: float | None) -> None:
         """Until something was heard, or a lease ends, or the given instant."""
         ends = [at for at in (until, self.roster.next_lapse_at()) if at is not None]
@@ -388,6 +396,8 @@ class Coordinator:
         self.desk.changed.clear()
 
 
-async def serve(store: Store, link: Link, *, drains: int = DRAINS, forced: bool = False) -> None:
+async def serve(
+    store: Store, link: Link, *, drains: int = DRAINS, forced: bool = False, keys: Keys | None = None
+) -> None:
     """Be the coordinator of a run until its plan is done; see `Coordinator.serve`."""
-    await Coordinator(store, link, drains=drains).serve(forced=forced)
+    await Coordinator(store, link, drains=drains, keys=keys).serve(forced=forced)

@@ -26,11 +26,23 @@ from broker.fields import NAME, NAME_RULE
 from broker.files import read_version
 from broker.invitation import Access
 from broker.link import Link
-from broker.options import BrokerUrl, GiveUp, Insecure, Invite, SettingPairs, parse_settings, state_folder, way_in
+from broker.options import (
+    BrokerUrl,
+    GiveUp,
+    Insecure,
+    Invite,
+    RosterFile,
+    SettingPairs,
+    parse_settings,
+    state_folder,
+    way_in,
+)  # fmt: skip
+from broker.pinned import read_identity, read_roster
 from workers import host
 from workers import learner as learners
 from workers import ledger as ledgers
 from workers import policy as policies
+from workers.masking import Member
 from workers.post import Shared
 from workers.service import Worker
 from workers.spool import Spool
@@ -80,6 +92,11 @@ def worker(
     renew_after: Annotated[
         int, typer.Option(min=1, help="Tasks after which a fresh training process takes over.")
     ] = RENEW_AFTER,
+    roster: RosterFile = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(help="File with this worker's secret key, for secure rounds; {name} in it is its name."),
+    ] = None,
     give_up_s: GiveUp = None,
     insecure: Insecure = False,
 ) -> None:
@@ -98,14 +115,37 @@ def worker(
     lease_s, hosted = host.lease_s(len(names)), many is not None
     if policy is not None:
         policies.read(policy)
+    members, trains = _members(names, roster, identity), not evaluate_only
     whos = [
-        Who(each, known, trains=not evaluate_only, lease_s=lease_s, hosted=hosted, policy=policy) for each in names
+        Who(each, known, trains=trains, lease_s=lease_s, hosted=hosted, policy=policy, member=members.get(each))
+        for each in names
     ]
     daemon.start_log()  # the spool tells what it finds damaged
     spool = Spool(state or state_folder("workers", called), workers=len(names))
     trainer = Trainer(learner, spool, threads=threads, memory_mb=memory_mb, renew_after=renew_after)
     connect = partial(rabbit.connect, access, name=f"worker-{names[0]}", give_up_s=give_up_s)
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
+
+
+def _members(names: list[str], roster: Path | None, identity: Path | None) -> dict[str, Member]:
+    """Who each of them is in secure rounds; nobody, if it takes no part in any.
+
+    Raises:
+        UsageError: one of the files is missing, or is not what it should be.
+    """
+    if roster is None and identity is None:
+        return {}
+    if roster is None or identity is None:
+        raise UsageError("secure rounds take both: --roster, whom to trust, and --identity, this worker's own key.")
+    known, members = read_roster(roster), dict[str, Member]()
+    for name in names:
+        key = read_identity(Path(str(identity).replace("{name}", name)))
+        if known.get(name) != key.public_key().public_bytes_raw():
+            raise UsageError(
+                f"{roster} has another key for {name}, or none: ask the operator for a roster with yours."
+            )
+        members[name] = Member(name, key, known)
+    return members
 
 
 async def _serve(

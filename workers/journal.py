@@ -22,7 +22,7 @@ from xxhash import xxh3_64, xxh3_64_digest
 from broker.errors import WireError
 from broker.files import write_whole
 from broker.formats import FORMATS
-from broker.messages import Attempt, Metrics, Update, decode, encode
+from broker.messages import Attempt, Metrics, Task, Update, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class Kept:
         format: how it is written.
         until: when nobody will wait for it any more, in seconds since 1970.
         delta: its bytes, or where they are.
+        task: of a secure round: what was asked.
+        model: of a secure round: see `work.Done`.
     """
 
     update: Update
@@ -60,6 +62,8 @@ class Kept:
     format: str
     until: float
     delta: bytes | Place
+    task: Task | None = None
+    model: bytes = b""
 
 
 def keep(folder: Path, kept: Kept) -> None:
@@ -71,6 +75,7 @@ def keep(folder: Path, kept: Kept) -> None:
     where = kept.delta
     record = {
         "update": encode(kept.update), "scores": kept.scores, "format": kept.format, "until": kept.until,
+        "task": encode(kept.task) if kept.task else b"", "model": kept.model,
         "delta": where if isinstance(where, bytes) else [where.file, where.at, where.size_bytes, where.check],
     }  # fmt: skip
     packed: bytes = msgpack.packb(record)
@@ -127,7 +132,10 @@ def _read(path: Path) -> Kept:
                 left -= len(piece)
             if left or sum_.digest() != place.check:
                 raise ValueError("its bytes do not match their checksum")
-    return Kept(update, scores, record["format"], until, place)
+    task = decode(record["task"]) if record.get("task") else None
+    if not isinstance(task, Task | None):
+        raise ValueError("it was made of something else than a task")  # noqa: TRY004 (as of all that is damaged)
+    return Kept(update, scores, record["format"], until, place, task=task, model=record.get("model", b""))
 
 
 def checked(data: bytes | memoryview) -> bytes:

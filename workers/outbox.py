@@ -9,17 +9,21 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
-from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom
+from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, WireError
 from broker.formats import FORMATS
-from broker.messages import TEXT_MAX, Answer, Attempt, Closed, Payload, Refusal, Score, Task, Update
+from broker.messages import TEXT_MAX, Answer, Attempt, Call, Closed, Payload, Refusal, Score, Task, Update
+from broker.pact import Dealt
 from workers.journal import Kept, Place, checked, forget, keep
 from workers.owner import Owner
 from workers.post import SAY_S, Post
 from workers.residuals import Residuals
+from workers.secrecy import Secrecy, Talk
 from workers.spool import Slot
 from workers.work import Done
 
@@ -39,6 +43,7 @@ class Sent:
     done: Done
     payload: Payload | None = None  # as it was named when the update was first said
     over: bool = False
+    calls: deque[Call] = field(default_factory=deque)  # of a secure sum, to be heeded
     unsent: bool = True  # its parts are to be sent, for the first time or again
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
     bell: asyncio.TimerHandle | None = None
@@ -51,6 +56,11 @@ class Sent:
         return self.done.delta is not None and FORMATS[self.task.format].lossy
 
 
+def patience_s(task: Task) -> float:
+    """How long what came of a task may wait for its verdict; a secure round goes on after its deadline."""
+    return (task.deadline_s + SAY_S) * (2 if task.secure else 1)
+
+
 class Outbox:
     """One worker's.
 
@@ -61,7 +71,12 @@ class Outbox:
         residuals: what its updates have left out.
         tell: writes a line into the log, at a level.
         rest: called when something is done with.
+
+    Attributes:
+        secrecy: this worker's part in secure rounds, if it takes any.
     """
+
+    secrecy: Secrecy | None = None
 
     def __init__(
         self,
@@ -105,7 +120,9 @@ class Outbox:
         task = Task(
             update.of, "train", update.version, left_s, 0, {}, update.payload, format=cast(Any, kept.format)
         )  # fmt: skip
-        done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, update.payload.layout)
+        task = replace(kept.task, deadline_s=left_s) if kept.task else task
+        layout = update.payload.layout
+        done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, layout, model=kept.model)
         sent = Sent(task, done, update.payload, unsent=False)
         size = f"{update.payload.layout.size_bytes:,} bytes"
         self._tell(f"{update.of} of {update.of.run} was finished before: sending it again, {size}", logging.INFO)
@@ -135,12 +152,15 @@ class Outbox:
             if run in ("", sent.task.of.run):
                 sent.news.set()
 
-    def hear(self, message: Answer | Closed) -> None:
+    def hear(self, message: Answer | Closed | Call) -> None:
         """What has become of an update."""
         for sent in self._sent:
             if sent.task.of != message.of or sent.done.delta is None:
                 continue
-            if isinstance(message, Closed):
+            if isinstance(message, Call):
+                sent.calls.append(message)
+                sent.news.set()
+            elif isinstance(message, Closed):
                 self._give_up(sent, message.reason)
             else:
                 self._heed(sent, message)
@@ -159,11 +179,12 @@ class Outbox:
     async def _send(self, sent: Sent) -> None:
         task, ended = sent.task, True
         try:
-            async with asyncio.timeout(task.deadline_s + SAY_S):
+            async with asyncio.timeout(patience_s(task)):
                 if sent.payload is None:  # else an earlier process has written that it left
                     self._owner.let_go(task, sent.done)
                     await asyncio.to_thread(self._owner.ledger.keep)
-                await self._send_all(sent)
+                secret = task.secure and sent.done.delta is not None
+                await (self._send_secret(sent) if secret else self._send_all(sent))
         except asyncio.CancelledError:
             ended = sent.over  # else this process ends, and the next one goes on
             raise
@@ -215,16 +236,57 @@ class Outbox:
                     raise
                 except LinkError as problem:  # away for long, or blocked: the update is here, and so is the round
                     sent.unsent = sent.unsent or not uploaded
-                    self._tell(f"{task.of}: the update waits for the broker: {problem}", logging.WARNING)
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(AGAIN_S):
-                            await sent.news.wait()
+                    await self._outwait(sent, problem)
                 finally:
                     if scored:
                         scored.cancel()
         finally:
             if keeping:  # or it would be written after it is forgotten
                 await asyncio.wait([keeping])
+
+    async def _outwait(self, sent: Sent, problem: LinkError) -> None:
+        self._tell(f"{sent.task.of}: the update waits for the broker: {problem}", logging.WARNING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AGAIN_S):
+                await sent.news.wait()
+
+    async def _send_secret(self, sent: Sent) -> None:
+        """Let an update be added up in secret: it stays here, and nothing leaves that is not masked or sealed."""
+        task, done = sent.task, sent.done
+        assert self.secrecy
+        assert done.examples
+        if sent.payload is None:
+            payload = Payload(f"{task.payload.id}/{self._worker}/kept", task.payload.part_bytes, done.layout.specs)
+            await self._keep(sent, Update(task.of, self._worker, task.version, done.examples, done.metrics, payload))
+        talk, sent.unsent, owed = Talk(self.secrecy, task, done), False, True
+        await self._partake(sent, talk.begin)
+        while not sent.over:
+            sent.news.clear()
+            owed = owed or not sent.calls  # without a call it is time to say it again
+            try:
+                while sent.calls:
+                    call = sent.calls.popleft()
+                    if await self._partake(sent, partial(talk.heed, call)):
+                        owed, sent.unsent = True, isinstance(call.says, Dealt)
+                if sent.unsent and talk.words and talk.payload:
+                    await self._post.upload(talk.payload, talk.words.data)
+                    sent.unsent, owed = False, True
+                if owed and talk.said:
+                    await self._post.say(talk.said)
+                owed = False
+                await sent.news.wait()
+            except LinkClosed:
+                raise
+            except LinkError as problem:
+                await self._outwait(sent, problem)
+
+    async def _partake(self, sent: Sent, what: Callable[[], bool | None]) -> bool:
+        """Whether there is anything new to say in a secure sum, and no reason not to."""
+        try:
+            return bool(await asyncio.to_thread(what))
+        except (Refused, WireError, LearnerFailed) as problem:
+            await self.refuse(sent.task, str(problem))
+            return False
 
     async def _keep(self, sent: Sent, update: Update) -> None:
         """Keep the update for the process after this one; if the disk will not, it would be trained again."""
@@ -235,9 +297,11 @@ class Outbox:
             if delta.file is not None:
                 path, at = delta.file
                 where = Place(path.name, at, len(delta.data), await asyncio.to_thread(checked, delta.data))
-            until = time.time() + task.deadline_s + SAY_S
+            kept = Kept(update, done.scores, task.format, time.time() + patience_s(task), where)
+            if task.secure:
+                kept = replace(kept, task=task, model=done.model)
             if not sent.over:  # or it would be written after it is forgotten
-                keep(self._folder, Kept(update, done.scores, task.format, until, where))
+                keep(self._folder, kept)
         except OSError as problem:
             said = f"{task.of}: the update cannot be kept on the disk ({problem.strerror}); it is sent all the same"
             self._tell(said, logging.WARNING)

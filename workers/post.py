@@ -21,9 +21,9 @@ from broker.errors import (
     WireError,
 )
 from broker.link import Delivery, Lane, Link, Outgoing, publish_parts, read
-from broker.messages import Claim, Goodbye, Hello, Message, Payload, Refusal, Score, Update, encode
+from broker.messages import Claim, Goodbye, Hello, Message, Payload, Ready, Refusal, Score, Step, Update, encode
 from broker.parts import Aim, split
-from workers.spool import Spool
+from workers.spool import Slot, Spool
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,10 @@ class Post:
                 raise
             raise Lacking(str(problem)) from None
 
+    def room(self, size_bytes: int) -> Slot:
+        """Room for what is to be uploaded; see `Spool.take`."""
+        return self._shared.spool.take(size_bytes)
+
     # -- saying -------------------------------------------------------------------------------------------------
 
     async def say_hello(self, hello: Hello, *, within_s: float) -> bool:
@@ -144,7 +148,7 @@ class Post:
         except LinkError as problem:
             log.debug("no goodbye said: %s", problem)
 
-    async def say(self, message: Claim | Score | Update | Refusal) -> None:
+    async def say(self, message: Claim | Score | Update | Refusal | Ready | Step) -> None:
         """Send a small message to the coordinator of its run; if that is gone for good, nobody needs it.
 
         Raises:

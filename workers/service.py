@@ -14,20 +14,21 @@ import logging
 import random
 import secrets
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from broker.changes import apply_change
 from broker.errors import Declined, LearnerFailed, LinkError, UsageError, WireError
 from broker.formats import FORMATS, Format
 from broker.link import Delivery, first_of, read
-from broker.messages import TEXT_MAX, Answer, Claim, Closed, Hello, Message, Part, Resumed, Task
+from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
 from broker.parts import Aimed
 from broker.tensors import Layout
 from workers.outbox import Outbox
 from workers.owner import Owner
 from workers.post import Post, Shared
 from workers.residuals import Residuals
+from workers.secrecy import Secrecy, check, digest_of
 from workers.spool import Held, Landing, Slot
 from workers.training import Seat
 from workers.work import Done, Who, Work, task_seed
@@ -87,6 +88,10 @@ class Worker:
         self._outbox = Outbox(
             who.name, self.post, owner=self._owner, residuals=self._residuals, tell=self._tell, rest=self._rest.set,
         )  # fmt: skip
+        if who.member:
+            self._outbox.secrecy = Secrecy(
+                who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write
+            )
         self._incarnation = ""  # empty while we do not listen
         self._arrival: Arrival | None = None
         self._next: Job | None = None
@@ -250,9 +255,10 @@ class Worker:
         """Where the parts of a task land; None where it is the change of a version that we do not hold.
 
         Raises:
-            LearnerFailed: it is of another model, or there is no room.
+            LearnerFailed: it is of another model, or there is no room, or it is not for us.
             UsageError: the model has names that the format of the change needs.
         """
+        check(task, self.who)
         expected = self.layout if task.down == "full" else FORMATS[task.down].layout(self.layout)
         if differs := self.seat.contract.breach(task, expected, task.payload.layout):
             raise LearnerFailed(differs)
@@ -328,7 +334,9 @@ class Worker:
                 if work.owes:
                     await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
                 owed = self._residuals.of(task.of) if work.owes else None
+                model = await asyncio.to_thread(digest_of, weights.data) if task.secure else b""
                 done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
+                done = replace(done, model=model)
         except (Declined, LearnerFailed, WireError, TimeoutError) as problem:
             late = f"not done within the {task.deadline_s:.0f} s of the task"
             await self._outbox.refuse(task, str(problem) or late, declined=isinstance(problem, Declined))
@@ -368,7 +376,7 @@ class Worker:
     # -- answers ------------------------------------------------------------------------------------------------
 
     def _hear(self, message: Message) -> None:
-        if not isinstance(message, Answer | Closed | Resumed):
+        if not isinstance(message, Answer | Closed | Resumed | Call):
             kind = type(message).__name__.lower()
             self._tell(f"a {kind} does not belong into the control queue", logging.WARNING)
             return

@@ -16,6 +16,7 @@ import msgpack
 from broker.formats import FORMATS
 from broker.messages import EXAMPLES_MAX, Scalar
 from broker.tensors import Layout
+from workers.masking import Member
 from workers.spool import Slot
 
 LEASE_S = 15.0
@@ -43,6 +44,7 @@ class Who:
         trains: False for one that only evaluates.
         lease_s: how long a sign of life counts; one is sent three times as often.
         drain_s: how long SIGTERM lets the job in hand go on.
+        member: who it is in secure rounds, and whom it knows; without it takes no part in any.
         hosted: it is one of many in its process, and the log tells only what is unusual.
         policy: the file in which the data's owner says what is allowed; None for anything.
     """
@@ -53,6 +55,7 @@ class Who:
     lease_s: float = LEASE_S
     drain_s: float = 30.0
     hosted: bool = False
+    member: Member | None = None
     policy: Path | None = None
 
 
@@ -98,7 +101,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """An outcome as the daemon sees it: the update is in a slot of its spool, as its format lays it out."""
+    """An outcome as the daemon sees it: the update is in a slot of its spool, as its format lays it out.
+
+    In a secure round `model` is a digest of the weights from which it was trained.
+    """
 
     examples: int | None
     metrics: dict[str, float]
@@ -106,6 +112,7 @@ class Done:
     delta: Slot | None
     seconds: float
     layout: Layout
+    model: bytes = b""
 
 
 def task_seed(seed: int, number: int, worker: str) -> int:

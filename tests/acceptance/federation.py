@@ -62,8 +62,11 @@ class Federation:
         return done.stderr if status else done.stdout
 
     def start(self, name: str, *command: str) -> None:
+        self.launch(name, *FLUFFLE, *command)
+
+    def launch(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen([*FLUFFLE, *command], env=self.env, stdout=log, stderr=log)
+            self.processes[name] = subprocess.Popen([*command], env=self.env, stdout=log, stderr=log)
 
     def worker(self, name: str) -> None:
         self.start(name, "worker", str(self.learner), "--name", name, "--data", name)

@@ -7,6 +7,7 @@ history, at /proc, at the broker's counters. Knows nothing of how a round is mad
 import asyncio
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from broker.errors import RunEnded
 from broker.files import read_version
 from broker.folder import BROKER, free_ports
 from broker.node import Node
+from broker.pinned import draw_keys
 from broker.processes import holder
 from tests.benchmarks.pump import pump
 from tests.benchmarks.rows import WARMUP, Row
@@ -169,6 +171,8 @@ async def declare(url: str, workers: list[str]) -> None:
 
 
 def start(company: Troupe, row: Row, learner: Path, run: Path) -> None:
+    plan, member = secrets_of(row, company.folder / "keys") if row.secure else ((), ())
+
     def invited(name: str) -> tuple[str, ...]:
         file = company.folder / f"{name}.fluffle"
         return ("--invite", str(file)) if file.exists() else ()
@@ -177,10 +181,21 @@ def start(company: Troupe, row: Row, learner: Path, run: Path) -> None:
         name = f"w{number}"
         many = ("--many", str(share)) if row.hosts < row.workers else ()
         place = ("--name", name, "--data", str(company.folder / "curtain"), "--state", str(company.folder / name))
-        company.start(name, *FLUFFLE, "worker", str(learner), *place, *many, *invited(name))
+        company.start(name, *FLUFFLE, "worker", str(learner), *place, *many, *invited(name), *member)
     everyone = ("--cohort", str(row.workers), "--quorum", str(row.workers), "--gather-s", GATHER_S)
-    words = ("coordinator", str(run), "--rounds", str(row.all_rounds), *everyone, *invited("coordinator"))
+    words = ("coordinator", str(run), "--rounds", str(row.all_rounds), *everyone, *invited("coordinator"), *plan)
     company.start("coordinator", *FLUFFLE, *words)
+
+
+def secrets_of(row: Row, keys: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Options of the coordinator, and of each worker; everyone has a key and knows the others'."""
+    shares = enumerate(row.shares, 1)
+    hosted = [f"w{number}-{each}" for number, share in shares for each in range(1, share + 1)]
+    names = hosted if row.hosts < row.workers else [f"w{number}" for number in range(1, row.workers + 1)]
+    roster = ("--roster", str(draw_keys(keys, names)))
+    # ones everywhere have this norm
+    clip = ("--clip", str(math.ceil(math.sqrt(row.parameters)) + 1), "--examples-max", "1")
+    return ("--privacy", "secure", *clip, *roster), (*roster, "--identity", str(keys / "{name}.key"))
 
 
 def check(version: Path, row: Row) -> None:

@@ -22,13 +22,17 @@ WORKER_PARAMETERS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one row measures; `rounds` are those that count. `hosts` processes share the workers among them."""
+    """What one row measures; `rounds` are those that count. `hosts` processes share the workers among them.
+
+    `secure`: updates are only added up in secret.
+    """
 
     label: str
     workers: int
     parameters: int
     hosts: int
     rounds: int
+    secure: bool = False
 
     @property
     def all_rounds(self) -> int:
@@ -46,7 +50,7 @@ def rows_of(text: str, rounds: int | None = None) -> list[Row]:
     """`2xtoy,4x1M,64x1M@8` as rows; `default` stands for those of DEFAULT.
 
     Args:
-        text: WORKERSxPARAMETERS or WORKERSxPARAMETERS@HOSTS, with commas.
+        text: WORKERSxPARAMETERS or WORKERSxPARAMETERS@HOSTS, with commas; `+secure` behind one adds up in secret.
         rounds: for every row; without, each has as many as its size leaves time for.
 
     Raises:
@@ -58,7 +62,7 @@ def rows_of(text: str, rounds: int | None = None) -> list[Row]:
 
 
 def row_of(word: str, rounds: int | None) -> Row:
-    found = re.fullmatch(r"(\d+)x(?:toy|(\d+(?:\.\d+)?)([kMG]?))(?:@(\d+))?", word)
+    found = re.fullmatch(r"(\d+)x(?:toy|(\d+(?:\.\d+)?)([kMG]?))(?:@(\d+))?(\+secure)?", word)
     if found is None:
         raise ValueError(f"{word!r} is not a row: write WORKERSxPARAMETERS, as in 4x1M, 2xtoy or 64x1M@4")
     workers = int(found[1])
@@ -67,5 +71,6 @@ def row_of(word: str, rounds: int | None) -> Row:
     if not 1 <= hosts <= workers or parameters < 1:
         raise ValueError(f"{word!r} cannot be measured: it takes a parameter, and from 1 to {workers} hosts")
     fitting = round(ROW_PARAMETERS / (workers * (parameters + WORKER_PARAMETERS)))
-    label = word.partition("@")[0].replace("x", " × ")
-    return Row(label, workers, parameters, hosts, rounds or min(ROUNDS_MAX, max(ROUNDS_MIN, fitting)))
+    label = word.partition("@")[0].partition("+")[0].replace("x", " × ") + (" secure" if found[5] else "")
+    most = rounds or min(ROUNDS_MAX, max(ROUNDS_MIN, fitting))
+    return Row(label, workers, parameters, hosts, most, secure=bool(found[5]))

@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import coordinator.post
 import coordinator.service
@@ -31,12 +33,15 @@ from broker.memory import MemoryBroker, MemoryLink
 from broker.messages import PART_BYTES_MIN, Message, decode
 from broker.norms import clip
 from broker.parts import Aim
+from broker.ring import Form, encode
 from broker.tensors import Layout, TensorSpec, view
 from coordinator import plan as plans
 from coordinator.aggregation import RULES, finished
 from coordinator.plan import Plan
 from coordinator.service import Coordinator
 from coordinator.store import Store
+from coordinator.unmasking import into_sums
+from workers.masking import Member
 from workers.post import Shared
 from workers.residuals import Residual
 from workers.service import Worker
@@ -57,6 +62,11 @@ QUICK = {
     workers.post: {"RETRY_S": 0.005},
 }
 
+IDENTITIES = {name: Ed25519PrivateKey.from_private_bytes(sha256(name.encode()).digest()) for name in "abcdefghij"}
+KEYS = {name: key.public_key().public_bytes_raw() for name, key in IDENTITIES.items()}
+"""Who may take part in secure rounds, and as whom."""
+SECURE: dict[str, Any] = {"privacy": "secure", "clip": 60.0, "examples_max": 64}
+"""Of a plan: the clip is longer than what is learned."""
 PATIENT = {module: {name: getattr(module, name) for name in constants} for module, constants in QUICK.items()}
 
 Hook = Callable[[Outgoing | Delivery], Awaitable[object] | None]
@@ -92,6 +102,26 @@ def mean_of(weights: bytearray, updates: Iterable[tuple[int, bytes]]) -> bytearr
     for examples, delta in updates:
         rule.add(sums, examples, memoryview(delta))
     return finished(rule, sums, memoryview(weights))
+
+
+def secure_sum_of(plan: Plan, weights: bytearray, updates: Iterable[tuple[int, bytes]]) -> bytearray:
+    """The version that these updates make when they are rounded to a ring's words and only their sum is known."""
+    form, sums = Form(plan.ring, MODEL), RULES["mean"].init(MODEL, FORMATS["float32"])
+    words = [encode(form, memoryview(delta), examples=examples, metrics={}) for examples, delta in updates]
+    total = np.zeros(form.words, form.ring.dtype)
+    for each in words:
+        total += each
+    into_sums(form, total, len(words), sums)
+    return finished(RULES["mean"], sums, memoryview(weights))
+
+
+def secure_expected(plan: Plan, cohorts: Iterable[Iterable[str]]) -> bytearray:
+    """The last version of a secure run in which each round adds up these workers' updates."""
+    weights = start_weights()
+    for number, cohort in enumerate(cohorts, 1):
+        updates = [learned(task_seed(plan.seed, number, worker), weights) for worker in cohort]
+        weights = secure_sum_of(plan, weights, updates)
+    return weights
 
 
 def read(what: Outgoing | Delivery) -> Message:
@@ -287,7 +317,10 @@ class Federation:
         """One more worker; it is started at once."""
         spool = Spool(self.folder / (f"spool-{name}" if self.lasting else f"spool-{name}-{next(self._spools)}"))
         lesson, wire, stop = Lesson(spool), self._way_of(name), asyncio.Event()
-        who = Who(name, "lesson", **{"lease_s": LEASE_S, "drain_s": 5.0, **of_who})
+        usual: dict[str, Any] = {"lease_s": LEASE_S, "drain_s": 5.0}
+        if self.store.plan.privacy == "secure" and of_who.get("trains", True):
+            usual["member"] = Member(name, IDENTITIES[name], KEYS)
+        who = Who(name, "lesson", **(usual | of_who))
         # it asks for the class, and uses these methods
         worker = Worker(who, Shared(wire, spool), cast(Seat, lesson))
         place = Place(name, worker, lesson, wire, stop, asyncio.create_task(worker.serve(stop)))
@@ -298,7 +331,7 @@ class Federation:
     def begin(self) -> asyncio.Task[None]:
         """Start the coordinator, or start it anew on the same folder."""
         self._wire = self._way_of("coordinator")
-        self.coordinator = Coordinator(self.store, self._wire, drains=self.drains)
+        self.coordinator = Coordinator(self.store, self._wire, drains=self.drains, keys=KEYS)
         self._serving = asyncio.create_task(self.coordinator.serve())
         return self._serving
 

@@ -236,3 +236,36 @@ def test_a_change_is_checked_like_everything_else_and_leaves_the_plan_as_it_was(
     assert (plan.cohort, plan.settings) == (4, {})
     with pytest.raises(UsageError, match=r"^these options: the quorum \(3\) is above the cohort \(2\): lower it\.$"):
         plans.change(plan, {"cohort": 2})
+
+
+# -- secure rounds --------------------------------------------------------------------------------------------------
+
+SECURE: dict[str, Any] = {
+    "run": "r", "learner": "l", "cohort": 5, "privacy": "secure", "clip": 4.0, "examples_max": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"clip": 0.0}, "clip is 0"),
+        ({"cohort": 2}, "below min_cohort"),
+        ({"min_cohort": 6}, "below min_cohort"),
+        ({"min_cohort": 2}, "min_cohort must be at least 3"),
+        ({"schedule": "cyclic"}, "schedule is cyclic"),
+        ({"keep_updates": True}, "keep_updates is True"),
+        ({"format": "int8"}, "format is int8"),
+        ({"ring_bits": 16}, "ring_bits"),
+        ({"threshold": 0.4}, "threshold"),
+        ({"examples_max": 2**29 - 1}, "a ring of 32 bits is too small"),
+        ({"clip": 1e9, "ring_bits": 32}, "a ring of 32 bits is too small"),
+    ],
+)
+def test_what_cannot_be_added_up_in_secret_is_refused_with_the_reason(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        plans.make(SECURE | changed)
+
+
+def test_a_secure_run_closes_no_round_with_fewer_than_its_least_cohort() -> None:
+    assert plans.make(SECURE | {"quorum": 1, "min_cohort": 4}).least == 4
+    assert plans.make(SECURE).ring.bits == 32

@@ -1,0 +1,248 @@
+"""Secure rounds over RabbitMQ: with processes that are killed in every stage, and with a witness of every message."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker import rabbit, topology
+from broker.formats import FORMATS
+from broker.messages import Message, Part, Step, decode
+from broker.parts import Assembly
+from broker.pinned import draw_keys
+from broker.ring import Form, counted, encode
+from broker.tensors import Layout, TensorSpec
+from broker.topology import Binding, Queue, Topology
+from coordinator import plan as plans
+from coordinator.aggregation import RULES, finished
+from coordinator.unmasking import into_sums
+from tests.acceptance.federation import FLUFFLE, Federation
+
+pytestmark = pytest.mark.timeout(180)
+
+SECURE = ("--privacy", "secure", "--clip", "4", "--examples-max", "64", "--gather-s", "120")
+# what a worker learns is known to the test: one step on one picture, from which a gradient gives all away
+PICTURES = """
+from pathlib import Path
+import torch
+from torch import nn
+
+def model():
+    made = nn.Linear(64, 10)
+    nn.init.zeros_(made.weight)
+    nn.init.zeros_(made.bias)
+    return made
+
+def data(source):
+    number = int(source)
+    return torch.rand(64, generator=torch.Generator().manual_seed(number)), torch.tensor(number % 10)
+
+def train(model, data, settings):
+    loss = nn.functional.cross_entropy(model(data[0]), data[1])
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.5 * parameter.grad
+    return 1 + int(data[1]), {"loss": loss.item()}
+
+def evaluate(model, data):
+    return {"loss": nn.functional.cross_entropy(model(data[0]), data[1]).item()}
+"""
+MODEL = Layout.of([TensorSpec("weight", "float32", (10, 64)), TensorSpec("bias", "float32", (10,))])
+
+
+def picture(number: int) -> np.ndarray:
+    import torch
+
+    return torch.rand(64, generator=torch.Generator().manual_seed(number)).numpy()
+
+
+def update(number: int) -> tuple[int, bytes]:
+    """Examples and delta of a worker, as its learner makes them of version 0."""
+    from torch import nn
+
+    space: dict[str, object] = {}
+    exec(PICTURES, space)  # noqa: S102 (it is the learner above)
+    model, data = space["model"](), space["data"](str(number))  # type: ignore[operator]
+    examples, _ = space["train"](model, data, {})  # type: ignore[operator]
+    assert isinstance(model, nn.Module)
+    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    return examples, b"".join(state[spec.name].tobytes() for spec in MODEL.specs)
+
+
+def quality(words: np.ndarray, truth: np.ndarray) -> float:
+    """Decibels of the best picture that a gradient's rows give: x = ∂W_i / ∂b_i."""
+    at = {spec.name: MODEL.offsets[spec.name] // 4 for spec in MODEL.specs}
+    rows = words[at["weight"] : at["weight"] + 640].reshape(10, 64).astype(np.float64)
+    bias = words[at["bias"] : at["bias"] + 10].astype(np.float64)
+    best = 0.0
+    for row, below in zip(rows, bias, strict=True):
+        found = np.clip(row / below, 0, 1) if below else np.zeros(64)
+        best = max(best, 10 * np.log10(1 / max(float(np.mean((found - truth) ** 2)), 1e-20)))
+    return best
+
+
+async def witness(url: str, workers: list[str]) -> None:
+    """Let a queue be there that has a copy of every message."""
+    down = (Binding(exchange, "spy", name) for exchange in (topology.DOWN, topology.CONTROL) for name in workers)
+    spy = Topology(
+        queues=(Queue("spy", {"x-queue-type": "classic"}),), bindings=(Binding(topology.UP, "spy", "#"), *down)
+    )
+    link = await rabbit.connect(url, name="witness")
+    await link.declare(topology.FEDERATION)
+    await link.declare(spy)
+    await link.close()
+
+
+async def witnessed(url: str) -> list[bytes]:
+    """All that the queue has."""
+    link, seen = await rabbit.connect(url, name="witness"), list[bytes]()
+    left = await link.depth("spy")
+    async with link.consume("spy") as deliveries:
+        for _ in range(left or 0):
+            delivery = await asyncio.wait_for(anext(deliveries), 30)
+            seen.append(bytes(delivery.body))
+            await delivery.ack()
+    await link.close()
+    return seen
+
+
+def masked_words(told: list[Message]) -> dict[str, np.ndarray]:
+    """Worker → the words that it has uploaded."""
+    words = {}
+    for step in told:
+        if isinstance(step, Step) and step.payload:
+            assembly = Assembly(step.payload)
+            for part in told:
+                if isinstance(part, Part):
+                    assembly.add(part)
+            words[step.worker] = np.frombuffer(bytes(assembly.data), np.uint32)
+    return words
+
+
+def test_of_all_that_passes_the_broker_nothing_gives_a_picture_away_and_the_sum_is_the_plain_one(
+    federation: Federation, vhost_url: str
+) -> None:
+    f, names = federation, ["w-1", "w-2", "w-3", "w-4"]
+    f.learner.write_text(PICTURES)
+    roster, keys = ("--roster", str(draw_keys(f.folder / "keys", names))), str(f.folder / "keys" / "{name}.key")
+    f.fluffle("init", str(f.learner), str(f.run))
+    asyncio.run(witness(vhost_url, names))
+    f.coordinator("--rounds", "1", "--cohort", "4", "--quorum", "4", *SECURE, *roster)
+    member = ("--many", "4", "--data", "{index}", *roster, "--identity", keys)
+    f.start("w", "worker", str(f.learner), "--name", "w", *member)
+    assert f.wait("coordinator") == 0
+    seen = asyncio.run(witnessed(vhost_url))
+    hidden = masked_words([decode(body) for body in seen])
+    assert sorted(hidden) == names
+
+    form = Form(plans.read(f.run / "plan.toml").ring, MODEL, ("evaluate/loss", "loss"))
+    total = np.zeros(form.words, np.uint32)
+    for name, words in hidden.items():
+        number = int(name[-1])
+        examples, delta = update(number)
+        plain = encode(form, memoryview(delta), examples=examples, metrics={"loss": 2.3, "evaluate/loss": 2.3})
+        assert quality(plain.view(np.int32), picture(number)) > 40
+        assert quality(words.view(np.int32), picture(number)) < 9
+        assert not any(delta[:256] in body or plain.tobytes()[:64] in body for body in seen)
+        total += plain
+    counts = np.bincount(np.concatenate([*hidden.values()]).view(np.uint8), minlength=256)
+    expected = counts.sum() / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 6 * np.sqrt(2 * 255)  # six deviations
+    sums = RULES["mean"].init(MODEL, FORMATS["float32"])
+    into_sums(form, total, 4, sums)
+    assert f.version(1) == bytes(finished(RULES["mean"], sums, memoryview(bytes(MODEL.size_bytes))))
+    assert f.rounds()[0]["secure"]["examples"] == counted(form, total).examples == 2 + 3 + 4 + 5
+
+
+COORDINATOR = (
+    "coordinator.unmasking:Unmasking.settle", "coordinator.unmasking:Unmasking.deal",
+    "coordinator.unmasking:Unmasking.masked", "coordinator.unmasking:Unmasking.finishers",
+    "coordinator.unmasking:Unmasking.reveal", "coordinator.vault:Vault.keep", "coordinator.journal:Journal.release",
+    "coordinator.unmasking:Unmasking.opened", "coordinator.unmasking:Unmasking.result",
+    "coordinator.store:Store.seal",
+)  # fmt: skip
+WORKER = (
+    "workers.masking:Masking.shares", "workers.masking:Masking.mask", "workers.masking:Masking.vow",
+    "workers.masking:Masking.answer",
+)  # fmt: skip
+# every worker adds its own number of 1024ths, and says on the disk that it has trained
+ADDS = """
+from pathlib import Path
+import torch
+from torch import nn
+
+def model():
+    made = nn.Module()
+    made.w = nn.Parameter(torch.zeros(1000))
+    return made
+
+def data(source):
+    return Path(source)
+
+def train(model, data, settings):
+    with data.open("a") as file:
+        file.write(f"{settings['round']}\\n")
+    with torch.no_grad():
+        model.w += int(data.name[1:]) / 1024
+    return int(data.name[1:])
+
+def evaluate(model, data):
+    return {}
+"""
+
+
+def check_sums(f: Federation) -> None:
+    """Each version is the one before and the mean of whoever is said to be in it."""
+    level = np.float32(0)
+    for line in f.rounds():
+        who = [int(name[1:]) for name in line["secure"]["of"]]
+        assert len(who) >= 3
+        level = np.float32(np.float64(level) + sum(each * each for each in who) / 1024 / sum(who))
+        found = np.frombuffer(f.version(line["version"]), np.float32)
+        assert np.abs(found - level).max() < 1e-6
+        level = found[0]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_whoever_is_killed_in_whatever_stage_the_sums_are_those_of_whoever_is_in_them(federation: Federation) -> None:
+    f, names = federation, ["w1", "w2", "w3", "w4"]
+    f.learner.write_text(ADDS)
+    roster, keys = draw_keys(f.folder / "keys", names), str(f.folder / "keys" / "{name}.key")
+    struck = f.folder / "struck"
+    struck.mkdir()
+    rounds = len(COORDINATOR) + len(WORKER)
+    f.fluffle("init", str(f.learner), str(f.run))
+    faulty = (sys.executable, str(Path(__file__).with_name("faulty.py")), str(struck))
+
+    def start(name: str) -> None:
+        member = ("--roster", str(roster), "--identity", keys)
+        words: tuple[str, ...] = ("worker", str(f.learner), "--name", name, "--data", str(f.folder / name), *member)
+        if name == "coordinator":
+            most = ("--rounds", str(rounds), "--cohort", "4", "--quorum", "3", *SECURE, "--roster", str(roster))
+            words = ("coordinator", str(f.run), *most)
+        points = {"coordinator": COORDINATOR, "w4": WORKER}.get(name)
+        f.launch(name, *((*faulty, ",".join(points)) if points else FLUFFLE), *words)
+
+    for name in ["coordinator", *names]:
+        start(name)
+
+    def done() -> bool:
+        for name in ("coordinator", "w4"):
+            status = f.processes[name].poll()
+            if status == -9:
+                start(name)
+            elif name == "coordinator" and status is not None:
+                assert status == 0, f.log(name)
+                return True
+        return False
+
+    f.until(done)
+    assert {each.name for each in struck.iterdir()} >= {*COORDINATOR}
+    check_sums(f)
+    for name in names[:3]:  # each round once, but for what was asked for anew because a version was lost
+        trained = (f.folder / name).read_text().split()
+        assert len(trained) <= rounds + 2, trained

@@ -1,0 +1,256 @@
+"""Secure rounds: only the sum is seen, it is the plain sum's bits, and whoever drops out or dies costs no more."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.link import Delivery, Outgoing
+from broker.memory import MemoryLink
+from broker.messages import Attempt, Call, Ready, Refusal, Step
+from broker.pact import Advert, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow
+from broker.topology import CONTROL
+from coordinator import secrecy
+from coordinator.journal import Journal
+from coordinator.store import Store
+from coordinator.vault import Vault
+from tests.system.rig import SECURE, federation, read, secure_expected, start_weights
+from workers.ledger import Ledger
+
+THREE = ("a", "b", "c")
+NAMES = ("a", "b", "c", "d", "e")
+
+
+async def test_a_secure_run_makes_the_versions_of_the_plain_sums_to_the_last_bit(tmp_path: Path) -> None:
+    async with federation(tmp_path, **SECURE, cohort=5, quorum=5) as fed:
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert fed.weights() == secure_expected(fed.store.plan, [NAMES, NAMES])
+        line = fed.lines("round")[-1]
+        assert line["secure"]["of"] == list(NAMES)
+        assert line["counted"] == {name: {"examples": 0, "metrics": {}} for name in NAMES}
+        assert line["metrics"] == {"loss": 0.5}
+
+
+# -- who drops out --------------------------------------------------------------------------------------------------
+
+SEVEN = ("a", "b", "c", "d", "e", "f", "g")
+STAGES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+    # when it is asked for this, it dies; who is in the sum then
+    "shares": (Settled, SEVEN[:-1]),
+    "masked words": (Dealt, SEVEN[:-1]),
+    "its vow": (Finishers, SEVEN),
+    "its opened shares": (Reveal, SEVEN),
+}
+
+
+def asks(what: Outgoing | Delivery, kind: type[Any], number: int = 1) -> bool:
+    """Whether the coordinator says this in a round."""
+    message = read(what) if isinstance(what, Outgoing) and what.exchange == CONTROL else None
+    return isinstance(message, Call) and isinstance(message.says, kind) and message.of.round == number
+
+
+def says(what: Outgoing | Delivery, kind: type[Any], number: int = 1) -> str:
+    """The worker from whom this has come to the coordinator in a round, or nobody."""
+    message = None if isinstance(what, Outgoing) or what.key.startswith("upload") else read(what)
+    of = getattr(message, "of", None)
+    if isinstance(message, Ready | Step) and of and of.round == number:
+        found = message.advert if isinstance(message, Ready) else message.says
+        return message.worker if isinstance(found, kind) else ""
+    return ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_worker_that_dies_before_it_gives(tmp_path: Path, stage: str) -> None:
+    """Its lease ends; the others go on without it, and their sum is the plain sum of those who are in it."""
+    asked, counted = STAGES[stage]
+    async with federation(tmp_path, **SECURE, rounds=2, cohort=7, quorum=5) as fed:
+        places = {name: fed.join(name) for name in SEVEN}
+        dying: list[asyncio.Task[None]] = []
+
+        def look(what: Outgoing | Delivery) -> None:
+            if asks(what, asked) and not dying:
+                dying.append(asyncio.create_task(places["g"].die()))
+
+        fed.hook = look
+        await fed.end()
+        await dying[0]
+        assert fed.counted() == [list(counted), list(SEVEN[:-1])]
+        assert fed.weights() == secure_expected(fed.store.plan, [counted, SEVEN[:-1]])
+        line = fed.lines("round")[0]
+        if counted != SEVEN:
+            assert list(line["secure"]["gone"]) == ["g"]
+            assert "dropped out of the secure sum in the stage" in line["refused"]["g"]
+
+
+async def test_a_worker_that_is_started_anew_in_the_midst_of_a_sum_is_in_the_next_one_untrained(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, **SECURE, rounds=1) as fed:
+        places = {name: fed.join(name) for name in THREE}
+        begun: list[asyncio.Task[None]] = []
+
+        async def anew() -> None:
+            await places["c"].die()
+            places["c"] = fed.join("c")
+
+        def look(what: Outgoing | Delivery) -> None:
+            if asks(what, Dealt) and not begun:
+                begun.append(asyncio.create_task(anew()))
+
+        fed.hook = look
+        await fed.end()
+        assert fed.counted() == [list(THREE)]
+        assert fed.lines("round")[0]["secure"]["sum"] == 2
+        assert not [done for done in places["c"].lesson.done if done[0]]
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE])
+
+
+async def test_whatever_comes_twice_counts_once(tmp_path: Path) -> None:
+    async with federation(tmp_path, **SECURE) as fed:
+        link, again = MemoryLink(fed.broker), 0
+
+        async def look(what: Outgoing | Delivery) -> None:
+            nonlocal again
+            if isinstance(what, Outgoing) and isinstance(read(what), Ready | Step | Call):
+                again += 1
+                await link.publish(what)
+
+        fed.hook = look
+        for name in THREE:
+            fed.join(name)
+        await fed.end()
+        await link.close()
+        assert again >= 2 * 8 * 3 - 6
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE, THREE])
+        assert [line["secure"]["sum"] for line in fed.lines("round")] == [1, 1]
+
+
+async def test_a_second_unmasking_of_a_round_is_refused_and_the_owner_is_told(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, **SECURE, rounds=1) as fed:
+        refusals = list[Refusal]()
+
+        async def look(what: Outgoing | Delivery) -> None:
+            if says(what, Opened) == "a":
+                call = Call(Attempt("test", 1, 1), 2)
+                assert fed.coordinator
+                await fed.coordinator.post.tell(["a"], call)
+            elif not isinstance(what, Outgoing) and isinstance(message := read(what), Refusal):
+                refusals.append(message)
+
+        fed.hook = look
+        for name in THREE:
+            fed.join(name)
+        fed.begin()
+        await fed.until(lambda: bool(refusals))
+        await fed.end()
+        assert [(each.worker, "has helped to unmask this round" in each.reason) for each in refusals] == [("a", True)]
+        ledger = Ledger(fed.folder / "spool-a" / "a.ledger").read()
+        told = [line for line in ledger if line["event"] in ("secure", "alarm")]
+        assert [line["event"] for line in told] == ["secure", "alarm"]
+        assert (told[0]["cohort"], told[0]["of"]) == (list(THREE), list(THREE))
+        assert "has helped to unmask" in told[1]["why"]
+        assert fed.counted() == [list(THREE)]
+
+
+async def test_a_sum_that_is_lost_after_its_release_is_gone_without_and_never_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three die when their shares are asked for: the version stays as it was, and the run goes on."""
+    monkeypatch.setattr(secrecy, "STAGE_S", 0.2)
+    async with federation(tmp_path, **SECURE, rounds=2, round_s=1.0) as fed:
+        places = {name: fed.join(name) for name in THREE}
+        begun: list[asyncio.Task[None]] = []
+        released: list[int] = []
+
+        async def anew() -> None:
+            for name in ("b", "c"):
+                await places[name].die()
+                fed.join(name)
+
+        def look(what: Outgoing | Delivery) -> None:
+            if asks(what, Reveal):
+                released.append(1)
+                if not begun:
+                    begun.append(asyncio.create_task(anew()))
+
+        fed.hook = look
+        await fed.end()
+        first, second = fed.lines("round")
+        assert first["counted"] == {}
+        assert "may be revealed" in first["refused"]["b"]
+        assert fed.store.load(1)[1] == start_weights()
+        assert second["secure"]["of"] == list(THREE)
+        assert released == [1]
+
+
+# -- the coordinator dies -------------------------------------------------------------------------------------------
+
+POINTS: dict[str, Callable[[Outgoing | Delivery], bool]] = {
+    "the first is ready": lambda what: bool(says(what, Advert, 2)),
+    "the cohort is told": lambda what: asks(what, Settled, 2),
+    "the first shares have come": lambda what: bool(says(what, Shares, 2)),
+    "shares are handed on": lambda what: asks(what, Dealt, 2),
+    "the first masked words are there": lambda what: bool(says(what, Masked, 2)),
+    "who has finished is told": lambda what: asks(what, Finishers, 2),
+    "the first vow has come": lambda what: bool(says(what, Vow, 2)),
+    "shares are asked for": lambda what: asks(what, Reveal, 2),
+    "the first shares are opened": lambda what: bool(says(what, Opened, 2)),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_coordinator_that_dies_when(tmp_path: Path, point: str) -> None:
+    """Nothing is trained again: another sum of the same updates is begun, or one that was released is completed."""
+    async with federation(tmp_path, **SECURE, rounds=3) as fed:
+        killed = False
+
+        def look(what: Outgoing | Delivery) -> None:
+            nonlocal killed
+            if not killed and POINTS[point](what):
+                killed = True
+                fed.kill()
+
+        fed.hook = look
+        places = [fed.join(name) for name in THREE]
+        await fed.end()
+        assert killed
+        assert fed.counted() == [list(THREE)] * 3
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 3)
+        assert [line["attempt"] for line in fed.lines("round")] == [1, 1, 1]
+        assert [[number for train, number in place.lesson.done if train] for place in places] == [[1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "method"), [(Vault, "keep"), (Vault, "add"), (Journal, "release"), (Store, "draft"), (Store, "seal")]
+)
+async def test_a_coordinator_that_dies_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, owner: type[Any], method: str, when: str
+) -> None:
+    """What it has written by then stands: no worker is asked to unmask a round for other survivors."""
+    original, loop, calls = getattr(owner, method), asyncio.get_running_loop(), 0
+    async with federation(tmp_path, **SECURE, rounds=2) as fed:
+
+        def dying(*arguments: Any, **words: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls != 1:
+                return original(*arguments, **words)
+            if when == "after":
+                original(*arguments, **words)
+            loop.call_soon_threadsafe(fed.kill)
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(owner, method, dying)
+        for name in THREE:
+            fed.join(name)
+        await fed.end()
+        assert calls > 1
+        assert fed.counted() == [list(THREE)] * 2
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 2)

@@ -1,0 +1,249 @@
+"""A worker's part in secure rounds: what a finished update says in them, and what is put down of that.
+
+Knows in which order calls are answered, that a round is unmasked once, and what the data's owner is told. Does not
+know keys and masks (`masking.py`), nor queues: what it is asked may take a while, and is asked in a thread.
+"""
+
+import json
+import secrets
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+from broker.errors import Alarm, LearnerFailed, Refused
+from broker.files import write_whole
+from broker.masks import Words
+from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
+from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
+from broker.ring import Form, Ring, encode, ring_of
+from workers.masking import Masking, Member
+from workers.spool import Slot
+from workers.work import Done, Who
+
+SCORED = "evaluate/"
+"""How the names of metrics begin that evaluate said of the version, not train."""
+
+Noise = Callable[[Words, Form, Task], None]
+"""Adds noise to the words of an update before they are masked, in place."""
+
+
+class Note(Protocol):
+    """Writes a line into the ledger of the data's owner."""
+
+    def __call__(self, event: str, **facts: object) -> None:
+        """See above."""
+
+
+def no_noise(words: Words, form: Form, task: Task) -> None:
+    """Where the sum itself may be known."""
+
+
+def check(task: Task, who: Who) -> None:
+    """Whether this worker does a task, as far as secrecy goes.
+
+    Raises:
+        LearnerFailed: it does not.
+        UsageError: the task's ring is too small.
+    """
+    if who.member and who.trains and (task.secure is None or task.work != "train"):
+        raise LearnerFailed(
+            "this worker has a roster, and tells its update and its score to nobody alone: the plan must say "
+            "privacy = secure."
+        )
+    if task.secure and who.trains:
+        if who.member is None:
+            raise LearnerFailed(
+                "updates of this run are only added up in secret, which takes --roster and --identity."
+            )
+        _ring(task)
+
+
+def _ring(task: Task) -> Ring:
+    assert task.secure
+    return ring_of(task.secure.bits, clip=task.clip, examples_max=task.examples_max, cohort=task.secure.cohort)
+
+
+def digest_of(weights: memoryview) -> bytes:
+    """What binds keys to the version that was received."""
+    return sha256(weights).digest()
+
+
+class Secrecy:
+    """One worker's.
+
+    Args:
+        member: who it is, and whom it knows.
+        folder: where it is put down which rounds it has helped to unmask.
+        room: makes room for masked words.
+        note: writes into the owner's ledger.
+        least: of how many the owner wants a cohort to be.
+        noise: is added to an update before it is masked.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        folder: Path,
+        *,
+        room: Callable[[int], Slot],
+        note: Note,
+        least: Callable[[], int] = lambda: 0,
+        noise: Noise = no_noise,
+    ) -> None:
+        self.member = member
+        self.room = room
+        self.note = note
+        self.least = least
+        self.noise = noise
+        self._path = folder / f"{member.name}.unmasked"
+
+    def answered(self, of: Attempt) -> str:
+        """The record of this worker's answer in this round of a run, or in a later one; empty if there is none.
+
+        Raises:
+            Refused: it cannot be known.
+        """
+        number, record = self._records().get(of.run, (0, ""))
+        return record if of.round <= number else ""
+
+    def record(self, of: Attempt, record: str) -> None:
+        """Put an answer down; when this returns it survives a power failure.
+
+        Raises:
+            Refused: it cannot be put down.
+        """
+        try:
+            write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
+        except OSError as problem:
+            raise Refused(
+                f"{self._path} cannot be written ({problem.strerror}), and nothing is told before."
+            ) from None
+
+    def _records(self) -> dict[str, tuple[int, str]]:
+        try:
+            return {run: (number, record) for run, (number, record) in json.loads(self._path.read_bytes()).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError, TypeError) as problem:
+            raise Refused(
+                f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known."
+            ) from None
+
+
+class Talk:
+    """What one finished update says in the secure sums that it is asked for.
+
+    Attributes:
+        said: what was said last, to be said again should it be lost; None where there is nothing to say.
+        words: the masked words, once there are any.
+        payload: what they are called.
+    """
+
+    def __init__(self, secrecy: Secrecy, task: Task, done: Done) -> None:
+        self.said: Ready | Step | None = None
+        self.words: Slot | None = None
+        self.payload: Payload | None = None
+        self._secrecy, self._task, self._done = secrecy, task, done
+        scored = {SCORED + name: value for name, value in done.scores.items() if name != "examples"}
+        metrics = {name: value for name, value in sorted((done.metrics | scored).items()) if len(name) <= KEY_MAX}
+        self._metrics = dict([*metrics.items()][:METRICS_MAX])
+        self._serial = 0
+        self._masking: Masking | None = None
+        self._form: Form | None = None
+        self._heard: list[Settled | Dealt | Finishers | Reveal] = []
+
+    def begin(self) -> None:
+        """Be ready for the first sum, unless there was one already, whose outcome is waited for.
+
+        Raises:
+            Refused: whether there was cannot be known.
+        """
+        if not self._secrecy.answered(self._task.of):
+            self._advertise(1)
+
+    def heed(self, call: Call) -> bool:
+        """Do what is asked; whether there is anything new to say.
+
+        Raises:
+            Refused: it must not be done, and this update takes no further part in this sum.
+            WireError: the update cannot be masked, likewise; LearnerFailed: there is no room.
+        """
+        try:
+            return self._heed(call)
+        except Refused as problem:
+            of, event = call.of, "alarm" if isinstance(problem, Alarm) else "refused"
+            self._secrecy.note(event, run=of.run, round=of.round, attempt=of.attempt, why=str(problem))
+            self._masking = self.said = None
+            raise
+
+    def _heed(self, call: Call) -> bool:
+        if call.says is None:
+            if fresh := call.serial > self._serial:
+                self._advertise(call.serial)
+            return fresh
+        if call.serial != self._serial or self._masking is None or call.says in self._heard:
+            return False
+        says = self._answer(self._masking, call.says)
+        payload = self.payload if isinstance(says, Masked) else None
+        self.said = Step(call.of, self._secrecy.member.name, call.serial, says, payload)
+        self._heard.append(call.says)
+        return True
+
+    def _advertise(self, serial: int) -> None:
+        """Fresh keys for another sum; nothing is left of the one before."""
+        task, member = self._task, self._secrecy.member
+        of, model = task.of, self._done.model
+        bound = context(
+            of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=member.roster
+        )
+        self._masking = Masking(member, bound, secrets.token_bytes, answered=self._secrecy.answered(of))
+        self._serial, self.words, self.payload, self._heard = serial, None, None, []
+        self.said = Ready(of, member.name, serial, self._masking.advert, tuple(self._metrics))
+
+    def _answer(self, masking: Masking, says: Settled | Dealt | Finishers | Reveal) -> Shares | Masked | Vow | Opened:
+        match says:
+            case Settled():
+                assert self._task.secure
+                if len(says.adverts) > self._task.secure.cohort:
+                    raise Refused(f"the ring has no room for a cohort of {len(says.adverts)}.")
+                if len(says.adverts) < self._secrecy.least():
+                    raise Refused(f"the data's owner wants a cohort of {self._secrecy.least()} at the least.")
+                self._form = Form(_ring(self._task), self._done.layout, says.metrics)
+                return masking.shares(says, self._metrics)
+            case Dealt():
+                return self._mask(masking, says)
+            case Finishers():
+                return masking.vow(says)
+            case Reveal():
+                answer = masking.answer(says)
+                self._secrecy.record(self._task.of, answer.record)  # before it leaves
+                self._note()
+                return answer.opened
+
+    def _mask(self, masking: Masking, dealt: Dealt) -> Masked:
+        form, done = self._form, self._done
+        if form is None:
+            raise Refused("shares are dealt out before there is a cohort.")
+        assert done.delta
+        assert done.examples
+        slot = self._secrecy.room(form.layout.size_bytes)
+        words = encode(form, done.delta.data, examples=done.examples, metrics=self._metrics, into=slot.data)
+        self._secrecy.noise(words, form, self._task)
+        masked = masking.mask(dealt, words)
+        called = f"{self._task.payload.id}/{self._secrecy.member.name}/{self._serial}-{secrets.token_hex(4)}"
+        self.payload = Payload(called, self._task.payload.part_bytes, form.layout.specs)
+        self.words = slot
+        return masked
+
+    def _note(self) -> None:
+        """Tell the owner what this worker has helped to reveal."""
+        settled, _, finishers, *_ = self._heard
+        assert isinstance(settled, Settled)
+        assert isinstance(finishers, Finishers)
+        of = self._task.of
+        self._secrecy.note(
+            "secure", run=of.run, round=of.round, attempt=of.attempt, sum=self._serial,
+            cohort=[advert.worker for advert in settled.adverts], of=list(finishers.workers),
+            revealed=["the sum of these updates", "the sum of their examples", *settled.metrics],
+        )  # fmt: skip

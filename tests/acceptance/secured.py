@@ -57,9 +57,10 @@ class Secured:
         url = URL(pages)
         return Management(url, (url.user or "", url.password or ""), self.ca, public=True)
 
-    def connections(self) -> list[dict[str, Any]]:
-        """All that the broker has, with what it knows of them so far."""
-        return [each for each in self.pages.ask("GET", "connections") if "ssl" in each]
+    def connected(self) -> set[tuple[str, str, bool]]:
+        """Users, what their certificates say, and whether by TLS, of all connections that the pages know by now."""
+        found = self.pages.ask("GET", "connections")
+        return {(each["user"], each.get("peer_cert_subject", ""), each["ssl"]) for each in found if "ssl" in each}
 
     @property
     def version(self) -> tuple[int, ...]:

@@ -172,13 +172,15 @@ def checksum(data: memoryview) -> str:
     return found.hexdigest()
 
 
-def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
+def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
     """Write a file so that it is old or new and never half; `durable`: also after a power failure.
+
+    `mode` is who may read it, as far as the process' umask allows.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    with _written(path) as file:
+    with _written(path, mode=mode) as file:
         file.write(data)
     seal(path, durable=durable)
 
@@ -219,12 +221,12 @@ def _beside(path: Path, tag: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def _written(path: Path, tag: str = "") -> Iterator[IO[bytes]]:
+def _written(path: Path, tag: str = "", *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A new file beside `path`; gone again if something is raised."""
     beside = _beside(path, tag)
     beside.unlink(missing_ok=True)  # a crash may have left it; or it is an older draft, which may still be in use
     try:
-        with beside.open("x+b") as file:
+        with open(beside, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
     except BaseException:
         beside.unlink(missing_ok=True)

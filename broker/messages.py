@@ -90,6 +90,21 @@ class Secure:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """Noise that a worker is to add: standard deviation `multiplier` · `clip`; what it hides is at most `clip` long.
+
+    `of`: to every step's gradient, of which a row's share is that long, or to the masked sum. The worker spends
+    privacy by this, and refuses what would bring its ε for `delta` above `budget`.
+    """
+
+    of: Literal["row", "sum"]
+    multiplier: Annotated[float, Within(0, 1e6)]
+    clip: Annotated[float, Within(0, CLIP_MAX)]
+    delta: Annotated[float, Within(0, 1)]
+    budget: Annotated[float, Within(0, 1e6)]
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """Worker → every coordinator: I am here until the lease ends.
 
@@ -142,6 +157,7 @@ class Task:
     cohort: Count = 0
     contract: Digest = ""
     learner_file: Digest = ""
+    noise: Noise | None = None
     secure: Secure | None = None
 
     @property
@@ -177,7 +193,8 @@ class Update:
     """Worker → coordinator: all parts of my delta are in my upload queue.
 
     `examples` is how many rows it learned from; `metrics` is the learner's own report. Floats are deltas (trained −
-    received); integers and booleans are the trained values (DESIGN §6).
+    received); integers and booleans are the trained values (DESIGN §6). `within`: it was no longer than the task's
+    clip before it was scaled down.
     """
 
     of: Attempt
@@ -186,6 +203,7 @@ class Update:
     examples: Examples
     metrics: Metrics
     payload: Payload
+    within: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ keep it for a while; so a chunk as long as the caches will have it is better tha
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple, Protocol, TypeVar
@@ -32,7 +33,8 @@ from broker.errors import WireError
 from broker.formats import CHUNK_ITEMS, Format, Run, count_floats
 from broker.norms import SLACK, squares
 from broker.pieces import Piece, look, pieces
-from broker.tensors import Layout, are_finite, as_float64, from_float64, saturated
+from broker.tensors import FLOATS, Layout, are_finite, as_float64, from_float64, saturated
+from coordinator.privacy import Veil
 
 REACH = 2.0**51
 """Largest |examples · delta| of one item of one update."""
@@ -92,6 +94,8 @@ class Sums:
         largest: first byte in the layout → the largest value so far of each of the integers or booleans there.
         examples, updates: how many of each have been added.
         reach: the sum of the updates' bounds on |examples · delta|.
+        veil: the noise under which the mean is released, if it is (`privacy.py`); every update was added as one
+            example then.
     """
 
     def __init__(self, layout: Layout, fmt: Format, *, seats: int = 1, clip: float = 0.0) -> None:
@@ -113,6 +117,7 @@ class Sums:
         self.examples = 0
         self.updates = 0
         self.reach = 0.0
+        self.veil: Veil | None = None
 
 
 class Rule(NamedTuple):
@@ -185,6 +190,8 @@ def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Sprea
 def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = alone) -> None:
     """The next version: `weights + Σ examples·delta / Σ examples` for floats, the largest value for the rest.
 
+    Under a veil it is what `privacy.py` says.
+
     FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1) with deltas in place of weights. The mean is taken
     once, in float64, and rounded once to the tensor's dtype; a float16 is at most the largest there is.
 
@@ -197,8 +204,11 @@ def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = a
     Raises:
         WireError: the result is not finite in the tensor's dtype.
     """
-    assert sums.updates > 0
-    for start, piece in sums.largest.items():
+    assert sums.updates > 0 or sums.veil
+    for segment in sums.layout.segments if sums.veil else ():
+        if segment.dtype not in FLOATS:
+            put(segment.start, weights[segment.start : segment.stop])
+    for start, piece in sums.largest.items() if not sums.veil else ():
         put(start, piece.view(np.uint8).data)
 
     def take(places: list[Piece], seat: int) -> None:
@@ -339,8 +349,23 @@ def _mean(sums: Sums, where: slice, *, seat: int) -> NDArray[np.float64]:
         np.copyto(high, sums.high[where])
         high *= ONE
         mean += high
-    mean /= sums.examples * ONE
+    if sums.veil:
+        mean /= ONE
+        sums.veil.cover(mean, where.start)
+    else:
+        mean /= sums.examples * ONE
     return mean
+
+
+def digest(sums: Sums) -> bytes:
+    """What tells these sums of floats from any other; the same ones, added in another order, may have another."""
+    found = sha256()
+    for chunk in sorted(sums.bounds):
+        found.update(chunk.to_bytes(8, "big") + bytes([chunk in sums.carried]))
+        found.update(sums.low[_part(chunk)].data)
+        if chunk in sums.carried:
+            found.update(sums.high[_part(chunk)].data)
+    return found.digest()
 
 
 MEAN = Rule(Sums, add_weighted, finish_mean)

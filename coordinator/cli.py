@@ -5,9 +5,11 @@ Knows options and what is printed. Does not know how a version is made.
 
 import asyncio
 import json
+import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,10 +31,12 @@ from coordinator import history, service, standby, updates
 from coordinator import plan as plans
 from coordinator import replay as replaying
 from coordinator import verify as verifying
+from coordinator.budget import counsel
 from coordinator.store import Store
 
+log = logging.getLogger(__name__)
+
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder; `fluffle init` makes one.")]
-PlanOptions = dict[str, Any]
 OverSelect = Annotated[
     float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
 ]
@@ -48,6 +52,15 @@ KeepUpdates = Annotated[
     bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
 ]
 Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
+Dp = Annotated[
+    str | None, typer.Option(help="Differential privacy: central or distributed, of a worker; record, of a row.")
+]
+DpNoise = Annotated[float | None, typer.Option(help="Its noise, in clips.")]
+DpBudget = Annotated[float | None, typer.Option(help="The largest epsilon; the run ends before it.")]
+DpDelta = Annotated[float | None, typer.Option(help="The delta that belongs to it.")]
+DpPopulation = Annotated[int | None, typer.Option(help="Of how many workers dice draw each round's cohort.")]
+DpAdaptive = Annotated[bool | None, typer.Option(help="Let the clip follow the median of the updates' norms.")]
+DpRowClip = Annotated[float | None, typer.Option(help="record: the largest norm of a row's gradient.")]
 
 
 def coordinator(
@@ -75,6 +88,13 @@ def coordinator(
     threshold: Threshold = None,
     roster: RosterFile = None,
     keep_updates: KeepUpdates = None,
+    dp: Dp = None,
+    dp_noise: DpNoise = None,
+    dp_budget: DpBudget = None,
+    dp_delta: DpDelta = None,
+    dp_population: DpPopulation = None,
+    dp_adaptive: DpAdaptive = None,
+    dp_row_clip: DpRowClip = None,
     drains: Drains = service.DRAINS,
     settings: SettingPairs = None,
     give_up_s: GiveUp = None,
@@ -84,32 +104,15 @@ def coordinator(
 
     Where another coordinator is at work on the run, stand by, and take over when it is gone.
     """
+    given = locals()  # every option that is called as a setting of the plan
     access = way_in("coordinator", broker, invite=invite, insecure=insecure)
     store = Store.open(run)
-    given = {
-        "rounds": rounds,
-        "cohort": cohort,
-        "over_select": over_select,
-        "quorum": quorum,
-        "round_s": round_s,
-        "gather_s": gather_s,
-        "schedule": schedule,
-        "workers": tuple(workers.split(",")) if workers else None,
-        "format": how,
-        "keep": keep,
-        "down": down,
-        "clip": clip,
-        "examples_max": examples_max,
-        "privacy": privacy,
-        "ring_bits": ring_bits,
-        "min_cohort": min_cohort,
-        "threshold": threshold,
-        "keep_updates": keep_updates,
-    }
-    changes: PlanOptions = {name: value for name, value in given.items() if value is not None}
-    if settings:
-        changes["settings"] = {**store.plan.settings, **parse_settings(settings)}
+    given |= {"run": None, "format": how, "workers": tuple(workers.split(",")) if workers else None}
+    given["settings"] = {**store.plan.settings, **parse_settings(settings)} if settings else None
+    changes = {each.name: given[each.name] for each in fields(plans.Plan) if given.get(each.name) is not None}
     daemon.start_log()
+    if said := counsel(plans.change(store.plan, changes)):
+        log.warning("%s", said)
     daemon.mind_parent()
     with standby.turn(run) as forced:
         store = Store.open(run)  # as it is now
@@ -175,7 +178,7 @@ def status(
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     if waits := standby.waiting(run):
         say(f"standing by: process {waits['process']} on {waits['machine']}")
-    for said in [*_said_now(now), *_said_last(abandoned)]:
+    for said in [*_said_now(now), *_said_last(abandoned), *history.spent(lines)]:
         say(said)
     if kept:
         say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")

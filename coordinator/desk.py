@@ -183,7 +183,7 @@ class Desk:
     def _add(self, update: Update, data: memoryview) -> None:
         if self.plan.keep_updates:
             updates.keep(update, data, self.payload_layout, run=self.store.folder, claim=self.store.claim)
-        self.rule.add(self.sums, update.examples, data, spread=self._spread)
+        self.rule.add(self.sums, self.plan.weight(update.examples), data, spread=self._spread)
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
@@ -394,7 +394,7 @@ class Desk:
             else:
                 await asyncio.to_thread(self._add, update, data)
                 here.round.count(update.worker, update.examples)
-                here.facts.trained[update.worker] = update.metrics
+                here.facts.count(update.worker, update.metrics, within=update.within)
         here.facts.bytes_up += len(data)
         self.changed.set()
 

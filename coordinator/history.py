@@ -6,7 +6,7 @@ a version), `final` (the last version, scored by everyone).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ _KINDS: dict[str, Any] = {
     "metrics": _Numbers, "scored": _Numbers,
     "others": list[_OTHER], "struck": dict[str, _STRUCK], "rested": dict[str, _RESTED],
     "worker": str, "seconds": float, "bytes_down": float, "bytes_up": float,
+    "privacy": dict[str, float],
 }  # fmt: skip
 _FIELDS: dict[str, Any] = {name: (kind, None) for name, kind in _KINDS.items()}
 _LINE = create_model("_LINE", __config__=_STRICT, **_FIELDS)
@@ -49,7 +50,14 @@ class Facts:
     struck: dict[str, Line] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+    within: list[str] = field(default_factory=list)
+    privacy: Line = field(default_factory=dict)
     _noted: dict[tuple[str, str, str], Line] = field(default_factory=dict)
+
+    def count(self, worker: str, metrics: Metrics, *, within: bool) -> None:
+        """An update is in the sum; `within`: it was no longer than the clip before it was cut."""
+        self.trained[worker] = metrics
+        self.within += [worker] * within
 
     def note_other(self, worker: str, verdict: str, reason: str, *, most: int) -> None:
         """An update was not counted; what happens again is tallied, and a flood does not fill the disk."""
@@ -129,6 +137,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         "seconds": round(seconds, 3),
         "bytes_down": facts.bytes_down,
         "bytes_up": facts.bytes_up,
+        **({"privacy": facts.privacy} if facts.privacy else {}),
     }
     if facts.secure:  # metrics came inside the sum, as means
         line |= {"secure": facts.secure, **{key: facts.secure[key] for key in ("metrics", "scored")}}
@@ -183,6 +192,21 @@ def final_line(version: int, scored: Mapping[str, Metrics], *, seconds: float, a
         "seconds": round(seconds, 3),
         "at": round(at, 3),
     }
+
+
+def spent(lines: Iterable[Line]) -> Iterator[str]:
+    """What of the run's privacy has been spent, if it was, in a sentence."""
+    said = ""
+    for line in lines:
+        if found := line.get("privacy"):
+            said = f"epsilon {found.get('epsilon', 0):.4g} of a worker, delta {found.get('delta', 0):g}"
+        elif line.get("event") == "round":
+            rows = [told.get("metrics") for told in line.get("counted", {}).values()]
+            found = [each.get("epsilon") for each in rows if isinstance(each, dict)]
+            most = max((each for each in found if isinstance(each, float)), default=None)
+            said = said if most is None else f"epsilon {most:.4g} of a row, at the most"
+    if said:
+        yield f"privacy spent: {said}"
 
 
 def last_abandoned(lines: Iterable[Line]) -> Line | None:

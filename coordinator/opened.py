@@ -1,17 +1,22 @@
-"""A round in the making, with all that belongs to it alone, and what its turns' weights are called.
+"""A round in the making, with all that belongs to it: whom it asks, for what, how its turns' weights are called.
 
-Knows names and records. Does not know when a turn begins or ends (`service.py`), nor who may be counted (`round.py`).
+Knows the plan, names and records. Does not know when a turn begins or ends (`service.py`), nor who may be counted
+(`round.py`).
 """
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Literal
 
 from broker.link import Delivery
-from broker.messages import Attempt, Call, Ready, Step, Update
+from broker.messages import Attempt, Call, Payload, Ready, Secure, Step, Task, Update
 from broker.ring import Form
 from coordinator.history import Facts
-from coordinator.round import Round
+from coordinator.plan import Plan
+from coordinator.roster import choose_cohort, draw_cohort
+from coordinator.round import Phase, Round
 from coordinator.unmasking import Unmasking
 
 
@@ -77,6 +82,45 @@ class Open:
     def is_of_this_turn(self, update: Update) -> bool:
         """Whether the update was made from the weights of this turn, which in a first turn is beyond doubt."""
         return self.turn == 1 or update.payload.id.startswith(f"{self.called}/")
+
+
+def asked(plan: Plan, trainers: Sequence[str], number: int) -> list[str]:
+    """Who is asked in a round. Where the coordinator's noise counts on chance, from dice that nobody can know.
+
+    The plan's seed is told to every worker.
+    """
+    if plan.dp == "central":
+        return draw_cohort(trainers, plan.rate, random.SystemRandom())
+    return choose_cohort(trainers, plan.asks, random.Random(f"{plan.seed}/{number}"))
+
+
+def begun(plan: Plan, of: Attempt, cohort: Sequence[str]) -> Round:
+    """An attempt that nobody has been asked in."""
+    turns = [cohort] if plan.schedule == "parallel" else [[worker] for worker in cohort]
+    quorum, target = plan.least, plan.cohort
+    if plan.dp == "central":  # whether one counts must not depend on who else does
+        quorum, target = quorum if plan.rate == 1 else -(-2 * len(cohort) // 3), len(cohort)
+    return Round(of, turns, quorum=quorum, turn_s=plan.round_s, target=target)
+
+
+def releases(here: Open, updates: int, *, veiled: bool) -> bool:
+    """Whether there are weights to make when a turn is over.
+
+    Noise costs, so under it only a round that makes a version; but that, too, if it has asked nobody, for dice must
+    not be seen to have done so.
+    """
+    outcome = here.round.outcome
+    return outcome is not None and outcome[0] is Phase.CLOSED if veiled else updates > 0 or not here.round.quorum
+
+
+def task_of(plan: Plan, of: Attempt, payload: Payload, *, work: Literal["train", "evaluate"], version: int) -> Task:
+    """What workers are sent in front of a version, but for who speaks."""
+    return Task(
+        of, work, version, plan.round_s, plan.seed, dict(plan.settings), payload,
+        format=plan.format, keep=plan.kept, examples_max=plan.examples_max, noise=plan.noise,
+        contract=plan.contract, learner_file=plan.learner_file,
+        secure=Secure(plan.ring_bits, plan.cohort) if plan.privacy == "secure" else None,
+    )  # fmt: skip
 
 
 def named(of: Attempt, turn: int, *, counted: Iterable[str] = ()) -> str:

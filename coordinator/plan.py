@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -19,11 +19,21 @@ from broker import wording
 from broker.errors import UsageError
 from broker.fields import NAME
 from broker.formats import KEEP
-from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX
+from broker.messages import (
+    CLIP_MAX,
+    EXAMPLES_MAX,
+    KEY_MAX,
+    MAP_MAX,
+    PART_BYTES_MAX,
+    PART_BYTES_MIN,
+    TEXT_MAX,
+    Noise,
+)
 from broker.pact import COHORT_MAX, COHORT_MIN
 from broker.parts import PART_BYTES
 from broker.ring import Ring, ring_of
 from coordinator.aggregation import RULES
+from coordinator.privacy import contradictions
 
 FILE = "plan.toml"
 HEADER = """\
@@ -93,6 +103,16 @@ class Plan:
         contract: the fingerprint of the tensors that every worker's learner must have (`broker/contract.py`); empty,
             as in runs of a former fluffle: not checked.
         learner_file: SHA-256 of the learner's file, in hex, if no other will do; else empty.
+        dp: differential privacy of the versions. `central`: of a worker; the coordinator adds noise to the sum.
+            `distributed`: the same, but the workers add it, and nobody sees a sum without. `record`: of a row; the
+            workers train with noise.
+        dp_noise: its standard deviation, in clips: of the sum's, or of a row's gradient.
+        dp_budget: the largest ε; the run ends before the round that would pass it.
+        dp_delta: the δ that belongs to it.
+        dp_population: workers of the federation, each of whom takes part in a central round with probability
+            cohort / dp_population; the cohort unless given, so that everybody does.
+        dp_adaptive: `clip`, or 0.1, is only the first one; it follows the median of the updates' norms.
+        dp_row_clip: the largest norm of a row's gradient.
         settings: what the learner's `train` is given.
     """
 
@@ -121,11 +141,17 @@ class Plan:
     keep_updates: bool = False
     contract: _DIGEST = ""
     learner_file: _DIGEST = ""
+    dp: Literal["none", "central", "distributed", "record"] = "none"
+    dp_noise: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    dp_budget: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    dp_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    dp_population: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    dp_adaptive: bool = False
+    dp_row_clip: Annotated[float, Field(gt=0, le=CLIP_MAX)] = 1.0
     settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.privacy == "secure":
-            self._check_secure()
+        self._check_secure()
         if self.least > self.cohort:
             raise ValueError(f"the quorum ({self.quorum}) is above the cohort ({self.cohort}): lower it")
         if self.workers and self.cohort > len(self.workers):
@@ -152,8 +178,12 @@ class Plan:
             raise ValueError(
                 f"a cyclic round has no use for changes of versions (down is {self.down}): set it to full"
             )
+        if said := next((sentence for wrong, sentence in contradictions(self) if wrong), ""):
+            raise ValueError(said)
 
     def _check_secure(self) -> None:
+        if self.privacy != "secure":
+            return
         if self.cohort < self.min_cohort:
             raise ValueError(
                 f"the cohort ({self.cohort}) is below min_cohort ({self.min_cohort}): a sum of fewer updates hides "
@@ -190,6 +220,28 @@ class Plan:
     def asks(self) -> int:
         """How many workers are asked in a round, if they are here."""
         return math.ceil(round(self.cohort * self.over_select, 6))  # 10 · 1.1 is 11, not the float above it
+
+    @property
+    def population(self) -> int:
+        """`dp_population` in force: as given, or the cohort."""
+        return self.cohort if self.dp_population is None else self.dp_population
+
+    @property
+    def rate(self) -> float:
+        """The probability with which a worker takes part in a central round."""
+        return self.cohort / self.population
+
+    def weight(self, examples: int) -> int:
+        """For how many examples an update counts; under the coordinator's noise all are alike."""
+        return 1 if self.dp == "central" else examples
+
+    @property
+    def noise(self) -> Noise | None:
+        """What the workers are to add."""
+        if self.dp in ("none", "central"):
+            return None
+        of, clip = ("row", self.dp_row_clip) if self.dp == "record" else ("sum", self.clip)
+        return Noise(cast(Any, of), self.dp_noise, clip, self.dp_delta, self.dp_budget)
 
     @property
     def reach(self) -> float:

@@ -197,6 +197,11 @@ def choose_cohort(trainers: Sequence[str], size: int, dice: random.Random) -> li
     return [name for name in trainers if name in chosen]
 
 
+def draw_cohort(trainers: Sequence[str], rate: float, dice: random.Random) -> list[str]:
+    """Each of the trainers with a probability of `rate`, whoever else is drawn; perhaps nobody. In their order."""
+    return [name for name in trainers if dice.random() < rate]
+
+
 def may_begin(present: int, cohort: int, quorum: int, *, waited_s: float, gather_s: float) -> tuple[bool, str]:
     """Whether a round may begin with the trainers present, and why.
 

@@ -7,7 +7,6 @@ Knows the order of things and reads the clock. Does not know how a round judges 
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -20,16 +19,17 @@ from broker.errors import Aborted, LinkError, Unroutable, WireError
 from broker.files import forget
 from broker.formats import FORMATS
 from broker.link import Link, first_of
-from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Secure, Task
+from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
 from coordinator import history
 from coordinator import plan as plans
+from coordinator.budget import Purse
 from coordinator.claim import beat
 from coordinator.desk import Desk
 from coordinator.now import Now
-from coordinator.opened import Open, named
+from coordinator.opened import Open, asked, begun, named, releases, task_of
 from coordinator.post import Post
-from coordinator.roster import Rests, choose_cohort, may_begin
-from coordinator.round import Phase, Round
+from coordinator.roster import Rests, may_begin
+from coordinator.round import Phase
 from coordinator.secrecy import Keys, Secrecy
 from coordinator.standby import BEAT_S
 from coordinator.store import Store
@@ -67,6 +67,7 @@ class Coordinator:
         self._secrecy = Secrecy(store, self.desk, keys=keys or {}, wait=self._wait) if secure else None
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
+        self._purse, self._ends = Purse(store, version), ""  # why, before its rounds are done
         self._say = Now(store, self.desk, self.rests).say
 
     async def serve(self, *, forced: bool = False) -> None:
@@ -109,7 +110,7 @@ class Coordinator:
             raise first_of(several) from None
         self.store.claim.check()
         await self.post.retire()
-        self._say("done", f"version {self.desk.version} is made")
+        self._say("done", self._ends or f"version {self.desk.version} is made")
 
     async def _beat(self) -> None:
         """Show those who stand by that we are here, for as long as we are the ones to be."""
@@ -126,11 +127,15 @@ class Coordinator:
         while self.desk.version < self.plan.rounds:
             if taken_up:
                 here, taken_up = taken_up, None
+            elif self.plan.dp != "none" and (ends := await asyncio.to_thread(self._purse.refusal, self.roster)):
+                self._ends = f"version {self.desk.version} is the last: {ends}"
+                return
             else:
                 here, gather_s = self._open(await self._gather(gather_s)), 0.0
             if await self._try_round(here):
                 failures = 0
                 continue
+            self._purse.note(here.round.refused)
             failures += 1
             pause_s = min(2.0 ** (failures - 1), BACKOFF_S_MAX)
             self._say("waiting", f"round {self.desk.version + 1} is tried again in {pause_s:.0f} s")
@@ -144,13 +149,14 @@ class Coordinator:
             self.desk.lapse(now)
             here = self.rests.spare(self.roster.trainers(plan.workers), plan.least)
             waited_s = now - began_at
-            ready, why = may_begin(len(here), plan.asks, plan.least, waited_s=waited_s, gather_s=gather_s)
+            full = plan.population if self._purse.budget else plan.asks
+            ready, why = may_begin(len(here), full, plan.least, waited_s=waited_s, gather_s=gather_s)
             if ready:
                 break
             judges = self.roster.evaluators()
             self._say("gathering", why if here or not judges else f"{why}; {', '.join(judges)} only evaluate")
             await self._wait(until=began_at + gather_s if waited_s < gather_s else None)
-        cohort = choose_cohort(here, plan.asks, random.Random(f"{plan.seed}/{self.desk.version + 1}"))
+        cohort = asked(plan, here, self.desk.version + 1)
         if tired := sorted(set(cohort) & self.rests.present.keys()):
             log.warning("%s should rest, but there is no quorum without: asked all the same", ", ".join(tired))
         return cohort
@@ -180,9 +186,8 @@ class Coordinator:
         return here
 
     def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:
-        turns = [cohort] if self.plan.schedule == "parallel" else [[worker] for worker in cohort]
-        made = Round(of, turns, quorum=self.plan.least, turn_s=self.plan.round_s, target=self.plan.cohort)
-        return Open(made, self.weights)
+        self._purse.begin(of.round, self.desk.sums)
+        return Open(begun(self.plan, of, cohort), self.weights)
 
     async def _try_round(self, here: Open) -> bool:
         """One attempt at the next version; whether it was made."""
@@ -235,10 +240,11 @@ class Coordinator:
                 await self._send(here, again)
                 continue
             await self._wait(until=here.round.deadline_at if now < here.round.deadline_at else here.round.ends_at)
-        if self._secrecy:
+        if self._secrecy or self._purse.budget:
             await self._sealed()  # what was put down of the sum before this one is needed until then
+        if self._secrecy:
             await self._secrecy.sum_up(here, task)
-        if self.desk.sums.updates or not here.round.quorum:
+        if releases(here, self.desk.sums.updates, veiled=self._purse.budget is not None):
             here.weights = await asyncio.to_thread(self._draft, here)
 
     def _draft(self, here: Open) -> memoryview:
@@ -247,6 +253,7 @@ class Coordinator:
         The change is what the version is made of then: whoever applies it to the version before has the same bits.
         """
         plan, number = self.plan, here.round.of.round
+        self._purse.pay(self.desk.sums, here)
         weights = self.store.draft(number, self.layout, lambda put: self.desk.finish(here.weights, put))
         if plan.down != "full":
             dice = np.random.default_rng([plan.seed, number])
@@ -270,6 +277,8 @@ class Coordinator:
         self.store.journal.flush()  # unless the next round has begun, which was put down together with this
         await asyncio.to_thread(self.store.seal, done.of.round)
         self.store.note(await asyncio.to_thread(self.store.vouched, line))
+        if self._purse.budget:
+            await asyncio.to_thread(self._purse.budget.settle, done.of.round)
         self.desk.safe(done)
         if self._secrecy:
             self._secrecy.forget()
@@ -369,13 +378,10 @@ class Coordinator:
         return sent
 
     def _task(self, of: Attempt, work: Literal["train", "evaluate"], called: str) -> Task:
-        plan, payload = self.plan, Payload(called, self.plan.part_bytes, self.layout.specs)
-        return Task(
-            of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings), payload,
-            format=plan.format, keep=plan.kept, epoch=self.post.epoch, clip=plan.clip, examples_max=plan.examples_max,
-            contract=plan.contract, secure=Secure(plan.ring_bits, plan.cohort) if self._secrecy else None,
-            learner_file=plan.learner_file, cohort=len(self.desk.open.round.asked) if self.desk.open else 0,
-        )  # fmt: skip
+        payload = Payload(called, self.plan.part_bytes, self.layout.specs)
+        task = task_of(self.plan, of, payload, work=work, version=self.desk.version)
+        together = len(self.desk.open.round.asked) if self.desk.open else 0
+        return replace(task, epoch=self.post.epoch, clip=self.desk.sums.clip, cohort=together)
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:
         try:

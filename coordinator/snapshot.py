@@ -106,7 +106,7 @@ def tally_of(round_: Round, facts: Facts) -> dict[str, Any]:
     return {
         "counted": dict(round_.counted), "refused": dict(round_.refused), "trained": dict(facts.trained),
         "scored": dict(facts.scored), "others": list(facts.others),
-        "bytes_down": facts.bytes_down, "bytes_up": facts.bytes_up,
+        "bytes_down": facts.bytes_down, "bytes_up": facts.bytes_up, "within": list(facts.within),
     }  # fmt: skip
 
 
@@ -118,6 +118,7 @@ def recall(tally: dict[str, Any], round_: Round, facts: Facts) -> None:
         round_.refuse(worker, reason)
     facts.trained, facts.scored, facts.others = tally["trained"], tally["scored"], tally["others"]
     facts.bytes_down, facts.bytes_up = tally["bytes_down"], tally["bytes_up"]
+    facts.within = tally["within"]
 
 
 def _part(chunk: int) -> slice:

@@ -221,6 +221,16 @@ class Store:
         with self._acting():
             write_whole(path, data)
 
+    def write_secret(self, path: Path, data: bytes) -> None:
+        """Write a file of the run's that only its owner may read; it survives a power failure.
+
+        Raises:
+            UsageError: the disk is full or not writable.
+            RunEnded: another coordinator has taken over.
+        """
+        with self._acting():
+            write_whole(path, data, mode=0o600)
+
     def settle(self) -> None:
         """Note the line of a version that was saved just before a crash, if it was."""
         noted = [line for line in self.history() if line.get("event") == "round"]

@@ -30,12 +30,12 @@ ROOMS = set(MAY_IMPORT) | {"tests"}
 # decisions and arithmetic: time and chance come in as arguments, so that tests need no sleep and runs can be replayed
 PURE = (
     "broker/changes.py", "broker/contract.py", "broker/errors.py", "broker/fields.py", "broker/formats.py",
-    "broker/frames.py",
-    "broker/masks.py", "broker/messages.py", "broker/norms.py", "broker/pact.py",
+    "broker/accountant.py", "broker/frames.py",
+    "broker/masks.py", "broker/messages.py", "broker/noise.py", "broker/norms.py", "broker/pact.py",
     "broker/parts.py", "broker/pieces.py", "broker/ring.py", "broker/shamir.py", "broker/tensors.py",
     "broker/topology.py",
-    "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/roster.py",
-    "coordinator/round.py", "coordinator/unmasking.py",
+    "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/privacy.py",
+    "coordinator/roster.py", "coordinator/round.py", "coordinator/unmasking.py",
     "workers/imprint.py", "workers/masking.py", "workers/policy.py",
 )  # fmt: skip
 OUTSIDE_WORLD = {

@@ -159,13 +159,15 @@ class Pupil:
             self._mend()
             raise
         delta, examples = done.delta, done.examples and min(done.examples, work.examples_max)
+        within = True
         if delta is not None and work.clip:
-            clip(FORMATS["float32"], layout, memoryview(delta), work.clip)
+            within = clip(FORMATS["float32"], layout, memoryview(delta), work.clip) <= work.clip
         if delta is not None and not as_it_is:
             delta = _packed(layout, memoryview(delta), work, room=room, residual=request["residual"])
         return {
             "examples": examples, "metrics": done.metrics, "scores": done.scores,
             "delta": delta if room is None else None, "seconds": time.monotonic() - began,
+            "within": within, "released": done.released,
         }  # fmt: skip
 
     def _scratch(self, layout: Layout) -> bytearray:

@@ -122,7 +122,7 @@ class Outbox:
         )  # fmt: skip
         task = replace(kept.task, deadline_s=left_s) if kept.task else task
         layout = update.payload.layout
-        done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, layout, model=kept.model)
+        done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, layout, kept.model, update.within)
         sent = Sent(task, done, update.payload, unsent=False)
         size = f"{update.payload.layout.size_bytes:,} bytes"
         self._tell(f"{update.of} of {update.of.run} was finished before: sending it again, {size}", logging.INFO)
@@ -214,7 +214,7 @@ class Outbox:
         # a training that was repeated may differ; its parts must not be mixed with those of the one before
         payload_id = f"{task.payload.id}/{who}/{secrets.token_hex(4)}"
         payload = sent.payload or Payload(payload_id, task.payload.part_bytes, done.layout.specs)
-        update = Update(task.of, who, task.version, done.examples, done.metrics, payload)
+        update = Update(task.of, who, task.version, done.examples, done.metrics, payload, done.within)
         keeping = None if sent.payload else asyncio.create_task(self._keep(sent, update))
         try:
             while not sent.over:

@@ -29,6 +29,7 @@ from workers.owner import Owner
 from workers.post import Post, Shared
 from workers.residuals import Residuals
 from workers.secrecy import Secrecy, check, digest_of
+from workers.spending import Spending
 from workers.spool import Held, Landing, Slot
 from workers.training import Seat
 from workers.work import Done, Who, Work, task_seed
@@ -85,6 +86,7 @@ class Worker:
         self._rest = asyncio.Event()  # something is done with
         self._owner = Owner(who, shared.spool.folder)
         self._residuals = Residuals(shared.spool.folder, who.name)
+        self._spending = Spending(shared.spool.folder, who.name)
         self._outbox = Outbox(
             who.name, self.post, owner=self._owner, residuals=self._residuals, tell=self._tell, rest=self._rest.set,
         )  # fmt: skip
@@ -320,15 +322,20 @@ class Worker:
         task, train = job.task, self._trains(job.task)
         landing, job.landing = job.landing, None
         assert landing is not None
-        work = Work(
-            train=train, evaluate=True, seed=task_seed(task.seed, task.of.round, self.who.name),
+        noise = task.noise if task.noise and task.noise.of == "row" and self.who.trains else None
+        work = Work(  # what is found out about rows without noise does not travel
+            train=train, evaluate=noise is None, seed=task_seed(task.seed, task.of.round, self.who.name),
             settings=task.settings, round=task.of.round, format=task.format, keep=task.keep,
             clip=task.clip, examples_max=task.examples_max,
             learner_file=task.learner_file,
+            row_noise=noise.multiplier if noise else 0.0, row_clip=noise.clip if noise else 1.0,
         )  # fmt: skip
         try:
             self._owner.take(task, trains=train)
             async with asyncio.timeout_at(job.due_at):
+                if train and noise:
+                    self._spending.most = self._owner.policy.epsilon_max
+                    await asyncio.to_thread(self._spending.check, task.of.run, noise)
                 weights = await self._unfold(task, landing)
                 self._holds = self.spool.hold((task.of.run, task.version), landing)
                 if work.owes:
@@ -337,6 +344,8 @@ class Worker:
                 model = await asyncio.to_thread(digest_of, weights.data) if task.secure else b""
                 done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
                 done = replace(done, model=model)
+                if train and noise:
+                    done = await asyncio.to_thread(self._spending.pay, task, done, self._owner)
         except (Declined, LearnerFailed, WireError, TimeoutError) as problem:
             late = f"not done within the {task.deadline_s:.0f} s of the task"
             await self._outbox.refuse(task, str(problem) or late, declined=isinstance(problem, Declined))

@@ -22,6 +22,8 @@ from broker.tensors import Layout
 from workers import weights
 from workers.imprint import suspicion
 from workers.learner import Learner, out_of_memory, told
+from workers.privacy import KEY as PRIVATE
+from workers.privacy import Private
 from workers.work import Outcome, Work
 
 METRIC_NAME_LENGTH_MAX = 200
@@ -110,13 +112,23 @@ def do(
             scores = _metrics(_call("evaluate", place.learner.evaluate, model, place.data), "evaluate")
     if not work.train:
         return Outcome(None, {}, scores, None)
-    settings = {**work.settings, "seed": work.seed, "round": work.round}
-    _sow(work.seed)
+    settings: dict[str, Any] = {**work.settings, "seed": work.seed, "round": work.round}
     model.train()
-    with torch.enable_grad():  # whatever the learner's code has switched off elsewhere
-        returned = _call("train", place.learner.train, model, place.data, settings)
+    private = Private(model, work.row_noise, work.row_clip) if work.row_noise else None
+    if private:
+        settings[PRIVATE] = private
+    _sow(work.seed)
+    try:
+        with torch.enable_grad():  # whatever the learner's code has switched off elsewhere
+            returned = _call("train", place.learner.train, model, place.data, settings)
+    finally:
+        if private:
+            private.close()
     examples, metrics = _trained(returned)
-    return Outcome(examples, metrics, scores, weights.delta(model, layout, received, into=into))
+    delta = weights.delta(model, layout, received, into=into)
+    if private:  # what was learned of rows without noise does not travel
+        return Outcome(examples, {}, {}, delta, private.released)
+    return Outcome(examples, metrics, scores, delta)
 
 
 def _sow(seed: int) -> None:

@@ -129,6 +129,8 @@ class Trainer:
             delta=delta,
             seconds=answer["seconds"],
             layout=written,
+            within=answer["within"],
+            released=answer["released"],
         )
 
     async def draw(self, *, seed: int) -> tuple[Layout, Slot]:

@@ -5,7 +5,7 @@ of work in these words. Does not know how training is done or where a result is 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -64,7 +64,8 @@ class Work:
     """What to do with the weights received; both, and the version is scored before it is trained.
 
     The update is written in `format`, of which `keep` is an argument where it wants one. Its norm is at most `clip`,
-    unless that is 0, and its examples are `examples_max` where the learner says more.
+    unless that is 0, and its examples are `examples_max` where the learner says more. With `row_noise` above 0 every
+    step's gradient has so much noise, in units of `row_clip`, to which each row's is cut (`privacy.py`).
     It is done by a learner whose file has the SHA-256 `learner_file`, or by any if that is empty.
     """
 
@@ -78,6 +79,8 @@ class Work:
     clip: float = 0.0
     examples_max: int = EXAMPLES_MAX
     learner_file: str = ""
+    row_noise: float = 0.0
+    row_clip: float = 1.0
 
     @property
     def owes(self) -> bool:
@@ -90,13 +93,14 @@ class Outcome:
     """What one task made, in the process that made it.
 
     `examples` and `delta` are None where nothing was trained; `metrics` is what train reported, `scores` what
-    evaluate said of the weights as they were received.
+    evaluate said of the weights as they were received, `released` what was trained with noise: noise, rate, steps.
     """
 
     examples: int | None
     metrics: dict[str, float]
     scores: dict[str, float]
     delta: bytes | bytearray | memoryview | mmap | None
+    released: Sequence[tuple[float, float, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class Done:
     """An outcome as the daemon sees it: the update is in a slot of its spool, as its format lays it out.
 
     In a secure round `model` is a digest of the weights from which it was trained.
+    `within`: its norm was at most the clip before it was cut.
     """
 
     examples: int | None
@@ -113,6 +118,8 @@ class Done:
     seconds: float
     layout: Layout
     model: bytes = b""
+    within: bool = True
+    released: Sequence[Sequence[float]] = ()
 
 
 def task_seed(seed: int, number: int, worker: str) -> int:

@@ -451,6 +451,7 @@ def test_the_page_has_a_table_for_every_kind_of_message_and_no_other() -> None:
         *KINDS.items(),
         ("attempt", Attempt),
         ("payload", Payload),
+        ("noise", messages.Noise),
         ("tensor", TensorSpec),
         *((each.__name__.lower(), each) for each in (Secure, Advert, Settled, Shares, Dealt)),
         *((each.__name__.lower(), each) for each in (Masked, Finishers, Vow, Reveal, Opened)),

@@ -1,0 +1,167 @@
+"""Whole runs under differential privacy: the noise is there, the budget ends them, and no restart makes it anew."""
+
+import asyncio
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker.link import Delivery, Outgoing
+from broker.messages import Score, Task, Update
+from broker.norms import SLACK
+from broker.tensors import view
+from coordinator.budget import FILE
+from tests.system.rig import Federation, federation, read
+
+pytest.importorskip("dp_accounting", reason="needs the extra `dp`")
+
+NAMES = ("a", "b", "c")
+CENTRAL = {"dp": "central", "dp_noise": 1.0, "dp_budget": 1e4, "clip": 1.0}
+
+
+def deviation(fed: Federation) -> float:
+    """Of the floats of the last version from zero, where updates are of no account beside the noise."""
+    weights = fed.weights()
+    return float(np.std(view(memoryview(weights)[8 : 8 + 4 * 132_000], "float32").astype(np.float64)))
+
+
+async def test_every_version_has_its_noise_over_the_plans_cohort_and_says_what_it_cost(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=3, **CENTRAL) as fed:
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert deviation(fed) == pytest.approx(math.sqrt(3) * (1 + SLACK) / 3, rel=0.02)
+        told = [line["privacy"] for line in fed.lines("round")]
+        assert [each["releases"] for each in told] == [1, 2, 3]
+        assert told[0]["epsilon"] == pytest.approx(4.377, abs=1e-3)
+        assert told[0]["epsilon"] < told[1]["epsilon"] < told[2]["epsilon"]
+        spent = json.loads((fed.run / FILE).read_bytes())
+        assert (spent["releases"], spent["seed"]) == (3, "")
+        assert view(memoryview(fed.weights())[:8], "int64")[0] == 0  # nobody's own number
+
+
+async def test_the_run_ends_before_the_round_that_would_pass_the_budget_and_stays_ended(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=5, **{**CENTRAL, "dp_budget": 7.0}) as fed:
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert fed.store.latest() == 2
+        said = fed.store.now()["why"]
+        assert said.startswith("version 2 is the last: the privacy budget is spent: epsilon is 6.5")
+        assert [line["event"] for line in fed.lines()] == ["round", "round", "final"]
+        before = fed.weights()
+        fed.begin()  # anew: what was spent is spent
+        await fed.end()
+        assert (fed.store.latest(), fed.weights()) == (2, before)
+        assert json.loads((fed.run / FILE).read_bytes())["releases"] == 2
+
+
+async def test_a_killed_coordinator_releases_nothing_twice(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=4, **CENTRAL) as fed:
+        killed = set()
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(message, Update) and not isinstance(what, Outgoing) and message.of.round not in killed:
+                killed.add(message.of.round)
+                fed.kill()
+
+        fed.hook = look
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert killed == {1, 2, 3, 4}
+        releases = [line["privacy"]["releases"] for line in fed.lines("round")]
+        assert releases == [1, 2, 3, 4]
+        assert deviation(fed) == pytest.approx(math.sqrt(4) * (1 + SLACK) / 3, rel=0.02)
+
+
+async def test_dice_decide_who_is_asked_and_that_makes_it_cheaper(tmp_path: Path) -> None:
+    drawn = CENTRAL | {"dp_noise": 4.0, "dp_population": 9}
+    async with federation(tmp_path, rounds=12, quorum=None, **drawn) as fed:
+        for number in range(9):
+            fed.join(f"w{number}")
+        await fed.end()
+        cohorts = [line["cohort"] for line in fed.lines("round")]
+        assert len(cohorts) == 12
+        assert fed.counted() == [sorted(cohort) for cohort in cohorts]
+        assert len({len(cohort) for cohort in cohorts}) > 1  # all alike in 12 rounds: once in a million runs
+        assert deviation(fed) == pytest.approx(math.sqrt(12) * 4 * (1 + SLACK) / 3, rel=0.02)
+        assert fed.lines("round")[0]["privacy"]["epsilon"] < 0.5  # with everybody asked it would be 0.94
+
+
+async def test_a_round_that_asks_nobody_makes_a_version_of_noise(tmp_path: Path) -> None:
+    nobody = CENTRAL | {
+        "dp_noise": 4.0,
+        "cohort": 1,
+        "dp_population": 50_000,
+    }  # once in 17,000 runs somebody is asked
+    async with federation(tmp_path, rounds=1, quorum=None, gather_s=0.0, **nobody) as fed:
+        for name in NAMES:
+            fed.join(name)
+        fed.begin()
+        await fed.end()
+        assert fed.counted() == [[]]
+        assert deviation(fed) == pytest.approx(4 * (1 + SLACK), rel=0.02)
+
+
+async def test_the_clip_that_workers_are_given_follows_what_they_say_of_their_norms(tmp_path: Path) -> None:
+    clips: dict[int, float] = {}
+
+    def look(what: Outgoing | Delivery) -> None:
+        message = read(what)
+        if isinstance(message, Task) and message.work == "train":
+            clips[message.of.round] = message.clip
+
+    adaptive = {"dp_adaptive": True, "clip": 0.5, "dp_noise": 0.02, "dp_budget": 1e6}
+    async with federation(tmp_path, rounds=6, **{**CENTRAL, **adaptive}) as fed:
+        fed.hook = look
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert clips == {line["round"]: line["privacy"]["clip"] for line in fed.lines("round")}
+        assert clips[1] == 0.5
+        assert [clips[n] < clips[n + 1] for n in range(1, 6)] == [True] * 5  # all norms are about 45
+
+
+async def test_rows_with_noise_tell_only_epsilon_and_end_the_run_when_it_is_spent(tmp_path: Path) -> None:
+    scores: list[Score] = []
+
+    def look(what: Outgoing | Delivery) -> None:
+        message = read(what)
+        if isinstance(message, Score):
+            scores.append(message)
+
+    rows = {"dp": "record", "dp_noise": 2.0, "dp_budget": 1.2}
+    async with federation(tmp_path, rounds=9, **rows) as fed:
+        fed.hook = look
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        rounds = fed.lines("round")
+        assert len(rounds) == 2
+        spent = [line["counted"]["a"]["metrics"]["epsilon"] for line in rounds]
+        assert spent == sorted(set(spent))
+        assert spent[-1] <= 1.2
+        assert all(set(told["metrics"]) == {"epsilon"} for line in rounds for told in line["counted"].values())
+        assert not any(score.metrics for score in scores)
+        said = fed.store.now()["why"]
+        assert f"version {len(rounds)} is the last: a: the privacy budget is spent: epsilon would be" in said
+        assert sum(trained for trained, _ in fed.places["a"].lesson.done) == 2  # the third was not even begun
+        for name in NAMES:
+            await fed.places[name].leave()
+            fed.join(name)  # a restart of the worker: what was spent is spent
+        fed.begin()
+        await fed.end()
+        assert len(fed.lines("round")) == 2
+
+
+async def test_without_privacy_the_history_says_nothing_of_it(tmp_path: Path) -> None:
+    async with federation(tmp_path, rounds=1) as fed:
+        for name in NAMES:
+            fed.join(name)
+        await asyncio.wait_for(fed.end(), 20)
+        assert "privacy" not in fed.lines("round")[0]
+        assert not (fed.run / FILE).exists()

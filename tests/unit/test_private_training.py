@@ -1,0 +1,191 @@
+"""Training that hides every row: by Opacus, with noise of its own, on the user's own model; and what it has cost."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from broker.errors import LearnerFailed
+from broker.messages import Noise
+from broker.tensors import Layout
+from workers import learner, task, weights
+from workers.learner import Learner
+from workers.privacy import Private, secret_dice
+from workers.spending import Spending
+from workers.work import Outcome, Work
+
+ROWS = Noise("row", 1.0, 1.0, 1e-5, 8.0)
+WORK = Work(train=True, evaluate=False, seed=11, settings={}, round=4, row_noise=1.0, row_clip=0.5)
+DATA = TensorDataset(torch.zeros(64, 3), torch.zeros(64, 2))
+
+
+def line() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+def train(model: nn.Module, data: Any, settings: dict[str, Any]) -> int:
+    """One step at rate 1 on rows whose gradients are all zero: what changes is the noise."""
+    torch.manual_seed(0)  # as learners will
+    np.random.seed(0)  # noqa: NPY002
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loader = DataLoader(data, batch_size=len(data), generator=torch.Generator().manual_seed(0))
+    model, optimizer, loader = settings["private"](model, optimizer, loader)
+    for x, y in loader:
+        optimizer.zero_grad()
+        ((model(x) - y) ** 2 * 0).mean().backward()
+        optimizer.step()
+    return len(data)
+
+
+def done(train: Any = train, model: Any = line, work: Work = WORK) -> tuple[Outcome, Layout, task.Place]:
+    place = task.set_up(Learner("x", model, lambda _: DATA, train, lambda *_: {"loss": 0.0}), "")
+    received = weights.read(place.model, place.layout)
+    return task.do(place, work, layout=place.layout, received=received), place.layout, place
+
+
+@pytest.fixture
+def _opacus() -> None:
+    pytest.importorskip("opacus", reason="needs the extra `dp`")
+
+
+@pytest.mark.usefixtures("_opacus")
+def test_a_step_has_noise_of_its_own_whatever_the_learner_has_sown() -> None:
+    deltas = []
+    for _ in range(60):
+        outcome, _, place = done()
+        assert outcome.delta is not None
+        deltas.append(np.frombuffer(outcome.delta, "<f4").copy())
+        assert outcome.released == [(1.0, 1.0, 1)]
+        assert list(place.model.state_dict()) == ["weight", "bias"]
+    noise = np.concatenate(deltas)
+    assert len({delta.tobytes() for delta in deltas}) == 60
+    assert float(noise.std()) == pytest.approx(1.0 * 0.5 / 64, rel=5 / math.sqrt(2 * len(noise)))
+
+
+@pytest.mark.usefixtures("_opacus")
+def test_what_is_found_out_about_rows_without_noise_does_not_travel() -> None:
+    outcome, _, _ = done(lambda *given: (train(*given), {"loss": 0.125}))
+    assert (outcome.examples, outcome.metrics, outcome.scores) == (64, {}, {})
+
+
+@pytest.mark.usefixtures("_opacus")
+def test_the_model_is_left_as_it_was_and_trains_again_with_and_without() -> None:
+    _, layout, place = done()
+    assert not place.model._forward_hooks
+    assert not any(vars(parameter) for parameter in place.model.parameters())
+    received = weights.read(place.model, layout)
+    assert task.do(place, WORK, layout=layout, received=received).released
+    plain = Work(train=True, evaluate=True, seed=1, settings={}, round=1)
+    forgot = task.Place(place.learner, place.model, place.data, layout)
+    with pytest.raises(LearnerFailed, match="KeyError: 'private'"):
+        task.do(forgot, plain, layout=layout, received=received)
+
+
+@pytest.mark.usefixtures("_opacus")
+def test_a_learner_that_trains_without_noise_sends_nothing() -> None:
+    with pytest.raises(
+        LearnerFailed, match="train\\(\\) does not know how: let it train with model, optimizer, loader"
+    ):
+        done(lambda *_: 64)
+
+
+@pytest.mark.usefixtures("_opacus")
+def test_a_model_that_mixes_rows_is_refused_with_what_to_do() -> None:
+    with pytest.raises(
+        LearnerFailed, match=r"the model has 1 \(BatchNorm1d\), which mixes the rows .* put GroupNorm"
+    ):
+        done(model=lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+
+
+@pytest.mark.usefixtures("_opacus")
+def test_the_wrapper_is_for_the_tasks_model_and_for_one_optimizer() -> None:
+    private = Private(model := line(), 1.0, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="with the model that train"):
+        private(line(), optimizer, DataLoader(DATA))
+    private(model, optimizer, DataLoader(DATA))
+    with pytest.raises(ValueError, match="once a task"):
+        private(model, optimizer, DataLoader(DATA))
+    private.close()
+
+
+@pytest.mark.usefixtures("_opacus")
+def test_the_digits_are_learned_with_noise() -> None:
+    pytest.importorskip("sklearn", reason="needs the extra `demo`")
+    place = task.set_up(learner.load("digits"), "pooled")
+    received = weights.read(place.model, place.layout)
+    settings: dict[str, bool | int | float | str] = {"lr": 1.0, "momentum": 0.0, "steps": 60, "batch": 64}
+    work = Work(train=True, evaluate=False, seed=3, settings=settings, round=1, row_noise=1.0)
+    outcome = task.do(place, work, layout=place.layout, received=received)
+    assert outcome.released == [(1.0, 1 / 23, 60)]
+    with torch.no_grad():
+        assert place.learner.evaluate(place.model, place.data)["accuracy"] > 0.5  # 0.75 or so; guessing is 0.1
+
+
+def test_the_dice_for_batches_are_in_a_state_that_no_seed_gives() -> None:
+    throws = [torch.rand(20_000, generator=secret_dice()) for _ in range(2)]
+    assert not torch.equal(*throws)
+    for each in throws:
+        assert float(each.mean()) == pytest.approx(0.5, abs=5 * 0.29 / math.sqrt(20_000))
+        assert torch.histc(each, 10, 0, 1).tolist() == pytest.approx([2000] * 10, rel=0.2)
+
+
+def test_without_opacus_the_worker_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "opacus", SimpleNamespace())
+    with pytest.raises(
+        LearnerFailed, match=r"needs opacus, install it on the worker with: pip install 'fluffle\[dp\]'"
+    ):
+        done()
+
+
+# -- what it has cost -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _dp_accounting() -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra `dp`")
+
+
+@pytest.mark.usefixtures("_dp_accounting")
+def test_what_a_worker_has_spent_outlives_it(tmp_path: Path) -> None:
+    spending = Spending(tmp_path, "ada")
+    first = spending.spend("r", ROWS, [(4.0, 1.0, 1)])
+    assert first == pytest.approx(0.926, abs=1e-3)
+    file = tmp_path / "ada.privacy"
+    assert file.stat().st_mode & 0o777 == 0o600
+    again = Spending(tmp_path, "ada")
+    assert again.spend("r", ROWS, [(4.0, 1.0, 1)]) > first
+    assert json.loads(file.read_bytes()) == {"r": [[4.0, 1.0, 2, False]]}
+    assert Spending(tmp_path, "bob").spend("r", ROWS, [(4.0, 1.0, 1)]) == first
+
+
+@pytest.mark.usefixtures("_dp_accounting")
+def test_nothing_is_spent_beyond_the_plans_budget_or_the_owners(tmp_path: Path) -> None:
+    spending = Spending(tmp_path, "ada", most=2.0)
+    spending.spend("r", ROWS, [(4.0, 1.0, 2)])
+    with pytest.raises(
+        LearnerFailed, match=r"the privacy budget is spent: epsilon would be 1\.\d+, and the plan allows 1"
+    ):
+        spending.spend("other", Noise("row", 1, 1, 1e-5, 1.0), [(4.0, 1.0, 2)])
+    with pytest.raises(LearnerFailed, match=r"would be 2\.\d+, and the owner of the data allows 2"):
+        spending.spend("other", ROWS, [(4.0, 1.0, 3)])  # 1.35 for the one run, 1.7 for the other: they add up
+    assert json.loads((tmp_path / "ada.privacy").read_bytes()) == {"r": [[4.0, 1.0, 2, False]]}
+    spending.check("r", ROWS)
+    spending.spend("r", ROWS, [(4.0, 1.0, 1)])
+    with pytest.raises(LearnerFailed, match="the owner of the data allows 2"):
+        Spending(tmp_path, "ada", most=2.0).spend("r", ROWS, [(4.0, 1.0, 2)])
+
+
+@pytest.mark.usefixtures("_dp_accounting")
+@pytest.mark.parametrize("damage", ["{", "[]", '{"r": 3}'])
+def test_a_worker_that_does_not_know_what_it_spent_spends_nothing(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "ada.privacy").write_text(damage)
+    with pytest.raises(LearnerFailed, match=r"ada\.privacy does not tell what was spent"):
+        Spending(tmp_path, "ada").check("r", ROWS)

@@ -1,0 +1,109 @@
+"""What a worker has spent of its data's privacy, in all runs, in a file beside its models: `NAME.privacy`.
+
+Knows that file and the bounds: the plan's for its run, and the data owner's for all runs together. Does not know how
+noise is made (`privacy.py`), nor what else becomes of an update.
+
+Spent before it is released: what an update costs is on the disk before its first byte is sent. An update that is
+never counted has cost as much as any, and so has one that had to be trained again: it may have been seen.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from broker.accountant import SPENT, Released, epsilon
+from broker.errors import LearnerFailed, UsageError
+from broker.files import write_whole
+from broker.messages import Noise, Task
+from workers.owner import Owner
+from workers.work import Done
+
+
+class Spending:
+    """One worker's.
+
+    Args:
+        folder: where its files are; they outlive the process.
+        worker: its name.
+        most: the largest ε over all runs that the data's owner allows.
+    """
+
+    def __init__(self, folder: Path, worker: str, *, most: float = math.inf) -> None:
+        self._path = folder / f"{worker}.privacy"
+        self.most = most
+        self._last: dict[str, list[Released]] = {}
+
+    def check(self, run: str, noise: Noise) -> None:
+        """Whether another task like the run's last one can be paid; before that one nobody knows what it takes.
+
+        Raises:
+            LearnerFailed: it cannot.
+        """
+        self._after(run, noise, self._last.get(run, []))
+
+    def pay(self, task: Task, done: Done, owner: Owner) -> Done:
+        """Pay for what came of a private task, and put it into the ledger; the update then tells its ε, no more.
+
+        Raises:
+            LearnerFailed: as for `spend`.
+        """
+        assert task.noise is not None
+        spent = self.spend(task.of.run, task.noise, done.released)
+        owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
+        return replace(done, metrics={"epsilon": spent})
+
+    def spend(self, run: str, noise: Noise, released: Sequence[Sequence[float]]) -> float:
+        """Pay for an update; the run's ε with it. When this returns it survives a power failure.
+
+        Args:
+            run: whose task it is.
+            noise: what the task asks for.
+            released: of each kind of step: noise, rate, how often.
+
+        Raises:
+            LearnerFailed: there is not enough left, or the file cannot be read or written.
+        """
+        what = [Released(noise_, rate, int(times)) for noise_, rate, times in released]
+        self._last[run] = what
+        spent, found = self._after(run, noise, what)
+        try:
+            write_whole(self._path, json.dumps(spent).encode(), mode=0o600)
+        except OSError as problem:
+            raise LearnerFailed(
+                f"what an update costs cannot be noted in {self._path}: {problem.strerror}."
+            ) from None
+        return found
+
+    def _after(self, run: str, noise: Noise, what: Sequence[Released]) -> tuple[dict[str, list[Released]], float]:
+        spent = self._read()
+        together: dict[Released, int] = {}
+        for each in [*spent.get(run, []), *what]:
+            kind = each._replace(times=0)
+            together[kind] = together.get(kind, 0) + each.times
+        spent[run] = [kind._replace(times=times) for kind, times in together.items()]
+        try:
+            here = epsilon(spent[run], noise.delta)
+            in_all = (
+                here
+                if len(spent) == 1
+                else epsilon([each for kinds in spent.values() for each in kinds], noise.delta)
+            )
+        except UsageError as problem:
+            raise LearnerFailed(str(problem)) from None
+        for found, most, whose in ((here, noise.budget, "the plan"), (in_all, self.most, "the owner of the data")):
+            if found > most:
+                raise LearnerFailed(f"{SPENT}: epsilon would be {found:.4g}, and {whose} allows {most:g}.")
+        return spent, here
+
+    def _read(self) -> dict[str, list[Released]]:
+        try:
+            found = json.loads(self._path.read_bytes())
+            return {run: [Released(*each) for each in kinds] for run, kinds in found.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as problem:
+            raise LearnerFailed(
+                f"{self._path} does not tell what was spent of this data's privacy ({problem}): restore it."
+            ) from None

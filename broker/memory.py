@@ -110,10 +110,7 @@ class MemoryBroker:
         return consumer
 
     def take(self, message: Outgoing, user: str = "") -> bool:
-        """Put a message into every queue that its keys reach, once each; False when one of them is full.
-
-        RabbitMQ gives it to those that have room and refuses all the same; here it is all or none.
-        """
+        """Put a message into every queue that its keys reach; False when one is full, and here all or none."""
         kind = self._exchanges.get(message.exchange)
         reached = {
             binding.queue: self._queues[binding.queue]
@@ -176,12 +173,7 @@ class MemoryLink:
 
     @asynccontextmanager
     async def consume(
-        self,
-        queue: str,
-        *,
-        lane: Lane = Lane.CONTROL,
-        prefetch: int = 64,
-        alone: bool = False,
+        self, queue: str, *, lane: Lane = Lane.CONTROL, prefetch: int = 64, alone: bool = False,
         aim: Aim | None = None,
     ) -> AsyncIterator[AsyncIterator[Delivery]]:  # fmt: skip
         """See `Link.consume`."""

@@ -20,13 +20,9 @@ from broker.tensors import TENSORS_MAX, Layout, TensorSpec
 PROTOCOL = 1
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # anything but a part: a header of 20,000 tensors with long names still fits
 PART_BYTES_MIN, PART_BYTES_MAX = 256 * 1024, 3584 * 1024  # RabbitMQ treats messages from 4,000,000 bytes up apart
-MAP_MAX = 512
-TEXT_MAX = 4096
-KEY_MAX = 200
+TEXT_MAX, KEY_MAX, MAP_MAX = 4096, 200, 512
 PART_HEAD_MAX = 4 * TEXT_MAX + 1024
 COLLECTIONS_MAX = 2 * TENSORS_MAX + 64  # a tensor is a map with a list in it; empty maps cost 100 times their bytes
-
-
 BIN_32 = 0xC6  # msgpack's mark of bytes whose length has 32 bits
 PART_BEGINS = b"\x86\xa1v\x01\xa4kind\xa4part"
 """How a part begins that `encode_part` has packed: its data comes last, and need not be copied to be read."""
@@ -35,18 +31,16 @@ _LIMITS = {
     "max_str_len": TEXT_MAX * 4, "max_bin_len": PART_BYTES_MAX, "max_array_len": TENSORS_MAX, "max_map_len": MAP_MAX,
     "max_ext_len": 0,
 }  # fmt: skip
-
+COUNT_MAX, CLIP_MAX = 2**53, 1e9
 
 Name = Annotated[str, NAME]
 Text = Annotated[str, Within(0, TEXT_MAX)]
 Digest = Annotated[str, Within(0, 64)]
-COUNT_MAX = 2**53
 Count = Annotated[int, Within(0, COUNT_MAX)]
 Number = float  # finite: `fields` sees to it
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
 EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
 Examples = Annotated[int, Within(1, EXAMPLES_MAX)]
-CLIP_MAX = 1e9
 Key = Annotated[str, Within(0, KEY_MAX)]
 Scalar = bool | int | float | str
 Buffer = bytes | bytearray | memoryview

@@ -19,24 +19,20 @@ from broker.link import Delivery
 from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Ready, Refusal, Score, Step, Update
 from broker.tensors import Layout
 from coordinator import history, updates
-from coordinator import plan as plans
 from coordinator.aggregation import RULES, Spread, alone
 from coordinator.hands import SEATS, Hands
 from coordinator.history import Facts
+from coordinator.keeping import Keeping
 from coordinator.opened import Open
 from coordinator.post import Post
 from coordinator.rooms import Room, forgetting_put, read_lightly
 from coordinator.roster import News, Roster
 from coordinator.round import Round, Verdict, judge
-from coordinator.snapshot import Snapshot, naming, recall, tally_of
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
 
 REMEMBERED_ROUNDS = 64
-KEEP_S = 10.0
-"""How often, at the most, the sums of a turn that has lasted so long are written down; seldom, if it takes long."""
-KEEP_SHARE = 20  # of the time, at most one part in so many goes into that
 
 
 class Desk:
@@ -85,9 +81,7 @@ class Desk:
         self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
         self._hearing = False
-        self._snapshot = Snapshot(store.folder, store.claim)
-        self._kept: tuple[Attempt, int] | None = None  # whose sums are written down, and of how many updates
-        self._turn_at = 0.0
+        self.keeping = Keeping(store, self.sums, self._adding)
 
     def holds(self, worker: str, version: int) -> bool:
         """Whether the worker has this version and has not lost it since."""
@@ -101,8 +95,7 @@ class Desk:
         """The version that the round made is on the disk."""
         self.unsafe = None
         self._made.append((done.of, frozenset(done.counted)))
-        if self._kept and self._kept[0] == done.of:
-            self.forget_sums()
+        self.keeping.made(done.of)
 
     def remember(self, lines: Iterable[history.Line]) -> history.Line | None:
         """Whose updates were counted before this coordinator came up; the last round's line."""
@@ -122,52 +115,7 @@ class Desk:
         if self.open:
             self.open.facts.follow(self._between)
             self._between = Facts()
-        self._turn_at = time.monotonic()
-
-    # -- long rounds ----------------------------------------------------------------------------------------------
-
-    async def keep_sums(self) -> None:
-        """Write down what a long turn has added up, now and then, for the coordinator after this one."""
-        pause_s = KEEP_S
-        while True:
-            await asyncio.sleep(pause_s)
-            pause_s, began_at = KEEP_S, time.monotonic()
-            async with self._adding:
-                if self.open and began_at - self._turn_at >= KEEP_S:
-                    await self._keep_sums(self.open)
-                    pause_s = max(KEEP_S, KEEP_SHARE * (time.monotonic() - began_at))
-
-    async def _keep_sums(self, here: Open) -> None:
-        kept, round_ = (here.round.of, self.sums.updates), here.round
-        if kept == self._kept or self.plan.schedule == "cyclic":  # a cyclic round begins again with its first turn
-            return
-        if not 0 < self.sums.updates == len(round_.counted):  # these are the sums of a turn that is over
-            return
-        names, tally = naming(round_, plans.digest(self.plan)), tally_of(round_, here.facts)
-
-        def wanted() -> bool:
-            return here is self.open and round_.outcome is None
-
-        if await asyncio.to_thread(self._snapshot.write, names, tally, self.sums, wanted=wanted):
-            self._kept = kept
-            log.debug("%s: the sum of %d updates is written down", *kept)
-
-    async def take_up(self, here: Open) -> None:
-        """Go on with the sums that were written down for a round, if they were; nobody may be heard yet."""
-        await self.begin_turn()
-        names = naming(here.round, plans.digest(self.plan))
-        async with self._adding:
-            tally = await asyncio.to_thread(self._snapshot.read, names, self.sums)
-            if tally is None:
-                return
-            recall(tally, here.round, here.facts)
-        self._kept = here.round.of, self.sums.updates
-        log.info("%s: updates of %s are in the sum already", here.round.of, ", ".join(tally["counted"]))
-
-    def forget_sums(self) -> None:
-        """What was written down is of no use any more."""
-        self._snapshot.drop()
-        self._kept = None
+        self.keeping.begin_turn()
 
     async def end_turn(self) -> None:
         """A turn is over: what is being added comes to its end, what is only being received is left where it is."""

@@ -98,8 +98,8 @@ def contradictions(plan: Any) -> Iterator[tuple[bool, str]]:
     yield (
         dp == "distributed",
         (
-            "dp = distributed is not there yet: secure rounds do not add its noise; set dp to record, or privacy to none "
-            "and dp to central"
+            "dp = distributed is not there yet: secure rounds do not add its noise; set dp to record, or privacy to "
+            "none and dp to central"
         ),
     )
     yield (

@@ -23,7 +23,6 @@ from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
 from coordinator import history
 from coordinator import plan as plans
 from coordinator.budget import Purse
-from coordinator.claim import beat
 from coordinator.desk import Desk
 from coordinator.now import Now
 from coordinator.opened import Open, asked, begun, named, releases, task_of
@@ -31,7 +30,7 @@ from coordinator.post import Post
 from coordinator.roster import Rests, may_begin
 from coordinator.round import Phase
 from coordinator.secrecy import Keys, Secrecy
-from coordinator.standby import BEAT_S
+from coordinator.standby import beats
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -83,14 +82,12 @@ class Coordinator:
         """
         if forced:
             await self.post.retire()
+        await self.post.declare()
+        await self._tell_former()  # the coordinator before this one may have died before it could
         if self.desk.version >= self.plan.rounds:
             log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
-            await self.post.declare()
-            await self._tell_former()  # the coordinator before this one may have died before it could
             await self.post.retire()
             return
-        await self.post.declare()
-        await self._tell_former()
         taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be counted again
         try:
             async with self._group as group:
@@ -98,8 +95,8 @@ class Coordinator:
                     group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
                     group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
                     group.create_task(self.desk.drain_uploads()),
-                    group.create_task(self.desk.keep_sums()),
-                    group.create_task(self._beat()),
+                    group.create_task(self.desk.keeping.keep(lambda: self.desk.open)),
+                    group.create_task(beats(self.store.claim, self.store.folder)),
                 ]
                 await self._make_versions(taken_up)
                 await self._sealed()
@@ -111,13 +108,6 @@ class Coordinator:
         self.store.claim.check()
         await self.post.retire()
         self._say("done", self._ends or f"version {self.desk.version} is made")
-
-    async def _beat(self) -> None:
-        """Show those who stand by that we are here, for as long as we are the ones to be."""
-        while True:
-            self.store.claim.check()
-            beat(self.store.folder)
-            await asyncio.sleep(BEAT_S)
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
@@ -177,12 +167,13 @@ class Coordinator:
         """
         begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
         if begun is None:
-            self.desk.forget_sums()
+            self.desk.keeping.forget()
             return None
         here = self._round(Attempt(self.plan.run, begun.round, begun.attempt), begun.cohort)
         here.left_s = max(min(begun.until - time.time(), self.plan.round_s), min(self.plan.round_s, LEFT_S_MIN))
         log.info("%s goes on with %s", here.round.of, ", ".join(begun.cohort))
-        await self.desk.take_up(here)
+        await self.desk.begin_turn()
+        await self.desk.keeping.take_up(here)
         return here
 
     def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:

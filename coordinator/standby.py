@@ -5,6 +5,7 @@ was stopped, or whose machine was lost, shows no sign of life. Does not know wha
 act at the same time, whatever shows, is `claim.py`'s work.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -19,8 +20,8 @@ from typing import IO, Any
 from broker.daemon import StoppedEarly
 from broker.errors import UsageError
 from broker.files import write_whole
+from coordinator.claim import Claim, last_beat, locked
 from coordinator.claim import beat as beat_now
-from coordinator.claim import last_beat, locked
 
 log = logging.getLogger(__name__)
 
@@ -125,3 +126,11 @@ def _wrested(folder: Path, beat: int) -> IO[str] | None:
         beside.replace(folder / LOCK)
         beat_now(folder)
     return file
+
+
+async def beats(claim: Claim, folder: Path) -> None:
+    """Show those who stand by that we are here, for as long as we are the ones to be."""
+    while True:
+        claim.check()
+        beat_now(folder)
+        await asyncio.sleep(BEAT_S)

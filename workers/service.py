@@ -14,7 +14,7 @@ import logging
 import random
 import secrets
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from broker.changes import apply_change
@@ -24,6 +24,7 @@ from broker.link import Delivery, first_of, read
 from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
 from broker.parts import Aimed
 from broker.tensors import Layout
+from workers.jobs import Arrival, Job, is_same
 from workers.outbox import Outbox
 from workers.owner import Owner
 from workers.post import Post, Shared
@@ -43,35 +44,6 @@ _Result = TypeVar("_Result")
 
 REFUSING_S = 1.0
 """So long before a task's deadline it is refused, or else its round would be over before the reason is heard."""
-
-
-@dataclass(slots=True)
-class Arrival:
-    """A task whose parts are landing; `header` is acknowledged when it is claimed."""
-
-    task: Task
-    header: Delivery
-    landing: Landing
-    due_at: float
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A claimed task that is not trained yet."""
-
-    task: Task
-    landing: Landing | None  # until it is trained; others of this process may need it meanwhile
-    due_at: float
-    work: asyncio.Task[Done | None] | None = None
-
-
-def is_same(task: Task, known: Task) -> bool:
-    """Whether a task that has come is one that we have: of the same try, and with the same weights or their change.
-
-    Of one that an earlier process has done we know what its update was called, which begins with the weights' name.
-    """
-    weights = task.payload.id.removesuffix("/change")
-    return task.of == known.of and f"{known.payload.id}/".startswith(f"{weights}/")
 
 
 class Worker:

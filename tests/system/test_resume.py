@@ -181,7 +181,7 @@ async def test_whoever_is_in_the_sums_that_were_written_down_sends_nothing_again
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, damaged: bool
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("coordinator.desk.KEEP_S", 0.01)
+    monkeypatch.setattr("coordinator.keeping.KEEP_S", 0.01)
     async with federation(tmp_path, rounds=2) as fed:
         sent_again: list[str] = []
 
@@ -197,7 +197,7 @@ async def test_whoever_is_in_the_sums_that_were_written_down_sends_nothing_again
         fed.join("b")
         written = fed.run / FILE
         desk = fed.coordinator.desk if fed.coordinator else None
-        await fed.until(lambda: written.exists() and bool(desk and desk._kept and desk._kept[1] == 2))
+        await fed.until(lambda: written.exists() and bool(desk and desk.keeping._kept and desk.keeping._kept[1] == 2))
         if damaged:
             written.write_bytes(written.read_bytes()[:-100])
         await restart(fed)
@@ -218,14 +218,14 @@ async def test_whoever_is_in_the_sums_that_were_written_down_sends_nothing_again
 async def test_whoever_is_in_the_sums_that_were_written_down_may_be_gone_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.desk.KEEP_S", 0.01)
+    monkeypatch.setattr("coordinator.keeping.KEEP_S", 0.01)
     async with federation(tmp_path, rounds=1) as fed:
         fed.begin()
         for name in NAMES:
             fed.join(name)
         fed.places["c"].lesson.gate.clear()
         desk = fed.coordinator.desk if fed.coordinator else None
-        await fed.until(lambda: bool(desk and desk._kept and desk._kept[1] == 2))
+        await fed.until(lambda: bool(desk and desk.keeping._kept and desk.keeping._kept[1] == 2))
         await fed.places["a"].die()
         await restart(fed)
         fed.places["c"].lesson.gate.set()

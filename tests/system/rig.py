@@ -202,7 +202,7 @@ class Lesson:
         within = not work.clip or clip(fmt, layout, delta.data, work.clip) <= work.clip
         return Done(
             min(examples, work.examples_max), {"loss": 1.0 / work.round}, scores, delta, 0.0, fmt.layout(layout),
-            within, [(work.row_noise, 0.1, 10)] if work.row_noise else [],
+            within=within, released=[(work.row_noise, 0.1, 10)] if work.row_noise else [],
         )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ class Desk:
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
-        if not self.sums.updates:
+        if not self.sums.updates and not self.sums.veil:
             put(0, weights)
             return
         self.rule.finish(self.sums, weights, forgetting_put(put, weights), spread=self._spread)

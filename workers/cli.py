@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +25,7 @@ from broker.chain import check
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import read_version
-from broker.invitation import Access
+from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.options import (
     BrokerUrl,
@@ -115,7 +116,7 @@ def worker(
     lease_s, hosted = host.lease_s(len(names)), many is not None
     if policy is not None:
         policies.read(policy)
-    members, trains = _members(names, roster, identity), not evaluate_only
+    members, trains = _members(names, roster, identity, access.file), not evaluate_only
     whos = [
         Who(each, known, trains=trains, lease_s=lease_s, hosted=hosted, policy=policy, member=members.get(each))
         for each in names
@@ -127,19 +128,27 @@ def worker(
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
 
 
-def _members(names: list[str], roster: Path | None, identity: Path | None) -> dict[str, Member]:
+def _members(
+    names: list[str], roster: Path | None, identity: Path | None, file: Path | None = None
+) -> dict[str, Member]:
     """Who each of them is in secure rounds; nobody, if it takes no part in any.
+
+    An invitation (`file`) may hold the worker's own key, and whose signature the roster must have.
 
     Raises:
         UsageError: one of the files is missing, or is not what it should be.
     """
+    invited = Invitation.read(file) if file else None
+    seed = bytes.fromhex(invited.identity) if invited else b""
+    mine = Ed25519PrivateKey.from_private_bytes(seed) if seed else None
     if roster is None and identity is None:
         return {}
-    if roster is None or identity is None:
+    if roster is None or (identity is None and mine is None):
         raise UsageError("secure rounds take both: --roster, whom to trust, and --identity, this worker's own key.")
-    known, members = read_roster(roster), dict[str, Member]()
+    known, members = read_roster(roster, invited.operator if invited else ""), dict[str, Member]()
     for name in names:
-        key = read_identity(Path(str(identity).replace("{name}", name)))
+        key = read_identity(Path(str(identity).replace("{name}", name))) if identity else mine
+        assert key is not None
         if known.get(name) != key.public_key().public_bytes_raw():
             raise UsageError(
                 f"{roster} has another key for {name}, or none: ask the operator for a roster with yours."

@@ -121,10 +121,6 @@ class Policy:
         few = any(count is not None and count < self.examples_min for count in examples)
         return _said(f"asks for {self.examples_min} examples a task at the least") if few else ""
 
-    def permits_spending(self, epsilon: float) -> str:
-        """Why an update does not leave with which `epsilon` would be spent in all; empty if it does."""
-        return "" if epsilon <= self.epsilon_max else _said(f"allows an epsilon of {self.epsilon_max:g} at the most")
-
     def may_leave(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Those of a learner's figures that may leave."""
         return {name: value for name, value in metrics.items() if _listed(self.metrics, name)}

@@ -7,6 +7,7 @@ know keys and masks (`masking.py`), nor queues: what it is asked may take a whil
 import json
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -77,7 +78,7 @@ class Secrecy:
         folder: where it is put down which rounds it has helped to unmask.
         room: makes room for masked words.
         note: writes into the owner's ledger.
-        least: of how many the owner wants a cohort to be.
+        least: of how many the owner wants a cohort to be, and how large the part that must help to open a secret.
         noise: is added to an update before it is masked.
     """
 
@@ -88,7 +89,7 @@ class Secrecy:
         *,
         room: Callable[[int], Slot],
         note: Note,
-        least: Callable[[], int] = lambda: 0,
+        least: Callable[[], tuple[int, float]] = lambda: (0, 2 / 3),
         noise: Noise = no_noise,
     ) -> None:
         self.member = member
@@ -192,7 +193,9 @@ class Talk:
 
     def _advertise(self, serial: int) -> None:
         """Fresh keys for another sum; nothing is left of the one before."""
-        task, member = self._task, self._secrecy.member
+        task, (cohort_min, threshold_min) = self._task, self._secrecy.least()
+        known = self._secrecy.member
+        member = replace(known, cohort_min=max(known.cohort_min, cohort_min), threshold_min=threshold_min)
         of, model = task.of, self._done.model
         bound = context(
             of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=member.roster
@@ -207,8 +210,8 @@ class Talk:
                 assert self._task.secure
                 if len(says.adverts) > self._task.secure.cohort:
                     raise Refused(f"the ring has no room for a cohort of {len(says.adverts)}.")
-                if len(says.adverts) < self._secrecy.least():
-                    raise Refused(f"the data's owner wants a cohort of {self._secrecy.least()} at the least.")
+                if len(says.adverts) < self._secrecy.least()[0]:
+                    raise Refused(f"the data's owner wants a cohort of {self._secrecy.least()[0]} at the least.")
                 self._form = Form(_ring(self._task), self._done.layout, says.metrics)
                 return masking.shares(says, self._metrics)
             case Dealt():

@@ -64,8 +64,9 @@ class Worker:
         )  # fmt: skip
         if who.member:
             self._outbox.secrecy = Secrecy(
-                who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write
-            )
+                who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write,
+                least=lambda: (self._owner.policy.cohort_min, self._owner.policy.threshold_min),
+            )  # fmt: skip
         self._incarnation = ""  # empty while we do not listen
         self._arrival: Arrival | None = None
         self._next: Job | None = None

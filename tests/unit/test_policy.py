@@ -36,13 +36,10 @@ asked = st.builds(
 )  # fmt: skip
 
 
-@given(asked, st.integers(0, DAY_MINUTES - 1), st.integers(0, 10**6), st.floats(0, allow_infinity=True))
-def test_a_worker_without_rules_serves_whatever_is_asked(
-    asked: Asked, minute: int, done: int, epsilon: float
-) -> None:
+@given(asked, st.integers(0, DAY_MINUTES - 1), st.integers(0, 10**6))
+def test_a_worker_without_rules_serves_whatever_is_asked(asked: Asked, minute: int, done: int) -> None:
     assert Policy().permits(asked, minute=minute, done_today=done) == ""
     assert Policy().permits_leaving(1, None) == ""
-    assert Policy().permits_spending(epsilon) == ""
     assert Policy().may_leave({"loss": 1.0}) == {"loss": 1.0}
 
 
@@ -128,11 +125,6 @@ def test_figures_leave_by_name_and_what_few_rows_have_made_does_not() -> None:
     assert rules.permits_leaving(32, None) == rules.permits_leaving(None, 32.0) == ""
     for few in ((31, None), (100, 31.0), (None, 0.0)):
         assert rules.permits_leaving(*few).endswith("asks for 32 examples a task at the least.")
-
-
-@given(st.floats(0, 100), st.floats(0, 100) | st.just(math.nan))
-def test_no_more_epsilon_is_spent_than_allowed(most: float, epsilon: float) -> None:
-    assert (made(epsilon_max=most).permits_spending(epsilon) == "") == (epsilon <= most)
 
 
 @pytest.mark.parametrize(

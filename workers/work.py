@@ -28,9 +28,12 @@ CLOSED = 71
 Ended = Mapping[str, int | bool]
 
 
+_PACKER = msgpack.Packer()  # made beforehand: it must work, too, when the memory is full
+
+
 def framed(message: Mapping[str, Any]) -> bytes:
     """A message as it goes through a socket."""
-    packed: bytes = msgpack.packb(message)
+    packed: bytes = _PACKER.pack(message)
     return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
 
 

@@ -106,4 +106,4 @@ def test_every_way_of_not_reaching_a_broker_has_its_sentence(f: Federation) -> N
         assert "fluffle broker start" in tried(f"amqp://a:b@127.0.0.1:{silent.getsockname()[1]}/")
     assert "password" in tried(f"amqp://{user}:wrong@{place}")
     assert "vhost" in tried(url + "-absent")
-    assert "amqp://" in tried("not a url")
+    assert "amqps://" in tried("not a url")

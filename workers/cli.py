@@ -116,7 +116,7 @@ def worker(
     lease_s, hosted = host.lease_s(len(names)), many is not None
     if policy is not None:
         policies.read(policy)
-    members, trains = _members(names, roster, identity, access.file), not evaluate_only
+    members, trains = _members(names, roster=roster, identity=identity, file=access.file), not evaluate_only
     whos = [
         Who(each, known, trains=trains, lease_s=lease_s, hosted=hosted, policy=policy, member=members.get(each))
         for each in names
@@ -128,9 +128,7 @@ def worker(
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
 
 
-def _members(
-    names: list[str], roster: Path | None, identity: Path | None, file: Path | None = None
-) -> dict[str, Member]:
+def _members(names: list[str], *, roster: Path | None, identity: Path | None, file: Path | None) -> dict[str, Member]:
     """Who each of them is in secure rounds; nobody, if it takes no part in any.
 
     An invitation (`file`) may hold the worker's own key, and whose signature the roster must have.

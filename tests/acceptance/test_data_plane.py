@@ -44,6 +44,7 @@ WAYS = (
 )
 
 
+@pytest.mark.chaos
 def test_every_format_learns_and_its_dice_fall_the_same_way_again(federation: Federation) -> None:
     f = federation
     for name in ("w1", "w2"):

@@ -62,6 +62,7 @@ def test_the_classroom_in_turns_equals_the_plain_loop(tmp_path: Path) -> None:
         torch.testing.assert_close(final[name], tensor, atol=1e-6, rtol=0)
 
 
+@pytest.mark.chaos
 def test_the_classroom_in_parallel_learns_more_every_round(tmp_path: Path) -> None:
     run = tmp_path / "run"
     figures = demo(run, "--learner", "toy")

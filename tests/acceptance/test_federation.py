@@ -31,6 +31,7 @@ def test_a_run_ends_with_all_its_rounds_though_workers_come_late_die_and_leave(f
     assert f.kill("w1", signal.SIGTERM) == 0
 
 
+@pytest.mark.chaos
 def test_the_same_run_twice_gives_the_same_bits(federation: Federation) -> None:
     f = federation
     for name in ("w1", "w2"):

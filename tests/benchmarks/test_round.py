@@ -29,6 +29,7 @@ def measured(workers: int, parameters: int, **more: Any) -> dict[str, Any]:
     return {**sizes, "seconds": SECONDS, **rates, **shares, **bytes_, "cpu_s": parts, "peak_bytes": parts, **more}
 
 
+@pytest.mark.chaos
 def test_a_row_is_measured_and_one_that_fails_does_not_lose_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

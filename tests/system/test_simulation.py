@@ -53,6 +53,7 @@ def test_a_seed_is_the_same_each_time_whatever_the_process(tmp_path: Path, seed:
     assert here.digest.hexdigest() in told.stdout
 
 
+@pytest.mark.chaos
 def test_a_coordinator_that_never_looks_whether_it_was_followed_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

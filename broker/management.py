@@ -7,6 +7,7 @@ the password goes to the one address that was named.
 import http.client
 import json
 import ssl
+import time
 from base64 import b64encode
 from typing import Any
 from urllib.parse import quote
@@ -37,6 +38,9 @@ def checked(url: str) -> URL:
     if parsed.scheme == "http" and not is_loopback(parsed.host or ""):
         raise UsageError(f"a password for {parsed.host} must not travel unsecured: use https in --management.")
     return parsed
+
+
+PAUSES_S = (0.1, 0.2, 0.4, 0.8)
 
 
 class Management:
@@ -75,10 +79,28 @@ class Management:
             BrokerRefused: it says no, or is not to be trusted.
         """
         page = "/api/" + "/".join(quote(part, safe="") for part in path)
+        for pause_s in PAUSES_S if method != "POST" else ():  # of what goes away meanwhile they say 500 now and then
+            status, text = self._once(method, page, body)
+            if status < http.client.INTERNAL_SERVER_ERROR:
+                break
+            time.sleep(pause_s)
+        else:
+            status, text = self._once(method, page, body)
+        if status == NOT_FOUND:
+            return None
+        if status >= http.client.BAD_REQUEST:
+            said = text.decode(errors="replace")[:300]
+            raise BrokerRefused(
+                f"RabbitMQ at {self._where} refuses {method} {page} to user {self._user} ({status}: {said}): "
+                "check --management, and that this user is an administrator."
+            )
+        return json.loads(text) if text else True
+
+    def _once(self, method: str, page: str, body: object) -> tuple[int, bytes]:
         try:
             self._connection.request(method, page, None if body is None else json.dumps(body).encode(), self._headers)
             answer = self._connection.getresponse()
-            text = answer.read()
+            return answer.status, answer.read()
         except ssl.SSLError as problem:
             raise BrokerRefused(
                 f"the management pages at {self._where} are not to be trusted ({problem.reason}): check --management."
@@ -87,12 +109,3 @@ class Management:
             raise LinkError(f"RabbitMQ's management pages do not answer at {self._where} ({problem}).") from None
         finally:
             self._connection.close()  # a connection that has been idle may be gone: a new one costs 5 ms
-        if answer.status == NOT_FOUND:
-            return None
-        if answer.status >= http.client.BAD_REQUEST:
-            said = text.decode(errors="replace")[:300]
-            raise BrokerRefused(
-                f"RabbitMQ at {self._where} refuses {method} {page} to user {self._user} ({answer.status}: {said}): "
-                "check --management, and that this user is an administrator."
-            )
-        return json.loads(text) if text else True

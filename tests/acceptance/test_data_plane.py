@@ -12,6 +12,7 @@ from tests.acceptance.federation import Federation
 pytestmark = pytest.mark.timeout(180)
 
 
+@pytest.mark.chaos
 def test_a_memory_alarm_makes_everything_wait_and_then_go_on(tmp_path: Path) -> None:
     with Node(tmp_path / "rabbitmq") as node:
         f = Federation(tmp_path, node.url)
@@ -72,6 +73,7 @@ def test_every_format_learns_and_its_dice_fall_the_same_way_again(federation: Fe
     assert learn("last-again", *way, start=again) == (version, lossy)
 
 
+@pytest.mark.chaos
 def test_changes_go_down_to_those_who_follow_and_all_to_whoever_comes_back(federation: Federation) -> None:
     f = federation
     for name in ("w1", "w2"):

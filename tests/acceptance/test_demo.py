@@ -40,6 +40,7 @@ def losses(folder: Path) -> list[tuple[str, float]]:
     return [(who, line["counted"][who]["metrics"]["loss"]) for line in rounds for who in line["cohort"]]
 
 
+@pytest.mark.chaos
 def test_the_classroom_in_turns_equals_the_plain_loop(tmp_path: Path) -> None:
     run = tmp_path / "run"
     demo(run, "--learner", "toy", "--schedule", "cyclic")

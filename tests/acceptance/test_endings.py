@@ -72,6 +72,7 @@ def test_a_coordinator_that_is_told_to_stop_goes_on_from_there_when_it_is_starte
     assert "Traceback" not in f.log("coordinator")
 
 
+@pytest.mark.chaos
 def test_both_daemons_give_up_when_the_broker_is_away_for_longer_than_they_were_told_to_wait(tmp_path: Path) -> None:
     with Node(tmp_path / "rabbitmq") as node:
         f = Federation(tmp_path, node.url)

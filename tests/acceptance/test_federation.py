@@ -14,6 +14,7 @@ from tests.acceptance.federation import Federation
 pytestmark = pytest.mark.timeout(180)
 
 
+@pytest.mark.chaos
 def test_a_run_ends_with_all_its_rounds_though_workers_come_late_die_and_leave(federation: Federation) -> None:
     f = federation
     f.fluffle("init", str(f.learner), str(f.run))
@@ -73,6 +74,7 @@ def test_a_killed_coordinator_goes_on_and_ends_with_the_bits_of_an_undisturbed_r
     assert finals[0] == finals[1]
 
 
+@pytest.mark.chaos
 def test_a_worker_killed_in_the_middle_of_a_round_returns_and_the_round_waits_for_it(federation: Federation) -> None:
     f = federation
     f.fluffle("init", str(f.learner), str(f.run))
@@ -87,6 +89,7 @@ def test_a_worker_killed_in_the_middle_of_a_round_returns_and_the_round_waits_fo
     assert "w2 is back and has lost its task" in f.log("coordinator")
 
 
+@pytest.mark.chaos
 def test_a_broker_killed_in_the_middle_of_a_run_is_survived(tmp_path: Path) -> None:
     with Node(tmp_path / "rabbitmq") as node:
         f = Federation(tmp_path, node.url)

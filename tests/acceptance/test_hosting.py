@@ -75,6 +75,7 @@ def test_hosted_workers_are_as_many_workers_each_with_its_own_data(federation: F
     assert list(Path(f.folder / "state").rglob("*.models")) == []
 
 
+@pytest.mark.chaos
 def test_a_host_that_is_killed_returns_with_all_its_workers_and_the_run_goes_on(federation: Federation) -> None:
     f = federation
     pattern = shards(f, 100_000)

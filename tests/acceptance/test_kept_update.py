@@ -6,7 +6,7 @@ import pytest
 
 from tests.acceptance.federation import Federation
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.chaos]
 
 # says on the disk each time that it trains; w2 waits to be let go
 LEARNER = """

@@ -6,7 +6,7 @@ import pytest
 
 from tests.acceptance.federation import Federation
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.chaos]
 
 
 def test_a_run_that_keeps_its_updates_is_verified_and_made_again_and_a_changed_bit_is_found(

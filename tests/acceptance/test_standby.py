@@ -89,6 +89,7 @@ def test_a_coordinator_that_was_stopped_and_has_been_followed_ends_and_does_no_h
     assert_whole(f, bits)
 
 
+@pytest.mark.chaos
 def test_a_standby_ends_well_when_there_is_nothing_left_to_do(federation: Federation) -> None:
     f = federation
     for name in ("w1", "w2"):

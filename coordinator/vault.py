@@ -4,13 +4,13 @@ Knows that file. Does not know what the words or the messages mean, nor when it 
 broker has seen: words that are masked, shares that are sealed, and, in the end, those that were opened.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from xxhash import xxh3_64_digest
 
 from broker.errors import WireError
+from broker.files import sync
 from broker.masks import Words
 from broker.messages import Ready, Step, decode, encode
 from coordinator.claim import Claim
@@ -49,10 +49,10 @@ class Vault:
                 pieces: list[bytes | memoryview] = [name.encode(), words.data.cast("B"), *map(encode, said)]
                 for piece in pieces:
                     file.writelines(_framed(piece))
-                file.flush()
-                os.fsync(file.fileno())
+            sync(beside)
             with self._claim.acting():
                 beside.replace(self._path)
+            sync(self._path.parent)
         finally:
             beside.unlink(missing_ok=True)
 

@@ -19,6 +19,8 @@ from broker.invitation import is_loopback, strict
 
 ANSWER_S = 20.0
 """How long RabbitMQ may take to connect, and again for each answer."""
+PAUSES_S = (0.1, 0.2, 0.4, 0.8)
+"""How long before what may be asked twice is asked again."""
 NOT_FOUND = 404
 
 
@@ -38,9 +40,6 @@ def checked(url: str) -> URL:
     if parsed.scheme == "http" and not is_loopback(parsed.host or ""):
         raise UsageError(f"a password for {parsed.host} must not travel unsecured: use https in --management.")
     return parsed
-
-
-PAUSES_S = (0.1, 0.2, 0.4, 0.8)
 
 
 class Management:
@@ -79,13 +78,12 @@ class Management:
             BrokerRefused: it says no, or is not to be trusted.
         """
         page = "/api/" + "/".join(quote(part, safe="") for part in path)
-        for pause_s in PAUSES_S if method != "POST" else ():  # of what goes away meanwhile they say 500 now and then
+        pauses = iter(PAUSES_S if method != "POST" else ())
+        while True:  # of what goes away meanwhile they say 500 now and then
             status, text = self._once(method, page, body)
-            if status < http.client.INTERNAL_SERVER_ERROR:
+            if status < http.client.INTERNAL_SERVER_ERROR or (pause_s := next(pauses, None)) is None:
                 break
             time.sleep(pause_s)
-        else:
-            status, text = self._once(method, page, body)
         if status == NOT_FOUND:
             return None
         if status >= http.client.BAD_REQUEST:

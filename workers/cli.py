@@ -136,11 +136,11 @@ def _members(names: list[str], *, roster: Path | None, identity: Path | None, fi
     Raises:
         UsageError: one of the files is missing, or is not what it should be.
     """
+    if roster is None and identity is None:
+        return {}
     invited = Invitation.read(file) if file else None
     seed = bytes.fromhex(invited.identity) if invited else b""
     mine = Ed25519PrivateKey.from_private_bytes(seed) if seed else None
-    if roster is None and identity is None:
-        return {}
     if roster is None or (identity is None and mine is None):
         raise UsageError("secure rounds take both: --roster, whom to trust, and --identity, this worker's own key.")
     known, members = read_roster(roster, invited.operator if invited else ""), dict[str, Member]()

@@ -193,9 +193,8 @@ class Talk:
 
     def _advertise(self, serial: int) -> None:
         """Fresh keys for another sum; nothing is left of the one before."""
-        task, (cohort_min, threshold_min) = self._task, self._secrecy.least()
-        known = self._secrecy.member
-        member = replace(known, cohort_min=max(known.cohort_min, cohort_min), threshold_min=threshold_min)
+        task, (_, threshold_min) = self._task, self._secrecy.least()
+        member = replace(self._secrecy.member, threshold_min=threshold_min)
         of, model = task.of, self._done.model
         bound = context(
             of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=member.roster

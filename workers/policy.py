@@ -37,6 +37,7 @@ class Asked:
         cohort: how many are asked at the same time, as the coordinator says.
         size_bytes: of the model.
         secure: the update is only added up in secret.
+        private: there is noise in it.
     """
 
     run: str
@@ -46,6 +47,7 @@ class Asked:
     cohort: int
     size_bytes: int
     secure: bool = False
+    private: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -64,7 +66,7 @@ class Policy:
         metrics: which of the learner's figures leave; `examples` among the scores is one of them.
         privacy: `secure`: only rounds are trained in which updates are added up in secret.
         threshold_min: secure rounds: more than this part of those who hold shares must help to open a secret.
-        epsilon_max: the largest ε that may be spent.
+        epsilon_max: the largest ε that may be spent; then no round is trained without noise of this worker's.
         log: what the worker's log tells of tasks: with `metrics`, without (`tasks`), or only `refusals` and trouble.
     """
 
@@ -104,6 +106,10 @@ class Policy:
             (not self.is_open(minute), f"serves at {' and '.join(self.hours)} only"),
             (asked.size_bytes > self.model_bytes_max, f"takes models of {self.model_bytes_max} bytes at the most"),
             (trains and self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
+            (
+                trains and self.epsilon_max < math.inf and not asked.private,
+                "serves rounds under differential privacy only: it bounds epsilon",
+            ),
             (trains and asked.cohort < self.cohort_min, f"asks for a cohort of {self.cohort_min} at the least"),
             (trains and most is not None and done_today >= most, f"serves {most} rounds a day"),
         )

@@ -216,7 +216,8 @@ class Unmasking:
             Aborted: there are too few, or more are false.
         """
         holders, threshold = self.pact.holders(dealer), self.pact.settled.threshold
-        points = {x: share for x, share in self._points[dealer].items() if holders[x - 1] not in self.liars}
+        heard = self._points[dealer].copy()  # more shares may be heard meanwhile: this is done in a thread
+        points = {x: share for x, share in heard.items() if holders[x - 1] not in self.liars}
         _enough(len(points), threshold, f"shares of {dealer}'s secret were opened")
         for without in ("", *holders):
             chosen = [x for x in points if holders[x - 1] != without][:threshold]

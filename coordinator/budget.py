@@ -65,7 +65,7 @@ class Budget:
         UsageError: what was spent cannot be known any more.
     """
 
-    def __init__(self, store: Store, version: int, model: Layout = Layout(())) -> None:  # noqa: B008 (frozen)
+    def __init__(self, store: Store, version: int, *, model: Layout) -> None:
         self._path, self._write, self._plan = store.folder / FILE, store.write_secret, store.plan
         plan = store.plan
         self._kind = Released(plan.dp_noise, plan.rate, 1)
@@ -178,9 +178,9 @@ class Purse:
         budget: the run's, where the plan asks for noise on sums.
     """
 
-    def __init__(self, store: Store, version: int, model: Layout) -> None:
+    def __init__(self, store: Store, version: int, *, model: Layout) -> None:
         self._plan = store.plan
-        self.budget = Budget(store, version, model) if store.plan.dp in ("central", "distributed") else None
+        self.budget = Budget(store, version, model=model) if store.plan.dp in ("central", "distributed") else None
         self._spenders: dict[str, str] = {}  # worker → why it refuses
 
     def begin(self, number: int, sums: Sums) -> None:

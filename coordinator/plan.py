@@ -236,12 +236,8 @@ class Plan:
 
     @property
     def counts_most(self) -> int:
-        """`examples_max` in force: as given; where workers add noise all are alike."""
-        return 1 if self.dp == "distributed" else self.examples_max
-
-    def weight(self, examples: int) -> int:
-        """For how many examples an update counts; under the coordinator's noise all are alike."""
-        return 1 if self.dp == "central" else examples
+        """`examples_max` in force: as given; under noise on the sum all updates count the same."""
+        return 1 if self.dp in ("central", "distributed") else self.examples_max
 
     @property
     def noise(self) -> Noise | None:

@@ -20,18 +20,7 @@ import numpy as np
 
 from broker.errors import Aborted, Refused, WireError
 from broker.messages import Answer, Attempt, Call, Ready, Resumed, Step, Task, Update
-from broker.pact import (
-    Dealt,
-    Finishers,
-    Masked,
-    Opened,
-    Reveal,
-    Settled,
-    Shares,
-    Vow,
-    check_advert,
-    context,
-)  # fmt: skip
+from broker.pact import Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, check_advert, context
 from broker.ring import Form, counted
 from coordinator.desk import Desk
 from coordinator.opened import Open, Secret
@@ -43,6 +32,7 @@ from coordinator.vault import Vault
 log = logging.getLogger(__name__)
 
 Keys = Mapping[str, bytes]
+Wait = Callable[[float], Awaitable[None]]
 STAGE_S = 30.0
 """How long a stage may take in which only a few small things are said."""
 SUMS_MAX = 3
@@ -62,15 +52,7 @@ class Secrecy:
         pay: for what an attempt is about to reveal, where that has a price.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        desk: Desk,
-        *,
-        keys: Keys,
-        wait: Callable[[float], Awaitable[None]],
-        pay: Callable[[Attempt], None],
-    ) -> None:
+    def __init__(self, store: Store, desk: Desk, *, keys: Keys, wait: Wait, pay: Callable[[Attempt], None]) -> None:
         self._store = store
         self._plan = store.plan
         self._desk = desk

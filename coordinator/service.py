@@ -62,7 +62,7 @@ class Coordinator:
         lines = store.history()
         self._former = self.desk.remember(lines)
         self.rests.remember(lines)
-        self._purse, self._ends = Purse(store, version, self.layout), ""  # why, before its rounds are done
+        self._purse, self._ends = Purse(store, version, model=self.layout), ""  # why, before its rounds are done
         secure, pay = self.plan.privacy == "secure", self._purse.share
         self._secrecy = Secrecy(store, self.desk, keys=keys or {}, wait=self._wait, pay=pay) if secure else None
         self._group = asyncio.TaskGroup()

@@ -107,8 +107,8 @@ class Policy:
             (asked.size_bytes > self.model_bytes_max, f"takes models of {self.model_bytes_max} bytes at the most"),
             (trains and self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
             (
-                trains and self.epsilon_max < math.inf and not asked.private,
-                "serves rounds under differential privacy only: it bounds epsilon",
+                trains and not asked.private and self.epsilon_max < math.inf,
+                "bounds epsilon, and takes no round without",
             ),
             (trains and asked.cohort < self.cohort_min, f"asks for a cohort of {self.cohort_min} at the least"),
             (trains and most is not None and done_today >= most, f"serves {most} rounds a day"),

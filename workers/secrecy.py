@@ -12,23 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
+from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, insist
 from broker.files import write_whole
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
 from broker.noise import KEY_BYTES, add_discrete
-from broker.pact import (
-    COHORT_MIN,
-    METRICS_MAX,
-    Dealt,
-    Finishers,
-    Masked,
-    Opened,
-    Reveal,
-    Settled,
-    Shares,
-    Vow,
-    context,
-)  # fmt: skip
+from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.ring import Form, Ring, encode, ring_of
 from workers.masking import Masking, Member
 from workers.spool import Slot
@@ -68,7 +57,7 @@ def check(task: Task, who: Who) -> None:
         ring_for(task)
     if task.noise and who.trains:
         shared, private = task.noise.of == "sum", task.noise.multiplier > 0
-        if not private or (shared and (task.secure is None or task.noise.least < COHORT_MIN)):
+        if not private or (shared and (task.secure is None or task.noise.least < pact.COHORT_MIN)):
             raise LearnerFailed("the noise that this task asks for hides nobody.")
 
 

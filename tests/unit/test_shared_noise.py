@@ -230,7 +230,7 @@ def test_noise_in_a_sum_that_is_no_secret_is_refused_by_whoever_knows_no_roster(
 def test_an_owner_who_bounds_epsilon_serves_no_round_without_noise() -> None:
     asked = Asked("run", "lesson", "", True, 3, 100, secure=True)
     policy = Policy(epsilon_max=2.0)
-    assert "serves rounds under differential privacy only" in policy.permits(asked, minute=0, done_today=0)
+    assert "bounds epsilon, and takes no round without" in policy.permits(asked, minute=0, done_today=0)
     assert not policy.permits(replace(asked, private=True), minute=0, done_today=0)
     assert not policy.permits(replace(asked, trains=False), minute=0, done_today=0)
 

@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from broker.link import Delivery, Outgoing
-from broker.messages import Ready, Score, Task, Update
+from broker.messages import Call, Ready, Score, Task, Update
 from broker.norms import SLACK
+from broker.pact import Reveal
 from broker.tensors import view
 from coordinator.budget import FILE
 from coordinator.journal import Journal
@@ -203,10 +204,19 @@ async def test_the_version_of_a_secure_sum_with_noise_is_the_plain_mean_and_that
 async def test_workers_and_coordinator_count_the_same_and_the_run_ends_before_either_passes_its_budget(
     tmp_path: Path,
 ) -> None:
+    paid: list[tuple[int, int]] = []
+
+    def look(what: Outgoing | Delivery) -> None:
+        message = read(what)
+        if isinstance(message, Call) and isinstance(message.says, Reveal) and isinstance(what, Outgoing):
+            paid.append((message.of.round, json.loads((fed.run / FILE).read_bytes())["releases"]))
+
     async with federation(tmp_path, rounds=5, **{**SHARED, "dp_noise": 2.0, "dp_budget": 4.0}) as fed:
+        fed.hook = look
         for name in NAMES:
             fed.join(name)
         await fed.end()
+        assert paid == [(1, 1), (2, 2)]  # before anything could be revealed
         spent = [line["privacy"]["epsilon"] for line in fed.lines("round")]
         assert spent == sorted(set(spent))
         assert len(spent) == 2

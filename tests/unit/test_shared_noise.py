@@ -227,12 +227,14 @@ def test_noise_in_a_sum_that_is_no_secret_is_refused_by_whoever_knows_no_roster(
         check(replace(TASK, secure=None), Who("a", "lesson"))
 
 
-def test_an_owner_who_bounds_epsilon_serves_no_round_without_noise() -> None:
-    asked = Asked("run", "lesson", "", True, 3, 100, secure=True)
-    policy = Policy(epsilon_max=2.0)
-    assert "bounds epsilon, and takes no round without" in policy.permits(asked, minute=0, done_today=0)
-    assert not policy.permits(replace(asked, private=True), minute=0, done_today=0)
+def test_an_owner_who_bounds_epsilon_serves_no_round_without_noise_or_with_a_delta_that_says_nothing() -> None:
+    asked, policy = Asked("run", "lesson", "", True, 3, 100, secure=True), Policy(epsilon_max=2.0)
+    for delta in (None, 0.5, 1.1e-3):
+        why = policy.permits(replace(asked, delta=delta), minute=0, done_today=0)
+        assert "bounds epsilon, for a delta of 0.001 at the most" in why
+    assert not policy.permits(replace(asked, delta=1e-5), minute=0, done_today=0)
     assert not policy.permits(replace(asked, trains=False), minute=0, done_today=0)
+    assert not Policy().permits(replace(asked, delta=0.5), minute=0, done_today=0)
 
 
 SHARED: dict[str, Any] = {

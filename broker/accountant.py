@@ -19,6 +19,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from broker.errors import UsageError
+from broker.messages import Noise
+from broker.noise import Grain, multiplier
 
 SPENT = "the privacy budget is spent"
 """How the reason begins for which nothing more is released, of a worker's or a run's."""
@@ -36,6 +38,15 @@ class Released(NamedTuple):
     rate: float
     times: int
     discrete: bool = False
+
+
+def of_sum(grain: Grain | None, noise: Noise, floats: int) -> Released:
+    """The release of a masked sum of so many floats to which workers have added noise of this grain.
+
+    Who is in it is no secret, so it counts as if everybody was.
+    """
+    assert grain
+    return Released(multiplier(grain, noise.clip, least=noise.least, floats=floats), 1.0, 1, discrete=True)
 
 
 def need() -> Any:

@@ -87,8 +87,8 @@ class Secure:
 class Noise:
     """Noise that a worker is to add: standard deviation `multiplier` · `clip`; what it hides is at most `clip` long.
 
-    `of`: to every step's gradient, of which a row's share is that long, or to the masked sum. The worker spends
-    privacy by this, and refuses what would bring its ε for `delta` above `budget`.
+    `of`: to every step's gradient, of which a row's share is that long, or to the masked sum, whose noise is that of
+    `least` workers: nobody helps to reveal one of fewer. The worker refuses what would bring its ε above `budget`.
     """
 
     of: Literal["row", "sum"]
@@ -96,6 +96,7 @@ class Noise:
     clip: Annotated[float, Within(0, CLIP_MAX)]
     delta: Annotated[float, Within(0, 1)]
     budget: Annotated[float, Within(0, 1e6)]
+    least: Annotated[int, Within(0, pact.COHORT_MAX)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +158,9 @@ class Task:
     @property
     def terms(self) -> bytes:
         """What both sides of a secure round must agree upon beside run, round and model, written in one way only."""
-        settings = sorted(self.settings.items())
-        terms = [self.version, self.seed, settings, self.format, self.clip, self.examples_max]
-        packed: bytes = msgpack.packb([*terms, *(astuple(self.secure) if self.secure else ())])
-        return packed
+        terms = [self.version, self.seed, sorted(self.settings.items()), self.format, self.clip, self.examples_max]
+        terms += [x for part in (self.secure, self.noise) if part for x in astuple(part)]
+        return bytes(msgpack.packb(terms))
 
 
 @dataclass(frozen=True, slots=True)

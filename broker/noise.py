@@ -10,7 +10,7 @@ All of it is made of the words of AES-256 in counter mode. The same key gives th
 
 import math
 from decimal import Decimal, localcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -83,15 +83,20 @@ def discrete_gaussian(key: bytes, bits: int, count: int) -> NDArray[np.int64]:
     Karney 2016 (arXiv 1303.6257, algorithm D), for many at once. σ is a power of two, so that every probability is a
     whole number of 2^-63, and there is no float in it whose rounding could tell on what was hidden.
     """
-    assert 0 <= bits <= BITS_MAX
-    noise = np.empty(count, np.int64)
-    for at in range(0, count, CHUNK_ITEMS):
-        words, stop = Words(key, at // CHUNK_ITEMS), min(at + CHUNK_ITEMS, count)
-        while at < stop:
-            found = _tries(words, bits, (stop - at) * 3 // 2 + 16)[: stop - at]
-            noise[at : at + len(found)] = found
-            at += len(found)  # noqa: PLW2901 (until the chunk is full)
+    noise = np.zeros(count, np.int64)
+    add_discrete(key, bits, noise)
     return noise
+
+
+def add_discrete(key: bytes, bits: int, words: NDArray[np.signedinteger[Any]]) -> None:
+    """Add such numbers to words of a ring, in place; it has room for them."""
+    assert 0 <= bits <= BITS_MAX
+    for at in range(0, len(words), CHUNK_ITEMS):
+        drawn, stop = Words(key, at // CHUNK_ITEMS), min(at + CHUNK_ITEMS, len(words))
+        while at < stop:
+            found = _tries(drawn, bits, (stop - at) * 3 // 2 + 16)[: stop - at]
+            words[at : at + len(found)] += found.astype(words.dtype)
+            at += len(found)  # noqa: PLW2901 (until the chunk is full)
 
 
 def _tries(words: Words, bits: int, count: int) -> NDArray[np.int64]:
@@ -139,9 +144,10 @@ def fit(clip: float, noise: float, *, least: int, most: int, ring_bits: int) -> 
     scale = room / (clip * (most + TAIL * noise * math.sqrt(most / least)))
     bits = math.floor(math.log2(noise * clip * scale / math.sqrt(least))) if scale > 0 else 0
     if bits < BITS_MIN:
+        remedy = "lower the cohort" if ring_bits == 64 else "set ring_bits to 64, lower the cohort"
         raise UsageError(
             f"a ring of {ring_bits} bits has no room for {most} workers with noise {noise:g}: "
-            "set ring_bits to 64, lower the cohort or raise dp_noise."
+            f"{remedy} or raise dp_noise."
         )
     bits = min(bits, BITS_MAX)
     return Grain(2.0**bits * math.sqrt(least) / (noise * clip), bits)

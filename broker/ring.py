@@ -14,6 +14,10 @@ moves by the mean, a boolean goes with the majority.
 Numbers. Those, the examples and the metrics (`examples · value` in steps of 2^-17) follow the floats, in the same
 words: whoever adds learns their sums only. A number is cut into four limbs of 16 bits, the highest one signed, a word
 each, so that sums of up to 2^15 of them fit any ring.
+
+Noise. Where workers add some (`noise.py`), the scale is its own and no power of two, each update counts as one
+example, and the sum is divided by the plan's cohort. What has no noise does not travel: integers and booleans stay as
+they were, and there are no metrics.
 """
 
 import math
@@ -29,8 +33,9 @@ from numpy.typing import NDArray
 from broker.errors import UsageError, WireError
 from broker.formats import count_floats
 from broker.masks import Words
+from broker.noise import Grain, fit
 from broker.pieces import CHUNK_ITEMS, look, pieces
-from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec, as_float64
+from broker.tensors import FLOATS, ITEM_BYTES, Layout, Segment, TensorSpec, as_float64
 
 ADDENDS_MAX = 2**15
 """Most updates in one sum."""
@@ -52,15 +57,19 @@ class Ring:
 
     Attributes:
         bits: 32 or 64.
-        grid: a step is 2^-grid of `examples · delta`.
+        scale: so many steps are one of `examples · delta`.
         limit: largest |delta| of one item, a little above the plan's clip.
         examples_max: more examples than this count as this.
+        cohort: for how many there is room; with noise the divisor of their sum.
+        grain: of the noise, if there is any.
     """
 
     bits: int
-    grid: int
+    scale: float
     limit: float
     examples_max: int
+    cohort: int
+    grain: Grain | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -68,11 +77,19 @@ class Ring:
         return np.dtype(f"<u{self.bits // 8}")
 
 
-def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int) -> Ring:
+def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int, noise: float = 0.0, least: int = 1) -> Ring:
     """The ring of a plan.
 
+    Args:
+        bits: of a word.
+        clip: the largest norm of an update.
+        examples_max: the most examples that one counts for; 1 where there is noise.
+        cohort: most workers whose updates are in a sum.
+        noise: its standard deviation in clips, on a sum in which it is that of `least` workers; 0 for none.
+        least: fewest of them.
+
     Raises:
-        UsageError: no clip, or one that is not finite; the ring is too small for so many workers and examples.
+        UsageError: no clip, or one that is not finite; the ring is too small for so many workers, examples and noise.
     """
     assert bits in (32, 64)
     if not 0 < clip < math.inf:
@@ -82,6 +99,11 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int) -> Ring:
     if not 1 <= cohort <= ADDENDS_MAX:
         raise UsageError(f"a secure sum takes at most {ADDENDS_MAX} workers, and the plan asks {cohort}.")
     limit = clip * _SLACK
+    if noise:
+        if examples_max != 1:
+            raise UsageError(f"with noise a worker counts as one example, not {examples_max}: set examples_max to 1.")
+        grain = fit(clip, noise, least=least, most=cohort, ring_bits=bits)
+        return Ring(bits, grain.scale, limit, 1, cohort, grain)
     room = (2 ** (bits - 1) - 1) // cohort  # for one worker
     largest = Fraction(limit) * Fraction(_SLACK) * examples_max  # float64 rounds it, by 2^-53 of it at the most
     grid = min(GRID_MAX, (int(room / largest)).bit_length() - 1)
@@ -91,7 +113,7 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int) -> Ring:
             f"a ring of {bits} bits is too small for {cohort} workers, clip {clip:g} and examples_max "
             f"{examples_max}: {remedy} (a worker with more examples than examples_max counts as having that many)."
         )
-    return Ring(bits, grid, limit, examples_max)
+    return Ring(bits, 2.0**grid, limit, examples_max, cohort)
 
 
 @dataclass(frozen=True)
@@ -114,9 +136,14 @@ class Form:
         return count_floats(self.model)
 
     @cached_property
+    def others(self) -> tuple[Segment, ...]:
+        """The places of integers and booleans, where they travel."""
+        return () if self.ring.grain else tuple(each for each in self.model.segments if each.dtype not in FLOATS)
+
+    @cached_property
     def words(self) -> int:
         """How many words a masked update has."""
-        others = sum(spec.items for spec in self.model.specs if spec.dtype not in FLOATS)
+        others = sum((each.stop - each.start) // ITEM_BYTES[each.dtype] for each in self.others)
         return self.floats + _LIMBS * (others + 1 + len(self.metrics))
 
     @cached_property
@@ -139,7 +166,7 @@ class Counted(NamedTuple):
 def encode(
     form: Form, update: memoryview, *, examples: int, metrics: Mapping[str, float], into: memoryview | None = None
 ) -> Words:
-    """An update as words, before any mask.
+    """An update as words, before any noise or mask.
 
     Args:
         form: what is to be written.
@@ -166,11 +193,11 @@ def encode(
             raise WireError(
                 f"the update's largest delta is {largest:.3g}, over the limit of {ring.limit:.3g}: clip it."
             )
-        x *= counts * 2.0**ring.grid
+        x *= counts * ring.scale
         np.rint(x, out=x)
         np.copyto(signed[piece.at : piece.stop], x, casting="unsafe")
     behind = [counts, *(round(counts * each * 2**_METRIC_BITS) for each in _values(form, metrics))]
-    others = (look(update, each).astype(np.int64) for each in form.model.segments if each.dtype not in FLOATS)
+    others = (look(update, each).astype(np.int64) for each in form.others)
     numbers = np.concatenate([*others, np.array(behind, np.int64)])
     for place, limbs in enumerate(signed[form.floats :].reshape(_LIMBS, -1)):
         limbs[:] = numbers >> _LIMB_BITS * place & (2**_LIMB_BITS - 1 if place < _LIMBS - 1 else -1)
@@ -210,9 +237,8 @@ def counted(form: Form, total: Words) -> Counted:
 def means_of_others(form: Form, total: Words, updates: int) -> dict[int, NDArray[np.generic]]:
     """First byte in the model → the mean of so many updates for each of the integers or booleans there."""
     found, numbers = dict[int, NDArray[np.generic]](), _numbers(form, total)
-    for segment in form.model.segments:
-        if segment.dtype not in FLOATS:
-            items = (segment.stop - segment.start) // ITEM_BYTES[segment.dtype]
-            means, numbers = (2 * numbers[:items] + updates) // (2 * updates), numbers[items:]
-            found[segment.start] = (means % 2**64).astype(np.uint64).view(np.int64).astype(segment.dtype)
+    for segment in form.others:
+        items = (segment.stop - segment.start) // ITEM_BYTES[segment.dtype]
+        means, numbers = (2 * numbers[:items] + updates) // (2 * updates), numbers[items:]
+        found[segment.start] = (means % 2**64).astype(np.uint64).view(np.int64).astype(segment.dtype)
     return found

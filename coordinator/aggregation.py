@@ -94,6 +94,7 @@ class Sums:
         largest: first byte in the layout → the largest value so far of each of the integers or booleans there.
         examples, updates: how many of each have been added.
         reach: the sum of the updates' bounds on |examples · delta|.
+        steps: so many of `low` are one; another number only where a secure sum was put in place of a fold.
         veil: the noise under which the mean is released, if it is (`privacy.py`); every update was added as one
             example then.
     """
@@ -117,6 +118,7 @@ class Sums:
         self.examples = 0
         self.updates = 0
         self.reach = 0.0
+        self.steps = ONE
         self.veil: Veil | None = None
 
 
@@ -205,11 +207,11 @@ def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = a
         WireError: the result is not finite in the tensor's dtype.
     """
     assert sums.updates > 0 or sums.veil
-    for segment in sums.layout.segments if sums.veil else ():
+    for segment in sums.layout.segments:
         if segment.dtype not in FLOATS:
-            put(segment.start, weights[segment.start : segment.stop])
-    for start, piece in sums.largest.items() if not sums.veil else ():
-        put(start, piece.view(np.uint8).data)
+            found = None if sums.veil else sums.largest.get(segment.start)  # what is private does not say
+            old = weights[segment.start : segment.stop]
+            put(segment.start, old if found is None else found.view(np.uint8).data)
 
     def take(places: list[Piece], seat: int) -> None:
         for place in places:
@@ -353,7 +355,7 @@ def _mean(sums: Sums, where: slice, *, seat: int) -> NDArray[np.float64]:
         mean /= ONE
         sums.veil.cover(mean, where.start)
     else:
-        mean /= sums.examples * ONE
+        mean /= sums.examples * sums.steps
     return mean
 
 

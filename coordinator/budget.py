@@ -3,7 +3,8 @@
 Knows that file, and what the next release would cost. Does not know how a round goes, nor how noise is made.
 
 **Spent before it is released.** What a round is about to release is put down, and safe on the disk, before its noise
-is made. A coordinator that dies in between has spent it for nothing.
+is made, or, where the workers have made it, before a secure sum is revealed. A coordinator that dies in between has
+spent it for nothing.
 
 **The seed of the noise** lies in the file from then on, until the version is safe on the disk; then it is forgotten.
 Should the version be lost, because a coordinator dies after the next round has begun with it and before it is safe,
@@ -18,10 +19,12 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from broker.accountant import SPENT, Released, epsilon, need
+from broker.accountant import SPENT, Released, epsilon, need, of_sum
 from broker.errors import UsageError, WireError
+from broker.formats import count_floats
 from broker.messages import Attempt
 from broker.noise import KEY_BYTES
+from broker.tensors import Layout
 from coordinator.aggregation import Sums, digest
 from coordinator.opened import Open
 from coordinator.plan import Plan
@@ -56,14 +59,18 @@ class Budget:
     Args:
         store: the run's.
         version: the latest; when it is not 0, something has been spent.
+        model: its layout; how many floats a sum has is of account where the workers add the noise.
 
     Raises:
         UsageError: what was spent cannot be known any more.
     """
 
-    def __init__(self, store: Store, version: int) -> None:
+    def __init__(self, store: Store, version: int, *, model: Layout) -> None:
         self._path, self._write, self._plan = store.folder / FILE, store.write_secret, store.plan
-        self._kind = Released(self._plan.dp_noise, self._plan.rate, 1)
+        plan = store.plan
+        self._kind = Released(plan.dp_noise, plan.rate, 1)
+        if plan.noise:
+            self._kind = of_sum(plan.ring.grain, plan.noise, count_floats(model))
         self._spent = self._read(version)
 
     def refusal(self) -> str:
@@ -94,8 +101,11 @@ class Budget:
             UsageError: the file cannot be written.
         """
         of, within = here.round.of, len(here.facts.within)
-        made = digest(sums) + within.to_bytes(8, "big")
-        sums.veil = self.release(of, made, counted=sums.updates, within=within)
+        if self._plan.noise:
+            self.spend(of)
+        else:
+            made = digest(sums) + within.to_bytes(8, "big")
+            sums.veil = self.release(of, made, counted=sums.updates, within=within)
         here.facts.privacy = {
             "epsilon": self._after(self._spent.releases), "delta": self._plan.dp_delta,
             "releases": self._spent.releases, "clip": self._spent.clip,
@@ -117,6 +127,18 @@ class Budget:
             releases = spent.releases + 1
             self._save(Spent(releases, of.round, of.attempt, made.hex(), seed.hex(), clip, following))
         return veil(key, clip, noise=noise, cohort=plan.cohort)
+
+    def spend(self, of: Attempt) -> None:
+        """Spend what it costs to reveal a round's sum in which the workers' noise is: once, for it is revealed once.
+
+        Raises:
+            WireError: there is not enough left.
+            UsageError: the file cannot be written.
+        """
+        if self._spent.round != of.round:
+            if why := self.refusal():
+                raise WireError(f"{why}.")
+            self._save(Spent(self._spent.releases + 1, of.round, of.attempt, clip=self._plan.clip))
 
     def settle(self, number: int) -> None:
         """The version that a round released is safe: forget the seed of its noise."""
@@ -150,15 +172,15 @@ class Budget:
 
 
 class Purse:
-    """Whether there can be another round: what the coordinator has left for its noise, and the workers for theirs.
+    """Whether there can be another round: what the run has left for noise on sums, and the workers for theirs.
 
     Attributes:
-        budget: the coordinator's, where the plan asks for noise of its own.
+        budget: the run's, where the plan asks for noise on sums.
     """
 
-    def __init__(self, store: Store, version: int) -> None:
+    def __init__(self, store: Store, version: int, *, model: Layout) -> None:
         self._plan = store.plan
-        self.budget = Budget(store, version) if store.plan.dp == "central" else None
+        self.budget = Budget(store, version, model=model) if store.plan.dp in ("central", "distributed") else None
         self._spenders: dict[str, str] = {}  # worker → why it refuses
 
     def begin(self, number: int, sums: Sums) -> None:
@@ -170,6 +192,11 @@ class Purse:
         """As `Budget.cover`, where there is one."""
         if self.budget:
             self.budget.cover(sums, here)
+
+    def share(self, of: Attempt) -> None:
+        """As `Budget.spend`, where there is one."""
+        if self.budget:
+            self.budget.spend(of)
 
     def note(self, refused: Mapping[str, str]) -> None:
         """Those who have refused in a round, and why."""
@@ -202,7 +229,8 @@ def counsel(plan: Plan) -> str:
     if plan.dp == "record" or plan.population >= FEW_WORKERS:
         return ""
     noises = sorted({plan.dp_noise, *NOISES})
-    costs = (f"{epsilon([Released(noise, plan.rate, plan.rounds)], plan.dp_delta):.3g}" for noise in noises)
+    kinds = (Released(noise, plan.rate, plan.rounds, discrete=plan.dp == "distributed") for noise in noises)
+    costs = (f"{epsilon([kind], plan.dp_delta):.3g}" for kind in kinds)
     told = ", ".join(f"{cost} with noise {noise:g}" for noise, cost in zip(noises, costs, strict=True))
     return (
         f"dp = {plan.dp} hides one of {plan.population} workers, and so few hide each other badly: {plan.rounds} "

@@ -131,7 +131,7 @@ class Desk:
     def _add(self, update: Update, data: memoryview) -> None:
         if self.plan.keep_updates:
             updates.keep(update, data, self.payload_layout, run=self.store.folder, claim=self.store.claim)
-        self.rule.add(self.sums, self.plan.weight(update.examples), data, spread=self._spread)
+        self.rule.add(self.sums, update.examples, data, spread=self._spread)
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
@@ -220,7 +220,7 @@ class Desk:
             await self.post.tell([update.worker], Answer(update.of, "accepted", "it was counted already"))
             await self._leave_parts(update.worker)
         else:
-            most = self.plan.examples_max
+            most = self.plan.counts_most
             verdict, reason = judge(update, here.round if here else None, self.payload_layout, examples_max=most)
             if self.take_secret and verdict is Verdict.ACCEPTED:
                 verdict, reason = Verdict.INVALID, "updates of this run are only added up in secret"

@@ -117,7 +117,7 @@ def task_of(plan: Plan, of: Attempt, payload: Payload, *, work: Literal["train",
     """What workers are sent in front of a version, but for who speaks."""
     return Task(
         of, work, version, plan.round_s, plan.seed, dict(plan.settings), payload,
-        format=plan.format, keep=plan.kept, examples_max=plan.examples_max, noise=plan.noise,
+        format=plan.format, keep=plan.kept, examples_max=plan.counts_most, noise=plan.noise,
         contract=plan.contract, learner_file=plan.learner_file,
         secure=Secure(plan.ring_bits, plan.cohort) if plan.privacy == "secure" else None,
     )  # fmt: skip

@@ -104,8 +104,8 @@ class Plan:
             as in runs of a former fluffle: not checked.
         learner_file: SHA-256 of the learner's file, in hex, if no other will do; else empty.
         dp: differential privacy of the versions. `central`: of a worker; the coordinator adds noise to the sum.
-            `distributed`: the same, but the workers add it, and nobody sees a sum without. `record`: of a row; the
-            workers train with noise.
+            `distributed`: the same, but the workers add it, all counting the same, and nobody sees a sum without;
+            what `quorum` workers add is enough. `record`: of a row; the workers train with noise.
         dp_noise: its standard deviation, in clips: of the sum's, or of a row's gradient.
         dp_budget: the largest ε; the run ends before the round that would pass it.
         dp_delta: the δ that belongs to it.
@@ -208,7 +208,10 @@ class Plan:
         Raises:
             UsageError: there is no clip, or no room for so many workers and examples.
         """
-        return ring_of(self.ring_bits, clip=self.clip, examples_max=self.examples_max, cohort=self.cohort)
+        return ring_of(
+            self.ring_bits, clip=self.clip, examples_max=self.counts_most, cohort=self.cohort,
+            noise=self.dp_noise if self.dp == "distributed" else 0.0, least=self.least,
+        )  # fmt: skip
 
     @property
     def least(self) -> int:
@@ -231,23 +234,24 @@ class Plan:
         """The probability with which a worker takes part in a central round."""
         return self.cohort / self.population
 
-    def weight(self, examples: int) -> int:
-        """For how many examples an update counts; under the coordinator's noise all are alike."""
-        return 1 if self.dp == "central" else examples
+    @property
+    def counts_most(self) -> int:
+        """`examples_max` in force: as given; under noise on the sum all updates count the same."""
+        return 1 if self.dp in ("central", "distributed") else self.examples_max
 
     @property
     def noise(self) -> Noise | None:
         """What the workers are to add."""
         if self.dp in ("none", "central"):
             return None
-        of, clip = ("row", self.dp_row_clip) if self.dp == "record" else ("sum", self.clip)
-        return Noise(cast(Any, of), self.dp_noise, clip, self.dp_delta, self.dp_budget)
+        of, clip, least = ("row", self.dp_row_clip, 0) if self.dp == "record" else ("sum", self.clip, self.least)
+        return Noise(cast(Any, of), self.dp_noise, clip, self.dp_delta, self.dp_budget, least)
 
     @property
     def reach(self) -> float:
         """How far one worker can move the model in a round, as above; infinite without a clip."""
         others = self.least - 1 if self.schedule == "parallel" else 0
-        return self.clip * self.examples_max / (self.examples_max + others) if self.clip else math.inf
+        return self.clip * self.counts_most / (self.counts_most + others) if self.clip else math.inf
 
     @property
     def kept(self) -> float:

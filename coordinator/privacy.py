@@ -1,6 +1,7 @@
 """Differential privacy of a worker by the coordinator: noise on the sum, and a clip that follows the updates' norms.
 
-Pure. Knows the arithmetic. Does not know what has been spent (`budget.py`), nor who takes part.
+Pure. Knows the arithmetic. Does not know what has been spent (`budget.py`), who takes part, nor the noise that the
+workers add themselves (`broker/noise.py`).
 
 DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963): every update Δ has a norm of at most C, all weigh the same, and
 
@@ -95,8 +96,10 @@ def contradictions(plan: Any) -> Iterator[tuple[bool, str]]:
         dp == "distributed" and not secure,
         "dp = distributed is noise of the workers in a sum that nobody sees without it: set privacy to secure",
     )
-    not_yet = "dp = distributed is not there yet: secure rounds do not add its noise; set dp to record"
-    yield dp == "distributed", not_yet
+    yield (
+        dp == "distributed" and plan.dp_population is not None,
+        "dp_population counts on nobody knowing who takes part, and under privacy = secure many do: leave it out",
+    )
     yield (
         dp == "central" and secure,
         "under privacy = secure the coordinator adds nothing to the sum: set dp to record, or privacy to none",

@@ -19,19 +19,8 @@ from hashlib import sha256
 import numpy as np
 
 from broker.errors import Aborted, Refused, WireError
-from broker.messages import Answer, Call, Ready, Resumed, Step, Task, Update
-from broker.pact import (
-    Dealt,
-    Finishers,
-    Masked,
-    Opened,
-    Reveal,
-    Settled,
-    Shares,
-    Vow,
-    check_advert,
-    context,
-)  # fmt: skip
+from broker.messages import Answer, Attempt, Call, Ready, Resumed, Step, Task, Update
+from broker.pact import Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, check_advert, context
 from broker.ring import Form, counted
 from coordinator.desk import Desk
 from coordinator.opened import Open, Secret
@@ -43,6 +32,7 @@ from coordinator.vault import Vault
 log = logging.getLogger(__name__)
 
 Keys = Mapping[str, bytes]
+Wait = Callable[[float], Awaitable[None]]
 STAGE_S = 30.0
 """How long a stage may take in which only a few small things are said."""
 SUMS_MAX = 3
@@ -59,14 +49,16 @@ class Secrecy:
         desk: where everything arrives.
         keys: name → Ed25519 public key of everyone who may take part.
         wait: until something was heard, or the given instant.
+        pay: for what an attempt is about to reveal, where that has a price.
     """
 
-    def __init__(self, store: Store, desk: Desk, *, keys: Keys, wait: Callable[[float], Awaitable[None]]) -> None:
+    def __init__(self, store: Store, desk: Desk, *, keys: Keys, wait: Wait, pay: Callable[[Attempt], None]) -> None:
         self._store = store
         self._plan = store.plan
         self._desk = desk
         self._keys = keys
         self._wait = wait
+        self._pay = pay
         self._vault = Vault(store.folder, store.claim)
         desk.take_secret = self._take
         desk.add_secret = self._add
@@ -150,6 +142,7 @@ class Secrecy:
     async def _release(self, here: Open, secret: Secret) -> None:
         """From here on there is no other sum of this round: put that down, and all that it takes to complete it."""
         reveal = secret.core.reveal()
+        await asyncio.to_thread(self._pay, here.round.of)
         await asyncio.to_thread(self._vault.keep, _name(here, secret), secret.core.total, secret.said)
         self._store.journal.release(here.round.of.round)
         secret.released = True

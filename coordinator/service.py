@@ -62,11 +62,11 @@ class Coordinator:
         lines = store.history()
         self._former = self.desk.remember(lines)
         self.rests.remember(lines)
-        secure = self.plan.privacy == "secure"
-        self._secrecy = Secrecy(store, self.desk, keys=keys or {}, wait=self._wait) if secure else None
+        self._purse, self._ends = Purse(store, version, model=self.layout), ""  # why, before its rounds are done
+        secure, pay = self.plan.privacy == "secure", self._purse.share
+        self._secrecy = Secrecy(store, self.desk, keys=keys or {}, wait=self._wait, pay=pay) if secure else None
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
-        self._purse, self._ends = Purse(store, version), ""  # why, before its rounds are done
         self._say = Now(store, self.desk, self.rests).say
 
     async def serve(self, *, forced: bool = False) -> None:

@@ -28,7 +28,7 @@ from broker.masks import Mask, Words, apply
 from broker.pieces import CHUNK_ITEMS
 from broker.ring import Form, counted, means_of_others
 from broker.shamir import combine
-from coordinator.aggregation import LOW_BITS, Sums
+from coordinator.aggregation import Sums
 
 Stage = Literal["adverts", "shares", "masked", "vows", "opened", "done"]
 
@@ -216,7 +216,8 @@ class Unmasking:
             Aborted: there are too few, or more are false.
         """
         holders, threshold = self.pact.holders(dealer), self.pact.settled.threshold
-        points = {x: share for x, share in self._points[dealer].items() if holders[x - 1] not in self.liars}
+        heard = self._points[dealer].copy()  # more shares may be heard meanwhile: this is done in a thread
+        points = {x: share for x, share in heard.items() if holders[x - 1] not in self.liars}
         _enough(len(points), threshold, f"shares of {dealer}'s secret were opened")
         for without in ("", *holders):
             chosen = [x for x in points if holders[x - 1] != without][:threshold]
@@ -265,18 +266,17 @@ def _enough(found: int, needed: int, what: str) -> None:
 def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> None:
     """Put an unmasked sum of so many updates where the rule `mean` finishes it; `sums` are of the model's layout.
 
-    Floats are `examples · delta` on a coarser grid; integers and booleans their means, in place of the largest.
+    Floats are `examples · delta` in the ring's steps; integers and booleans their means, in place of the largest.
+    Under noise it is divided by the plan's cohort, whoever came.
 
     Raises:
         WireError: the words are no sum of updates; some worker has sent something else.
     """
     sums.clear()
-    sums.examples, sums.updates = counted(form, total).examples, updates
+    examples = counted(form, total).examples
+    sums.examples, sums.updates = form.ring.cohort if form.ring.grain else examples, updates
     sums.reach = updates * form.ring.limit * form.ring.examples_max
     sums.largest = means_of_others(form, total, updates)
-    grid, steps = form.ring.grid, form.signed(total)[: form.floats]
-    np.right_shift(steps, grid, out=sums.high, dtype=np.int64)
-    np.bitwise_and(steps, (1 << grid) - 1, out=sums.low, dtype=np.int64)
-    sums.low <<= LOW_BITS - grid
-    sums.carried.update(range(-(-form.floats // CHUNK_ITEMS)))
-    sums.bounds = dict.fromkeys(sums.carried, 1.0)
+    sums.steps = form.ring.scale
+    np.copyto(sums.low, form.signed(total)[: form.floats])
+    sums.bounds = dict.fromkeys(range(-(-form.floats // CHUNK_ITEMS)), 0.0)

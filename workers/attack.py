@@ -111,7 +111,7 @@ def masked(update: list[Floats], dice: np.random.Generator, *, clip: float = 1.0
     form = Form(ring_of(32, clip=clip, examples_max=64, cohort=cohort), layout)
     words = encode(form, raw, examples=1, metrics={})
     apply(words, [Mask(dice.bytes(32), plus=True) for _ in range(cohort)])
-    return apart(form.signed(words)[: form.floats] / 2.0**form.ring.grid, update)
+    return apart(form.signed(words)[: form.floats] / form.ring.scale, update)
 
 
 def clipped(update: list[Floats], clip: float) -> list[Floats]:

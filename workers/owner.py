@@ -59,7 +59,7 @@ class Owner:
             self._done_today = sum(at is not None and at.date() == self._today for at in trained)
         asked = Asked(
             task.of.run, self._who.learner, coordinator, trains, task.cohort, task.payload.layout.size_bytes,
-            secure=task.secure is not None,
+            secure=task.secure is not None, delta=task.noise.delta if task.noise else None,
         )  # fmt: skip
         if why := self.policy.permits(asked, minute=60 * now.hour + now.minute, done_today=self._done_today):
             raise Declined(why)

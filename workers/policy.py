@@ -37,6 +37,7 @@ class Asked:
         cohort: how many are asked at the same time, as the coordinator says.
         size_bytes: of the model.
         secure: the update is only added up in secret.
+        delta: for which its ε is counted; None: there is no noise in it.
     """
 
     run: str
@@ -46,6 +47,7 @@ class Asked:
     cohort: int
     size_bytes: int
     secure: bool = False
+    delta: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -64,7 +66,8 @@ class Policy:
         metrics: which of the learner's figures leave; `examples` among the scores is one of them.
         privacy: `secure`: only rounds are trained in which updates are added up in secret.
         threshold_min: secure rounds: more than this part of those who hold shares must help to open a secret.
-        epsilon_max: the largest ε that may be spent.
+        epsilon_max: the largest ε that may be spent; no round is trained then without noise of this worker's,
+        delta_max: nor one that counts ε for a larger δ.
         log: what the worker's log tells of tasks: with `metrics`, without (`tasks`), or only `refusals` and trouble.
     """
 
@@ -80,6 +83,7 @@ class Policy:
     privacy: Literal["any", "secure"] = "any"
     threshold_min: Annotated[float, Field(ge=0, lt=1)] = 2 / 3
     epsilon_max: Annotated[float, Field(ge=0)] = math.inf
+    delta_max: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     log: Literal["metrics", "tasks", "refusals"] = "metrics"
 
     def __post_init__(self) -> None:
@@ -104,6 +108,10 @@ class Policy:
             (not self.is_open(minute), f"serves at {' and '.join(self.hours)} only"),
             (asked.size_bytes > self.model_bytes_max, f"takes models of {self.model_bytes_max} bytes at the most"),
             (trains and self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
+            (
+                trains and self.is_unbounded(asked.delta),
+                f"bounds epsilon, for a delta of {self.delta_max:g} at the most",
+            ),
             (trains and asked.cohort < self.cohort_min, f"asks for a cohort of {self.cohort_min} at the least"),
             (trains and most is not None and done_today >= most, f"serves {most} rounds a day"),
         )
@@ -115,6 +123,10 @@ class Policy:
         return not self.hours or any(
             start <= minute < stop if start < stop else not stop <= minute < start for start, stop in windows
         )
+
+    def is_unbounded(self, delta: float | None) -> bool:
+        """Whether ε is to be bounded, and what is told of a task (`Asked.delta`) bounds it not."""
+        return self.epsilon_max < math.inf and (delta is None or delta > self.delta_max)
 
     def permits_leaving(self, *examples: float | None) -> str:
         """Why what was made from so many examples does not leave; empty if it does. None: nobody has counted."""

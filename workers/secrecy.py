@@ -12,10 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
-from broker.errors import Alarm, LearnerFailed, Refused
+from broker import pact
+from broker.errors import Alarm, LearnerFailed, Refused, insist
 from broker.files import write_whole
-from broker.masks import Words
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
+from broker.noise import KEY_BYTES, add_discrete
 from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.ring import Form, Ring, encode, ring_of
 from workers.masking import Masking, Member
@@ -25,8 +26,8 @@ from workers.work import Done, Who
 SCORED = "evaluate/"
 """How the names of metrics begin that evaluate said of the version, not train."""
 
-Noise = Callable[[Words, Form, Task], None]
-"""Adds noise to the words of an update before they are masked, in place."""
+Pay = Callable[[Task, Form], None]
+"""Pays for the release of a sum with noise of which an update is a part, once a round."""
 
 
 class Note(Protocol):
@@ -34,10 +35,6 @@ class Note(Protocol):
 
     def __call__(self, event: str, **facts: object) -> None:
         """See above."""
-
-
-def no_noise(words: Words, form: Form, task: Task) -> None:
-    """Where the sum itself may be known."""
 
 
 def check(task: Task, who: Who) -> None:
@@ -57,12 +54,25 @@ def check(task: Task, who: Who) -> None:
             raise LearnerFailed(
                 "updates of this run are only added up in secret, which takes --roster and --identity."
             )
-        _ring(task)
+        ring_for(task)
+    if task.noise and who.trains:
+        shared, private = task.noise.of == "sum", task.noise.multiplier > 0
+        if not private or (shared and (task.secure is None or task.noise.least < pact.COHORT_MIN)):
+            raise LearnerFailed("the noise that this task asks for hides nobody.")
 
 
-def _ring(task: Task) -> Ring:
+def ring_for(task: Task) -> Ring:
+    """In which the updates of a secure task are added up.
+
+    Raises:
+        UsageError: it is too small.
+    """
     assert task.secure
-    return ring_of(task.secure.bits, clip=task.clip, examples_max=task.examples_max, cohort=task.secure.cohort)
+    noise = task.noise if task.noise and task.noise.of == "sum" else None
+    return ring_of(
+        task.secure.bits, clip=task.clip, examples_max=task.examples_max, cohort=task.secure.cohort,
+        noise=noise.multiplier if noise else 0.0, least=max(noise.least, 1) if noise else 1,
+    )  # fmt: skip
 
 
 def digest_of(weights: memoryview) -> bytes:
@@ -78,8 +88,8 @@ class Secrecy:
         folder: where it is put down which rounds it has helped to unmask.
         room: makes room for masked words.
         note: writes into the owner's ledger.
+        pay: see there.
         least: of how many the owner wants a cohort to be, and how large the part that must help to open a secret.
-        noise: is added to an update before it is masked.
     """
 
     def __init__(
@@ -89,14 +99,14 @@ class Secrecy:
         *,
         room: Callable[[int], Slot],
         note: Note,
+        pay: Pay,
         least: Callable[[], tuple[int, float]] = lambda: (0, 2 / 3),
-        noise: Noise = no_noise,
     ) -> None:
         self.member = member
         self.room = room
         self.note = note
         self.least = least
-        self.noise = noise
+        self.pay = pay
         self._path = folder / f"{member.name}.unmasked"
 
     def answered(self, of: Attempt) -> str:
@@ -211,11 +221,13 @@ class Talk:
                     raise Refused(f"the ring has no room for a cohort of {len(says.adverts)}.")
                 if len(says.adverts) < self._secrecy.least()[0]:
                     raise Refused(f"the data's owner wants a cohort of {self._secrecy.least()[0]} at the least.")
-                self._form = Form(_ring(self._task), self._done.layout, says.metrics)
+                self._form = Form(ring_for(self._task), self._done.layout, says.metrics)
                 return masking.shares(says, self._metrics)
             case Dealt():
                 return self._mask(masking, says)
             case Finishers():
+                least, found = self._task.noise.least if self._task.noise else 0, len(says.workers)
+                insist(found >= least, f"there are {found} finishers, and the noise is that of {least} or more.")
                 return masking.vow(says)
             case Reveal():
                 answer = masking.answer(says)
@@ -231,7 +243,9 @@ class Talk:
         assert done.examples
         slot = self._secrecy.room(form.layout.size_bytes)
         words = encode(form, done.delta.data, examples=done.examples, metrics=self._metrics, into=slot.data)
-        self._secrecy.noise(words, form, self._task)
+        if grain := form.ring.grain:
+            self._secrecy.pay(self._task, form)  # from here on enough of the others can open the sum
+            add_discrete(secrets.token_bytes(KEY_BYTES), grain.bits, form.signed(words)[: form.floats])
         masked = masking.mask(dealt, words)
         called = f"{self._task.payload.id}/{self._secrecy.member.name}/{self._serial}-{secrets.token_hex(4)}"
         self.payload = Payload(called, self._task.payload.part_bytes, form.layout.specs)

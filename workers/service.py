@@ -66,6 +66,7 @@ class Worker:
             self._outbox.secrecy = Secrecy(
                 who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write,
                 least=lambda: (self._owner.policy.cohort_min, self._owner.policy.threshold_min),
+                pay=lambda task, form: self._spending.share(task, form, self._owner),
             )  # fmt: skip
         self._incarnation = ""  # empty while we do not listen
         self._arrival: Arrival | None = None
@@ -295,9 +296,10 @@ class Worker:
         task, train = job.task, self._trains(job.task)
         landing, job.landing = job.landing, None
         assert landing is not None
-        noise = task.noise if task.noise and task.noise.of == "row" and self.who.trains else None
+        private = task.noise if self.who.trains else None
+        noise = private if private and private.of == "row" else None
         work = Work(  # what is found out about rows without noise does not travel
-            train=train, evaluate=noise is None, seed=task_seed(task.seed, task.of.round, self.who.name),
+            train=train, evaluate=private is None, seed=task_seed(task.seed, task.of.round, self.who.name),
             settings=task.settings, round=task.of.round, format=task.format, keep=task.keep,
             clip=task.clip, examples_max=task.examples_max,
             learner_file=task.learner_file,
@@ -306,9 +308,9 @@ class Worker:
         try:
             self._owner.take(task, trains=train)
             async with asyncio.timeout_at(job.due_at):
-                if train and noise:
+                if train and private:
                     self._spending.most = self._owner.policy.epsilon_max
-                    await asyncio.to_thread(self._spending.check, task.of.run, noise)
+                    await asyncio.to_thread(self._spending.check, task, self.layout)
                 weights = await self._unfold(task, landing)
                 self._holds = self.spool.hold((task.of.run, task.version), landing)
                 if work.owes:
@@ -317,7 +319,7 @@ class Worker:
                 model = await asyncio.to_thread(digest_of, weights.data) if task.secure else b""
                 done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
                 done = replace(done, model=model)
-                if train and noise:
+                if train and private:
                     done = await asyncio.to_thread(self._spending.pay, task, done, self._owner)
         except (Declined, LearnerFailed, WireError, TimeoutError) as problem:
             late = f"not done within the {task.deadline_s:.0f} s of the task"

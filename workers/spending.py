@@ -4,7 +4,9 @@ Knows that file and the bounds: the plan's for its run, and the data owner's for
 noise is made (`privacy.py`), nor what else becomes of an update.
 
 Spent before it is released: what an update costs is on the disk before its first byte is sent. An update that is
-never counted has cost as much as any, and so has one that had to be trained again: it may have been seen.
+never counted has cost as much as any, and so has one that had to be trained again: it may have been seen. A masked
+one is only seen in a sum, of which there is one a round: it is paid when its words are about to leave, once a round
+(twice by a worker that is started anew in the midst of it).
 """
 
 import json
@@ -12,12 +14,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
-from broker.accountant import SPENT, Released, epsilon
+from broker.accountant import SPENT, Released, epsilon, of_sum
 from broker.errors import LearnerFailed, UsageError
 from broker.files import write_whole
 from broker.messages import Noise, Task
+from broker.ring import Form
+from broker.tensors import Layout
 from workers.owner import Owner
+from workers.secrecy import ring_for
 from workers.work import Done
 
 
@@ -34,25 +40,47 @@ class Spending:
         self._path = folder / f"{worker}.privacy"
         self.most = most
         self._last: dict[str, list[Released]] = {}
+        self._shared: dict[str, int] = {}  # run → the round whose sum is paid
+        self._alone = Lock()
 
-    def check(self, run: str, noise: Noise) -> None:
-        """Whether another task like the run's last one can be paid; before that one nobody knows what it takes.
+    def check(self, task: Task, model: Layout) -> None:
+        """Whether a task can be paid: one that is masked, or another like the run's last one.
 
         Raises:
             LearnerFailed: it cannot.
         """
-        self._after(run, noise, self._last.get(run, []))
+        assert task.noise is not None
+        run, what = task.of.run, self._last.get(task.of.run, [])
+        if task.noise.of == "sum":
+            what = [] if self._shared.get(run) == task.of.round else [_cost(task, Form(ring_for(task), model))]
+        self._after(run, task.noise, what)
 
     def pay(self, task: Task, done: Done, owner: Owner) -> Done:
         """Pay for what came of a private task, and put it into the ledger; the update then tells its ε, no more.
+
+        One that is to be masked is not paid yet, and tells nothing.
 
         Raises:
             LearnerFailed: as for `spend`.
         """
         assert task.noise is not None
+        if task.noise.of == "sum":
+            return replace(done, metrics={})
         spent = self.spend(task.of.run, task.noise, done.released)
         owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
         return replace(done, metrics={"epsilon": spent})
+
+    def share(self, task: Task, form: Form, owner: Owner) -> None:
+        """Pay for a part in a masked sum with noise, unless that has been done, and put it into the ledger.
+
+        Raises:
+            LearnerFailed: as for `spend`.
+        """
+        assert task.noise is not None
+        if self._shared.get(task.of.run) != task.of.round:
+            spent = self.spend(task.of.run, task.noise, [_cost(task, form)])
+            self._shared[task.of.run] = task.of.round
+            owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
 
     def spend(self, run: str, noise: Noise, released: Sequence[Sequence[float]]) -> float:
         """Pay for an update; the run's ε with it. When this returns it survives a power failure.
@@ -60,20 +88,21 @@ class Spending:
         Args:
             run: whose task it is.
             noise: what the task asks for.
-            released: of each kind of step: noise, rate, how often.
+            released: of each kind of step: noise, rate, how often, and whether noise is discrete, if it is.
 
         Raises:
             LearnerFailed: there is not enough left, or the file cannot be read or written.
         """
-        what = [Released(noise_, rate, int(times)) for noise_, rate, times in released]
+        what = [Released(noise_, rate, int(times), *map(bool, of)) for noise_, rate, times, *of in released]
         self._last[run] = what
-        spent, found = self._after(run, noise, what)
-        try:
-            write_whole(self._path, json.dumps(spent).encode(), mode=0o600)
-        except OSError as problem:
-            raise LearnerFailed(
-                f"what an update costs cannot be noted in {self._path}: {problem.strerror}."
-            ) from None
+        with self._alone:
+            spent, found = self._after(run, noise, what)
+            try:
+                write_whole(self._path, json.dumps(spent).encode(), mode=0o600)
+            except OSError as problem:
+                raise LearnerFailed(
+                    f"what an update costs cannot be noted in {self._path}: {problem.strerror}."
+                ) from None
         return found
 
     def _after(self, run: str, noise: Noise, what: Sequence[Released]) -> tuple[dict[str, list[Released]], float]:
@@ -107,3 +136,8 @@ class Spending:
             raise LearnerFailed(
                 f"{self._path} does not tell what was spent of this data's privacy ({problem}): restore it."
             ) from None
+
+
+def _cost(task: Task, form: Form) -> Released:
+    assert task.noise is not None
+    return of_sum(form.ring.grain, replace(task.noise, clip=task.clip), form.floats)

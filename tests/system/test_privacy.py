@@ -4,16 +4,24 @@ import asyncio
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from broker.link import Delivery, Outgoing
-from broker.messages import Score, Task, Update
+from broker.messages import Call, Ready, Score, Task, Update
 from broker.norms import SLACK
+from broker.pact import Reveal
 from broker.tensors import view
 from coordinator.budget import FILE
-from tests.system.rig import Federation, federation, read
+from coordinator.journal import Journal
+from coordinator.store import Store
+from coordinator.vault import Vault
+from tests.system.rig import SECURE, Federation, federation, learned, read, start_weights
+from workers.ledger import Ledger
+from workers.work import task_seed
 
 pytest.importorskip("dp_accounting", reason="needs the extra `dp`")
 
@@ -156,6 +164,114 @@ async def test_rows_with_noise_tell_only_epsilon_and_end_the_run_when_it_is_spen
         fed.begin()
         await fed.end()
         assert len(fed.lines("round")) == 2
+
+
+# -- noise of the workers in a secure sum ----------------------------------------------------------------------------
+
+SHARED = SECURE | {"dp": "distributed", "dp_noise": 0.02, "dp_budget": 1e6}
+
+
+def floats(weights: bytearray) -> NDArray[np.float64]:
+    return view(memoryview(weights)[8 : 8 + 4 * 132_000], "float32").astype(np.float64)
+
+
+async def test_the_version_of_a_secure_sum_with_noise_is_the_plain_mean_and_that_noise(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def look(what: Outgoing | Delivery) -> None:
+        if isinstance(message := read(what), Ready | Score | Update):
+            told.extend(message.metrics)
+
+    async with federation(tmp_path, rounds=1, cohort=5, quorum=4, **SHARED) as fed:
+        fed.hook = look
+        for name in "abcde":
+            fed.join(name)
+        await fed.end()
+        start = start_weights()
+        updates = [learned(task_seed(fed.store.plan.seed, 1, name), start)[1] for name in "abcde"]
+        mean = sum(floats(bytearray(each)) for each in updates) / 5  # all count the same, not by their examples
+        noise = floats(fed.weights()) - mean
+        wanted = 0.02 * 60 * math.sqrt(5 / 4) / 5  # four are enough, and five are there
+        assert float(noise.std()) == pytest.approx(wanted, rel=0.01)
+        assert float(noise.mean()) == pytest.approx(0, abs=5 * wanted / math.sqrt(132_000))
+        assert view(memoryview(fed.weights())[:8], "int64")[0] == 0  # nobody's own number
+        line = fed.lines("round")[0]
+        assert line["privacy"]["releases"] == 1
+        assert (line["metrics"], line["secure"]["metrics"], line["secure"]["examples"]) == ({}, {}, 5)
+        assert told == []
+
+
+async def test_workers_and_coordinator_count_the_same_and_the_run_ends_before_either_passes_its_budget(
+    tmp_path: Path,
+) -> None:
+    paid: list[tuple[int, int]] = []
+
+    def look(what: Outgoing | Delivery) -> None:
+        message = read(what)
+        if isinstance(message, Call) and isinstance(message.says, Reveal) and isinstance(what, Outgoing):
+            paid.append((message.of.round, json.loads((fed.run / FILE).read_bytes())["releases"]))
+
+    async with federation(tmp_path, rounds=5, **{**SHARED, "dp_noise": 2.0, "dp_budget": 4.0}) as fed:
+        fed.hook = look
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert paid == [(1, 1), (2, 2)]  # before anything could be revealed
+        spent = [line["privacy"]["epsilon"] for line in fed.lines("round")]
+        assert spent == sorted(set(spent))
+        assert len(spent) == 2
+        assert spent[-1] <= 4.0
+        assert fed.store.now()["why"].startswith("version 2 is the last: the privacy budget is spent: epsilon is 3.")
+        ledger = Ledger(fed.folder / "spool-a" / "a.ledger").read()
+        assert [line["epsilon"] for line in ledger if line["event"] == "spent"] == spent
+        assert [line["metrics"] for line in ledger if line["event"] == "update"] == [[], []]
+        fed.begin()  # anew: what was spent is spent
+        await fed.end()
+        assert fed.store.latest() == 2
+
+
+async def test_a_worker_whose_owner_allows_no_more_is_in_no_further_sum_and_the_run_ends(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("epsilon_max = 2.5")
+    async with federation(tmp_path, rounds=5, **{**SHARED, "dp_noise": 2.0, "dp_budget": 100.0}) as fed:
+        fed.join("a", policy=tmp_path / "policy.toml")
+        for name in "bc":
+            fed.join(name)
+        await fed.end()
+        assert fed.counted() == [list(NAMES)]
+        assert "a: the privacy budget is spent: epsilon would be" in fed.store.now()["why"]
+        assert sum(trained for trained, _ in fed.places["a"].lesson.done) == 1  # the second was not even begun
+
+
+@pytest.mark.parametrize("beside", ["Vault.keep", "Journal.release", "Vault.add", "Store.draft"])
+async def test_a_coordinator_that_dies_reveals_no_sum_with_noise_twice_and_pays_once(
+    tmp_path: Path, beside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = {"Vault": Vault, "Journal": Journal, "Store": Store}[beside.partition(".")[0]]
+    original, loop, calls = getattr(owner, beside.partition(".")[2]), asyncio.get_running_loop(), 0
+    async with federation(tmp_path, rounds=2, **SHARED) as fed:
+
+        def dying(*arguments: Any, **words: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                loop.call_soon_threadsafe(fed.kill)
+                raise asyncio.CancelledError
+            return original(*arguments, **words)
+
+        monkeypatch.setattr(owner, beside.partition(".")[2], dying)
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert calls > 1
+        assert [line["privacy"]["releases"] for line in fed.lines("round")] == [1, 2]
+        ledger = Ledger(fed.folder / "spool-a" / "a.ledger").read()
+        assert sum(line["event"] == "spent" for line in ledger) == 2  # once a round, however many sums were begun
+        wanted = 0.02 * 60 * math.sqrt(2) / 3
+        start, means = start_weights(), []
+        for number, weights in enumerate((start, bytearray(fed.store.load(1)[1])), 1):
+            deltas = [learned(task_seed(fed.store.plan.seed, number, name), weights)[1] for name in NAMES]
+            means.append(sum(floats(bytearray(each)) for each in deltas) / 3)
+        assert float((floats(fed.weights()) - sum(means)).std()) == pytest.approx(wanted, rel=0.02)
 
 
 async def test_without_privacy_the_history_says_nothing_of_it(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def of(number: int, attempt: int = 1) -> Attempt:
 
 
 def test_what_was_spent_is_on_the_disk_before_there_is_noise_and_no_restart_forgets_it(store: Store) -> None:
-    budget = Budget(store, 0)
+    budget = Budget(store, 0, model=MODEL)
     assert budget.refusal() == ""
     budget.release(of(1), b"sum", counted=3, within=3)
     path = store.folder / FILE
@@ -180,9 +180,9 @@ def test_what_was_spent_is_on_the_disk_before_there_is_noise_and_no_restart_forg
     assert json.loads(path.read_bytes())["releases"] == 1
     budget.settle(1)
     assert json.loads(path.read_bytes())["seed"] == ""
-    again = Budget(store, 1)
+    again = Budget(store, 1, model=MODEL)
     again.release(of(2), b"sum", counted=3, within=3)
-    said = Budget(store, 2).refusal()  # epsilon 4.38 after one, 6.57 after two
+    said = Budget(store, 2, model=MODEL).refusal()  # epsilon 4.38 after one, 6.57 after two
     assert said.startswith("the privacy budget is spent: epsilon is 6.5")
     assert "over dp_budget 7 (delta 1e-05)" in said
     with pytest.raises(WireError, match="the privacy budget is spent"):
@@ -190,8 +190,8 @@ def test_what_was_spent_is_on_the_disk_before_there_is_noise_and_no_restart_forg
 
 
 def test_a_version_made_again_of_the_same_sum_has_the_same_noise_and_costs_nothing(store: Store) -> None:
-    first = Budget(store, 0).release(of(1), b"sum", counted=3, within=1)
-    taken_up = Budget(store, 0)
+    first = Budget(store, 0, model=MODEL).release(of(1), b"sum", counted=3, within=1)
+    taken_up = Budget(store, 0, model=MODEL)
     assert taken_up.release(of(1), b"sum", counted=3, within=1) == first
     assert json.loads((store.folder / FILE).read_bytes())["releases"] == 1
     other = taken_up.release(of(1), b"another", counted=2, within=1)
@@ -200,7 +200,7 @@ def test_a_version_made_again_of_the_same_sum_has_the_same_noise_and_costs_nothi
 
 
 def test_another_attempt_has_another_seed_and_so_has_a_forgotten_one(store: Store) -> None:
-    budget = Budget(store, 0)
+    budget = Budget(store, 0, model=MODEL)
     first = budget.release(of(1), b"sum", counted=3, within=1)
     budget.settle(1)
     assert budget.release(of(1), b"sum", counted=3, within=1).key != first.key
@@ -213,17 +213,17 @@ def test_a_run_that_does_not_know_what_it_spent_does_not_go_on(store: Store, dam
     if damage:
         (store.folder / FILE).write_text(damage)
     with pytest.raises(UsageError, match=r"privacy\.json does not tell what has been spent of this run's privacy"):
-        Budget(store, 2)
+        Budget(store, 2, model=MODEL)
 
 
 def test_a_clip_that_adapts_goes_on_where_it_was(tmp_path: Path) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra `dp`")
     adaptive = plan(dp_adaptive=True, clip=0.0, dp_noise=0.2, dp_budget=1e4, cohort=40)
     store = Store.create(tmp_path / "run", adaptive, MODEL, WEIGHTS)
-    budget = Budget(store, 0)
+    budget = Budget(store, 0, model=MODEL)
     assert budget.clip(1) == 0.1
     covered = budget.release(of(1), b"sum", counted=40, within=0)
     assert covered.deviation == pytest.approx(noise_on_sum(0.2, 40) * 0.1 * (1 + SLACK))
-    later = Budget(store, 0)
+    later = Budget(store, 0, model=MODEL)
     assert later.clip(1) == 0.1  # that the version be the same, should it be made again
     assert later.clip(2) == budget.clip(2) == pytest.approx(0.1 * math.exp(0.2 * 0.5), rel=0.1)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from broker.errors import LearnerFailed
-from broker.messages import Noise
+from broker.messages import Attempt, Noise, Payload, Task
+from broker.parts import PART_BYTES
 from broker.tensors import Layout
 from workers import learner, task, weights
 from workers.learner import Learner
@@ -22,6 +23,7 @@ from workers.spending import Spending
 from workers.work import Outcome, Work
 
 ROWS = Noise("row", 1.0, 1.0, 1e-5, 8.0)
+TASK = Task(Attempt("r", 4, 1), "train", 3, 60.0, 0, {}, Payload("p", PART_BYTES, ()), noise=ROWS)
 WORK = Work(train=True, evaluate=False, seed=11, settings={}, round=4, row_noise=1.0, row_clip=0.5)
 DATA = TensorDataset(torch.zeros(64, 3), torch.zeros(64, 2))
 
@@ -177,7 +179,7 @@ def test_nothing_is_spent_beyond_the_plans_budget_or_the_owners(tmp_path: Path) 
     with pytest.raises(LearnerFailed, match=r"would be 2\.\d+, and the owner of the data allows 2"):
         spending.spend("other", ROWS, [(4.0, 1.0, 3)])  # 1.35 for the one run, 1.7 for the other: they add up
     assert json.loads((tmp_path / "ada.privacy").read_bytes()) == {"r": [[4.0, 1.0, 2, False]]}
-    spending.check("r", ROWS)
+    spending.check(TASK, Layout(()))
     spending.spend("r", ROWS, [(4.0, 1.0, 1)])
     with pytest.raises(LearnerFailed, match="the owner of the data allows 2"):
         Spending(tmp_path, "ada", most=2.0).spend("r", ROWS, [(4.0, 1.0, 2)])
@@ -188,4 +190,4 @@ def test_nothing_is_spent_beyond_the_plans_budget_or_the_owners(tmp_path: Path) 
 def test_a_worker_that_does_not_know_what_it_spent_spends_nothing(tmp_path: Path, damage: str) -> None:
     (tmp_path / "ada.privacy").write_text(damage)
     with pytest.raises(LearnerFailed, match=r"ada\.privacy does not tell what was spent"):
-        Spending(tmp_path, "ada").check("r", ROWS)
+        Spending(tmp_path, "ada").check(TASK, Layout(()))

@@ -70,7 +70,7 @@ def test_the_mean_is_that_of_the_plain_sum_but_for_the_grid(
         MEAN.add(plain, examples, memoryview(data))
     told, found = finished(MEAN, plain, memoryview(weights)), next_version(form, updates, weights)
     examples = sum(each for each, _, _ in updates)
-    step = len(updates) / 2 * 2.0**-ring.grid / examples
+    step = len(updates) / 2 / ring.scale / examples
     for segment in EVERY_DTYPE.segments:
         ours, theirs = (view(memoryview(data)[segment.start : segment.stop], segment.dtype) for data in (found, told))
         if segment.dtype in ("float32", "float64"):
@@ -83,7 +83,7 @@ def test_the_mean_is_that_of_the_plain_sum_but_for_the_grid(
 
 def test_a_ring_of_64_bits_with_room_enough_gives_the_plain_sums_own_bits() -> None:
     ring = ring_of(64, clip=1.0, examples_max=20, cohort=4)
-    assert ring.grid == 52
+    assert ring.scale == 2.0**52
     form, dice = Form(ring, FLOATS_ONLY), np.random.default_rng(3)
     updates = [(n, update(FLOATS_ONLY, dice.uniform(-1, 1, 6), NONE), 0.0) for n in (1, 7, 20)]
     plain = MEAN.init(FLOATS_ONLY, FORMATS["float32"])
@@ -110,7 +110,7 @@ def test_the_largest_updates_of_a_full_cohort_do_not_wrap(bits: int, cohort: int
 def test_the_grid_is_the_finest_for_which_there_is_room() -> None:
     for bits, cohort, examples_max in ((32, 10, 1000), (32, 100, 50), (64, 7, 12345)):
         ring = ring_of(bits, clip=0.3, examples_max=examples_max, cohort=cohort)
-        largest = cohort * (examples_max * 0.3 * 2.0**ring.grid + 1)
+        largest = cohort * (examples_max * 0.3 * ring.scale + 1)
         assert largest < 2 ** (bits - 1) <= 2.05 * largest
 
 
@@ -120,7 +120,7 @@ def test_a_clip_at_the_edge_of_its_grid_leaves_room_for_what_float64_rounds() ->
         for examples in (1, 3, 7, 1000):
             clip = (2**63 - 1) / (cohort * examples * 2.0**40) / (1 + 2.0**-9)
             ring = ring_of(64, clip=clip, examples_max=examples, cohort=cohort)
-            assert ring.grid in (39, 40)
+            assert ring.scale in (2.0**39, 2.0**40)
             data = np.array([ring.limit]).tobytes()
             (word, *_) = encode(Form(ring, layout), memoryview(data), examples=examples, metrics={}).tolist()
             assert cohort * word < 2**63
@@ -129,7 +129,7 @@ def test_a_clip_at_the_edge_of_its_grid_leaves_room_for_what_float64_rounds() ->
 def test_a_contribution_is_rounded_once_to_the_nearest_step() -> None:
     layout, ring = Layout.of([TensorSpec("w", "float64", (6,))]), RINGS[0]
     steps = np.array([0.5, 1.5, -2.5, 0.49, -0.75, 7.0])
-    data = (steps * 2.0**-ring.grid / 3).tobytes()
+    data = (steps / ring.scale / 3).tobytes()
     form = Form(ring, layout)
     assert form.signed(encode(form, memoryview(data), examples=3, metrics={}))[:6].tolist() == [0, 2, -2, 0, -1, 7]
 

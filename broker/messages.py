@@ -7,7 +7,7 @@ The decoder trusts nothing: msgpack under limits, then every field against the d
 """
 
 import struct
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import msgpack
@@ -77,10 +77,11 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Secure:
-    """Within a task: its update is only added up in secret, in words of `bits`, with those of `cohort` at most."""
+    """Within a task: its update is only added up in secret, in words of `bits`, of `cohort` on `roster` at most."""
 
     bits: Annotated[int, Within(32, 64)]
     cohort: Annotated[int, Within(pact.COHORT_MIN, pact.COHORT_MAX)]
+    roster: Annotated[bytes, Within(0, 2**21)] = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +158,8 @@ class Task:
     @property
     def terms(self) -> bytes:
         """What both sides of a secure round must agree upon beside run, round and model, written in one way only."""
-        settings = sorted(self.settings.items())
-        terms = [self.version, self.seed, settings, self.format, self.clip, self.examples_max]
-        packed: bytes = msgpack.packb([*terms, *(astuple(self.secure) if self.secure else ())])
+        terms = [self.version, self.seed, sorted(self.settings.items()), self.format, self.clip, self.examples_max]
+        packed: bytes = msgpack.packb([*terms, *((self.secure.bits, self.secure.cohort) if self.secure else ())])
         return packed
 
 

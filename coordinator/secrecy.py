@@ -13,7 +13,7 @@ coordinator, or the version stays what it was: no round is ever unmasked twice.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from hashlib import sha256
 
 import numpy as np
@@ -32,6 +32,7 @@ from broker.pact import (
     check_advert,
     context,
 )  # fmt: skip
+from broker.pinned import Roster
 from broker.ring import Form, counted
 from coordinator.desk import Desk
 from coordinator.opened import Open, Secret
@@ -42,7 +43,7 @@ from coordinator.vault import Vault
 
 log = logging.getLogger(__name__)
 
-Keys = Mapping[str, bytes]
+Keys = Roster
 STAGE_S = 30.0
 """How long a stage may take in which only a few small things are said."""
 SUMS_MAX = 3
@@ -57,7 +58,7 @@ class Secrecy:
     Args:
         store: its folder.
         desk: where everything arrives.
-        keys: name → Ed25519 public key of everyone who may take part.
+        keys: the roster of everyone who may take part.
         wait: until something was heard, or the given instant.
     """
 
@@ -65,7 +66,7 @@ class Secrecy:
         self._store = store
         self._plan = store.plan
         self._desk = desk
-        self._keys = keys
+        self._keys = keys.workers
         self._wait = wait
         self._vault = Vault(store.folder, store.claim)
         desk.take_secret = self._take

@@ -165,4 +165,4 @@ def revoke(names: Names, folder: Folder = None, operator: OperatorKey = None) ->
         was = securing.revoke(folder, name)
         typer.echo(f"{name} is revoked{'' if was else ' already'}")
     for name in names:  # all are out before a key is looked for
-        _say(securing.strike(folder, name, operator))
+        _say(securing.strike(folder, name, operator=operator))

@@ -141,7 +141,7 @@ def revoke(folder: Path, name: str) -> bool:
         return _expel(folder, now, pages, name)
 
 
-def strike(folder: Path, name: str, operator: Path | None = None) -> str:
+def strike(folder: Path, name: str, *, operator: Path | None = None) -> str:
     """Take a worker that was revoked off the roster, and sign that anew; what is left to do, empty if nothing is.
 
     Raises:

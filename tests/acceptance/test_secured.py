@@ -82,6 +82,10 @@ def test_four_commands_and_two_invited_workers_train_until_one_is_revoked_in_the
     f.until(lambda: any(len(line["counted"]) == 2 for line in f.rounds()))
     wanted = {(name, f"CN={name}", True) for name in ("ada", "carl", "coordinator")}
     f.until(lambda: secured.connected() == wanted)
+    upload, done = ("queues", secured.federation.vhost, "fluffle.upload.ada"), len(f.rounds())
+    secured.pages.ask("DELETE", *upload)  # with its exchange; the coordinator makes them anew
+    f.until(lambda: any(len(line["counted"]) == 2 for line in f.rounds()[done + 2 :]))
+    assert secured.pages.ask("GET", *upload)
 
     stall.touch()
     f.until(lambda: list(now_of(f).get("waiting", ())) == ["carl"] and "ada" in now_of(f).get("counted", ()))
@@ -134,8 +138,8 @@ def test_a_secret_federation_is_joined_by_one_file_or_with_a_key_of_ones_own(
         invited = ("--invite", str(secured.folder / f"{name}.fluffle"), "--data", str(f.folder / "nothing"))
         f.start(name, "worker", str(f.learner), *invited, *(("--identity", str(own)) if name == "north" else ()))
     f.fluffle("init", str(f.learner), str(f.run))
-    options = ("--invite", str(secured.folder / "coordinator.fluffle"), "--rounds", "2", "--cohort", "3")
-    options = (*options, "--privacy", "secure", "--clip", "8", "--examples-max", "64", "--gather-s", "60")
+    invitation = ("--invite", str(secured.folder / "coordinator.fluffle"), "--privacy", "secure", "--cohort", "3")
+    options = (*invitation, "--rounds", "2", "--clip", "8", "--examples-max", "64", "--gather-s", "60")
     other = str(draw_keys(f.folder / "others", [*names]))
     said = f.fluffle("coordinator", str(f.run), *options, "--roster", other, status=2)
     assert "the roster is signed by another operator: " in said

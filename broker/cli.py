@@ -106,14 +106,9 @@ def secure(
     Run it again to change or mend something; it changes nothing else. The coordinator's invitation is
     DIR/coordinator.fluffle.
     """
-    given = {
-        "hosts": tuple(host) if host else None,
-        "vhost": vhost,
-        "port": port,
-        "external": external,
-        "management": management,
-    }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"vhost": vhost, "port": port, "external": external, "management": management}
+    given |= {"hosts": tuple(host) if host else None}
+    changes = {name: value for name, value in given.items() if value is not None}
     left = securing.secure(folder, changes, renew=renew)
     if run:
         _started(folder, None)

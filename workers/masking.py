@@ -33,7 +33,7 @@ class Member:
         roster: name → Ed25519 public key (32 bytes), pinned; empty where the operator's own key is what is pinned.
         cohort_min: fewest members of a cohort; at least 3.
         threshold_min: the threshold must be above this part of a member's holders.
-        operator: the Ed25519 public key (32 bytes) of whoever must have signed the roster; empty for anybody.
+        operator: the Ed25519 public key (32 bytes) of whoever must have signed a roster that is not pinned itself.
     """
 
     name: str

@@ -106,14 +106,9 @@ def secure(
     Run it again to change or mend something; it changes nothing else. The coordinator's invitation is
     DIR/coordinator.fluffle.
     """
-    given = {
-        "hosts": tuple(host) if host else None,
-        "vhost": vhost,
-        "port": port,
-        "external": external,
-        "management": management,
-    }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"vhost": vhost, "port": port, "external": external, "management": management}
+    given |= {"hosts": tuple(host) if host else None}
+    changes = {name: value for name, value in given.items() if value is not None}
     left = securing.secure(folder, changes, renew=renew)
     if run:
         _started(folder, None)
@@ -123,6 +118,10 @@ def secure(
     typer.echo(f"{Federation.read(folder).url} is for whoever holds an invitation: {folder}/coordinator.fluffle")
 
 
+OperatorKey = Annotated[
+    Path | None,
+    typer.Option("--operator", help="The operator's secret key, from keygen.", show_default="DIR/operator.key"),
+]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Workers.")]
 
 
@@ -131,13 +130,18 @@ def invite(
     folder: Folder = None,
     renew: Annotated[bool, typer.Option(help="Make a new certificate for who is invited already.")] = False,
     again: Annotated[bool, typer.Option(help="Invite also those who have been revoked.")] = False,
+    operator: OperatorKey = None,
 ) -> None:
-    """Let workers in, each with a login, rights and queues of its own; DIR/NAME.fluffle is all that it needs."""
+    """Let workers in, each with a login, rights and queues of its own; DIR/NAME.fluffle is all that it needs.
+
+    Where there is an operator's key, for secret sums, too: the worker is put on DIR/roster.json, and that is signed.
+    Whose own key is on it already keeps that; for others a secret key is drawn here, and is in the invitation.
+    """
     folder = folder or default_folder()
     left, refused = "", []
     for name in names:
         try:
-            left = securing.invite(folder, name, renew=renew, again=again)
+            left = securing.invite(folder, name, renew=renew, again=again, operator=operator)
             typer.echo(f"{name}: {folder / name}.fluffle")
         except UsageError as problem:  # the others come in all the same
             refused.append(str(problem))
@@ -146,9 +150,14 @@ def invite(
         raise UsageError(" ".join(refused))
 
 
-def revoke(names: Names, folder: Folder = None) -> None:
-    """End workers' parts at once: login, connections, queues; what still comes from them is not counted."""
+def revoke(names: Names, folder: Folder = None, operator: OperatorKey = None) -> None:
+    """End workers' parts at once: login, connections, queues; what still comes from them is not counted.
+
+    Then they are taken off the roster.
+    """
     folder = folder or default_folder()
     for name in names:
         was = securing.revoke(folder, name)
         typer.echo(f"{name} is revoked{'' if was else ' already'}")
+    for name in names:  # all are out before a key is looked for
+        _say(securing.strike(folder, name, operator=operator))

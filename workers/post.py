@@ -167,17 +167,17 @@ class Post:
         Raises:
             LinkError: the broker did not take them all.
         """
-        key = (topology.upload_key(self.worker),)
+        queue, key = topology.upload_queue(self.worker), (topology.upload_key(self.worker),)
         try:
             with self._allowed():
-                await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
+                await publish_parts(self._link, split(payload, data), queue, key, lane=Lane.UP)
         except Unroutable as problem:  # we never consume that queue, so nothing else tells us that it was deleted
             if self._link.vouched:
                 await self._ask_for_queues()
                 raise
             log.info("making the upload queue anew: %s", problem)
             await self._link.declare(topology.of_worker(self.worker))
-            await publish_parts(self._link, split(payload, data), topology.UP, key, lane=Lane.UP)
+            await publish_parts(self._link, split(payload, data), queue, key, lane=Lane.UP)
 
     # -- listening ----------------------------------------------------------------------------------------------
 

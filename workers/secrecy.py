@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 from broker import pact
-from broker.errors import Alarm, LearnerFailed, Refused, insist
+from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
 from broker.files import write_whole
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
 from broker.noise import KEY_BYTES, add_discrete
 from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
+from broker.pinned import Roster
 from broker.ring import Form, Ring, encode, ring_of
 from workers.masking import Masking, Member
 from workers.spool import Slot
@@ -46,13 +47,14 @@ def check(task: Task, who: Who) -> None:
     """
     if who.member and who.trains and (task.secure is None or task.work != "train"):
         raise LearnerFailed(
-            "this worker has a roster, and tells its update and its score to nobody alone: the plan must say "
+            "this worker is on a roster, and tells its update and its score to nobody alone: the plan must say "
             "privacy = secure."
         )
     if task.secure and who.trains:
         if who.member is None:
             raise LearnerFailed(
-                "updates of this run are only added up in secret, which takes --roster and --identity."
+                "updates of this run are only added up in secret: that takes an invitation with a key for it, or "
+                "--roster and --identity."
             )
         ring_for(task)
     if task.noise and who.trains:
@@ -108,6 +110,34 @@ class Secrecy:
         self.least = least
         self.pay = pay
         self._path = folder / f"{member.name}.unmasked"
+        self._seen = folder / f"{member.name}.roster"
+
+    def trust(self, shown: bytes) -> None:
+        """Look at the roster that a task shows; who pins the operator takes it over, unless a later one was seen.
+
+        Raises:
+            UsageError: it is not the operator's, is an old one, or has another key for this worker.
+            LearnerFailed: it cannot be put down that it was seen.
+        """
+        member, roster = self.member, Roster.parse(shown)
+        if member.roster:
+            if roster.workers != member.roster:
+                raise UsageError("the coordinator's roster is not this worker's: ask the operator for the latest.")
+            return
+        roster.check(member.operator)
+        roster.vouch(member.name, member.identity)
+        try:
+            seen = Roster.read(self._seen) if self._seen.exists() else Roster({}, 0)
+            if seen.operator != roster.operator or seen.version < roster.version:
+                roster.write(self._seen)
+            elif seen.digest != roster.digest:
+                raise UsageError(
+                    f"the coordinator shows version {roster.version} of the roster, and this worker has seen "
+                    f"{'another one' if seen.version == roster.version else f'version {seen.version}'}: it must "
+                    "have the latest from the operator."
+                )
+        except OSError as problem:
+            raise LearnerFailed(f"{self._seen} cannot be written ({problem.strerror}).") from None
 
     def answered(self, of: Attempt) -> str:
         """The record of this worker's answer in this round of a run, or in a later one; empty if there is none.
@@ -205,6 +235,8 @@ class Talk:
         """Fresh keys for another sum; nothing is left of the one before."""
         task, (_, threshold_min) = self._task, self._secrecy.least()
         member = replace(self._secrecy.member, threshold_min=threshold_min)
+        if not member.roster and task.secure:
+            member = replace(member, roster=Roster.parse(task.secure.roster).workers)
         of, model = task.of, self._done.model
         bound = context(
             of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=member.roster

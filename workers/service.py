@@ -235,6 +235,8 @@ class Worker:
             UsageError: the model has names that the format of the change needs.
         """
         check(task, self.who)
+        if task.secure and self._outbox.secrecy:
+            self._outbox.secrecy.trust(task.secure.roster)
         expected = self.layout if task.down == "full" else FORMATS[task.down].layout(self.layout)
         if differs := self.seat.contract.breach(task, expected, task.payload.layout):
             raise LearnerFailed(differs)

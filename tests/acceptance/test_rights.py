@@ -90,6 +90,8 @@ FORBIDDEN: dict[str, Act] = {
     "delete another's queue": queue("delete", "fluffle.down.bob", if_unused=False, if_empty=False),
     "delete the coordinator's inbox": queue("delete", RUNS[1], if_unused=False, if_empty=False),
     "delete an exchange": exchange("delete", "fluffle.up"),
+    "delete its own exchange": exchange("delete", "fluffle.upload.ada"),
+    "bind its own exchange to another's": exchange("bind", "fluffle.upload.bob", "fluffle.upload.ada", "#"),
     "bind its own queue to what workers say": queue("bind", "fluffle.down.ada", "fluffle.up", "#"),
     "bind its own queue to another's tasks": queue("bind", "fluffle.down.ada", "fluffle.down", "bob"),
     "bind another's queue": queue("bind", "fluffle.upload.bob", "fluffle.up", "upload.ada"),
@@ -103,13 +105,14 @@ FORBIDDEN: dict[str, Act] = {
     **{
         f"say something with the key {key}": say("fluffle.up", key)
         for key in [
-            "hello.bob", f"inbox.{RUN}.bob", "upload.bob", "hello", "ada", "other.ada", "hello.ada.bob",
+            "hello.bob", f"inbox.{RUN}.bob", "upload.bob", "upload.ada", "hello", "ada", "other.ada", "hello.ada.bob",
             f"inbox.{RUN}.x.ada", "hello.adam", "hello.x-ada", "HELLO.ada", "#", "",
         ]
     },
     **{
         f"publish to {name or 'the default exchange'} with the key {key}": say(name, key)
         for name, key in [
+            ("fluffle.upload.bob", "upload.bob"),
             ("fluffle.down", "bob"), ("fluffle.down", "ada"), ("fluffle.control", "bob"), ("fluffle.dead", ""),
             ("amq.topic", "hello.ada"), ("amq.direct", "ada"), ("amq.fanout", ""), ("", "fluffle.down.bob"),
             ("", "fluffle.down.ada"), ("", RUNS[1]), ("", "nowhere"),
@@ -127,8 +130,9 @@ async def test_the_broker_refuses_a_worker_to(act: Act, secured: Secured) -> Non
 
 async def test_a_worker_may_do_what_it_is_for(secured: Secured) -> None:
     async with channel_of(secured.access("ada")) as channel:
-        for key in ("hello.ada", f"inbox.{RUN}.ada", "upload.ada"):
+        for key in ("hello.ada", f"inbox.{RUN}.ada"):
             await say("fluffle.up", key, user_id="ada")(channel)
+        await say("fluffle.upload.ada", "upload.ada", user_id="ada")(channel)
         for name in ("fluffle.down.ada", "fluffle.control.ada"):
             await queue("purge", name)(channel)
             await queue("consume", name, nothing, exclusive=True)(channel)
@@ -143,15 +147,28 @@ async def test_nobody_speaks_in_anothers_name(secured: Secured) -> None:
 
 
 @pytest.mark.parametrize("header", ["CC", "BCC"])
-async def test_further_keys_in_a_header_reach_nobody_elses_inbox_unrefused(header: str, secured: Secured) -> None:
-    """RabbitMQ 3.10 does not look at them: there, whoever receives has to (`coordinator/post.py`)."""
-    async with channel_of(secured.access("ada")) as channel:
-        trick = say("fluffle.up", "upload.ada", headers={header: ["upload.bob"]})
+async def test_further_keys_in_a_header_reach_nobody_elses_queue(header: str, secured: Secured) -> None:
+    """RabbitMQ 3.10 does not look at them: from where all speak they lead to coordinators, who see whose it is."""
+    keys = {header: ["upload.bob", "#", "fluffle.upload.bob", "bob"]}
+    async with channel_of(secured.access("ada")) as ada, channel_of(secured.access("coordinator")) as coordinator:
+        queues = [f"fluffle.{kind}.bob" for kind in ("down", "control", "upload")]
+        before = [await depth(coordinator, name) for name in queues]
+        own = await depth(coordinator, "fluffle.upload.ada")
+        await say("fluffle.upload.ada", "upload.ada", headers=keys)(ada)
+        trick = say("fluffle.up", "hello.ada", headers=keys)
         if secured.version < (3, 13):
-            await trick(channel)
-            return
-        with pytest.raises(ChannelAccessRefused, match=r"write access to topic 'upload.bob'"):
-            await trick(channel)
+            await trick(ada)
+        else:
+            with pytest.raises(ChannelAccessRefused, match=r"write access to topic 'upload.bob'"):
+                await trick(ada)
+        assert [await depth(coordinator, name) for name in queues] == before
+        assert await depth(coordinator, "fluffle.upload.ada") == own + 1
+
+
+async def depth(channel: AbstractChannel, name: str) -> int:
+    count = (await channel.declare_queue(name, passive=True)).declaration_result.message_count
+    assert count is not None
+    return count
 
 
 async def test_a_worker_learns_of_anothers_queue_at_most_how_long_it_is(secured: Secured) -> None:
@@ -175,7 +192,7 @@ async def test_a_worker_has_so_many_connections_and_channels(secured: Secured) -
     for connection in held:
         await connection.close()
     async with channel_of(secured.access("bob")) as channel:
-        await say("fluffle.up", "upload.bob")(channel)
+        await say("fluffle.upload.bob", "upload.bob")(channel)
 
 
 async def test_only_a_workers_own_upload_queue_refuses_when_it_is_full(secured: Secured) -> None:
@@ -184,9 +201,9 @@ async def test_only_a_workers_own_upload_queue_refuses_when_it_is_full(secured: 
     async with channel_of(secured.access("ada")) as ada, channel_of(secured.access("bob")) as bob:
         await secured.until(lambda: secured.queue("fluffle.upload.ada").get("operator_policy") == "small")
         with pytest.raises(DeliveryError):
-            await many(8, say("fluffle.up", "upload.ada"), ada)
+            await many(8, say("fluffle.upload.ada", "upload.ada"), ada)
         await say("fluffle.up", f"inbox.{RUN}.ada")(ada)
-        await say("fluffle.up", "upload.bob")(bob)
+        await say("fluffle.upload.bob", "upload.bob")(bob)
     async with channel_of(secured.access("coordinator")) as coordinator:
         for _ in range(8):
             await say("fluffle.down", "ada", headers={"BCC": ["bob"]})(coordinator)

@@ -87,11 +87,13 @@ def quality(words: np.ndarray, truth: np.ndarray) -> float:
 async def witness(url: str, workers: list[str]) -> None:
     """Let a queue be there that has a copy of every message."""
     down = (Binding(exchange, "spy", name) for exchange in (topology.DOWN, topology.CONTROL) for name in workers)
+    up = (Binding(topology.upload_queue(name), "spy", topology.upload_key(name)) for name in workers)
     spy = Topology(
-        queues=(Queue("spy", {"x-queue-type": "classic"}),), bindings=(Binding(topology.UP, "spy", "#"), *down)
+        queues=(Queue("spy", {"x-queue-type": "classic"}),), bindings=(Binding(topology.UP, "spy", "#"), *down, *up)
     )
     link = await rabbit.connect(url, name="witness")
-    await link.declare(topology.FEDERATION)
+    for part in (topology.FEDERATION, *map(topology.of_worker, workers)):
+        await link.declare(part)
     await link.declare(spy)
     await link.close()
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import signal
 import socket
 import ssl
 import time
@@ -21,6 +22,7 @@ from broker.certificates import end_of
 from broker.errors import UsageError
 from broker.invitation import Access
 from broker.node import Node
+from broker.pinned import Roster, draw_keys
 from tests.acceptance.federation import Federation
 from tests.acceptance.secured import Secured
 
@@ -80,6 +82,10 @@ def test_four_commands_and_two_invited_workers_train_until_one_is_revoked_in_the
     f.until(lambda: any(len(line["counted"]) == 2 for line in f.rounds()))
     wanted = {(name, f"CN={name}", True) for name in ("ada", "carl", "coordinator")}
     f.until(lambda: secured.connected() == wanted)
+    upload, done = ("queues", secured.federation.vhost, "fluffle.upload.ada"), len(f.rounds())
+    secured.pages.ask("DELETE", *upload)  # with its exchange; the coordinator makes them anew
+    f.until(lambda: any(len(line["counted"]) == 2 for line in f.rounds()[done + 2 :]))
+    assert secured.pages.ask("GET", *upload)
 
     stall.touch()
     f.until(lambda: list(now_of(f).get("waiting", ())) == ["carl"] and "ada" in now_of(f).get("counted", ()))
@@ -115,6 +121,40 @@ def now_of(f: Federation) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found
+
+
+@pytest.mark.chaos
+def test_a_secret_federation_is_joined_by_one_file_or_with_a_key_of_ones_own(
+    secured: Secured, parties: Federation, record_property: Callable[[str, object], None]
+) -> None:
+    """As the README says; `broker secure` is the fixture's. Three workers, each by mutual TLS."""
+    f, names, began_at = parties, ("north", "south", "west"), time.monotonic()
+    key, own, roster = f.folder / "operator.key", f.folder / "north.key", str(secured.folder / "roster.json")
+    secured.fluffle("keygen", str(key))
+    secured.fluffle("roster", "add", roster, "north", secured.fluffle("keygen", str(own)).split()[2])
+    secured.fluffle("invite", *names, "--dir", str(secured.folder), "--operator", str(key))
+    assert [bool(secured.invitation(name).identity) for name in names] == [False, True, True]
+    for name in names:
+        invited = ("--invite", str(secured.folder / f"{name}.fluffle"), "--data", str(f.folder / "nothing"))
+        f.start(name, "worker", str(f.learner), *invited, *(("--identity", str(own)) if name == "north" else ()))
+    f.fluffle("init", str(f.learner), str(f.run))
+    invitation = ("--invite", str(secured.folder / "coordinator.fluffle"), "--privacy", "secure", "--cohort", "3")
+    options = (*invitation, "--rounds", "2", "--clip", "8", "--examples-max", "64", "--gather-s", "60")
+    other = str(draw_keys(f.folder / "others", [*names]))
+    said = f.fluffle("coordinator", str(f.run), *options, "--roster", other, status=2)
+    assert "the roster is signed by another operator: " in said
+    f.coordinator(*options, "--roster", roster)
+    f.until(lambda: {(name, f"CN={name}", True) for name in names} <= secured.connected())
+    assert f.wait("coordinator") == 0
+    took_s = time.monotonic() - began_at
+    assert [line["secure"]["of"] for line in f.rounds()] == [[*names]] * 2
+    assert [line["secure"]["revealed"] for line in f.rounds()] == ["their sum alone"] * 2
+    record_property("measured", f"from an operator's key to two secret rounds of three: {took_s:.1f} s")
+    for name in names:
+        f.kill(name, signal.SIGTERM)
+    assert "west is off" in secured.fluffle("revoke", "west", "--dir", str(secured.folder), "--operator", str(key))
+    assert sorted(Roster.read(Path(roster)).workers) == ["north", "south"]
+    secured.fluffle("revoke", "north", "south", "--dir", str(secured.folder), "--operator", str(key))
 
 
 async def test_who_is_revoked_is_out_at_once_and_comes_in_again_only_with_another_invitation(

@@ -65,6 +65,7 @@ with _instrumented:
     )
     from broker.norms import clip
     from broker.parts import Assembly, split
+    from broker.pinned import Roster, identity_of, public_of
     from broker.tensors import Layout, TensorSpec
     from coordinator import history, journal, snapshot, standby, updates
     from coordinator import plan as plans
@@ -186,6 +187,14 @@ def numbers(data: bytes) -> None:
             apply_change(
                 memoryview(bytes(MODEL.size_bytes)), payload, MODEL, fmt, memoryview(bytearray(MODEL.size_bytes))
             )
+
+
+def roster(data: bytes) -> None:
+    """The operator's roster, as a coordinator shows it."""
+    with contextlib.suppress(UsageError):
+        found = Roster.parse(data)
+        assert Roster.parse(found.text) == found
+        found.check()
 
 
 # -- what lies on the disk ----------------------------------------------------------------------------------------
@@ -371,6 +380,11 @@ def _invited() -> Iterator[bytes]:
     ).encode()
 
 
+def _signed() -> Iterator[bytes]:
+    made = Roster({"ada": public_of(identity_of("ab" * 32)), "bob": b"b" * 32}, 0)
+    yield from (made.text, made.signed(identity_of("cd" * 32)).text)
+
+
 def _toml(data: bytes) -> Any:
     return tomllib.loads(data.decode())
 
@@ -419,6 +433,7 @@ TARGETS: dict[str, Kind] = {
     "kept": Kind(kept, _kept, msgpack.unpackb, msgpack.packb),
     "version": Kind(version, _saved, _head, _headed),
     "invitation": Kind(invitation, _invited, _toml, _dumped),
+    "roster": Kind(roster, _signed, json.loads),
 }
 if POLICY is not None:
     TARGETS["policy"] = Kind(policy, lambda: [b'hours = ["22:00-06:30"]\ncohort_min = 3\n'], _toml, _dumped)

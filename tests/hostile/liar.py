@@ -104,7 +104,7 @@ class Liar:
     async def upload_of(self, worker: str, pieces: Iterable[Part | Message | bytes]) -> None:
         """Put these into anybody's."""
         for piece in pieces:
-            await self.say(piece, topology.upload_key(worker))
+            await self.say(piece, topology.upload_key(worker), exchange=topology.upload_queue(worker))
 
     async def answer(self) -> Answer:
         """What the coordinator says next."""

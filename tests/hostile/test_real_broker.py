@@ -30,8 +30,10 @@ from workers.work import Who
 Attack = Callable[[Link], Awaitable[None]]
 
 
-async def say(link: Link, body: bytes, key: str = topology.inbox_key(RUN, LIAR)) -> None:
-    await link.publish(Outgoing(topology.UP, (key,), body), within_s=10.0)
+async def say(
+    link: Link, body: bytes, key: str = topology.inbox_key(RUN, LIAR), *, exchange: str = topology.UP
+) -> None:
+    await link.publish(Outgoing(exchange, (key,), body), within_s=10.0)
 
 
 async def keys_that_are_no_text(link: Link) -> None:
@@ -49,7 +51,7 @@ async def mail_beyond_the_limit(link: Link) -> None:
 
 async def uploads_that_lie(link: Link) -> None:
     for piece in (b"\xc1", encode(changed(parts()[0], checksum=1)), *[encode(changed(parts()[0], data=b""))] * 300):
-        await say(link, piece, topology.upload_key(LIAR))
+        await say(link, piece, topology.upload_key(LIAR), exchange=topology.upload_queue(LIAR))
     await say(link, encode(update()))
 
 

@@ -33,6 +33,7 @@ from broker.memory import MemoryBroker, MemoryLink
 from broker.messages import PART_BYTES_MIN, Message, decode
 from broker.norms import clip
 from broker.parts import Aim
+from broker.pinned import Roster
 from broker.ring import Form, encode
 from broker.tensors import Layout, TensorSpec, view
 from coordinator import plan as plans
@@ -65,6 +66,7 @@ QUICK = {
 IDENTITIES = {name: Ed25519PrivateKey.from_private_bytes(sha256(name.encode()).digest()) for name in "abcdefghij"}
 KEYS = {name: key.public_key().public_bytes_raw() for name, key in IDENTITIES.items()}
 """Who may take part in secure rounds, and as whom."""
+OPERATOR = Ed25519PrivateKey.from_private_bytes(sha256(b"operator").digest())
 SECURE: dict[str, Any] = {"privacy": "secure", "clip": 60.0, "examples_max": 64}
 """Of a plan: the clip is longer than what is learned."""
 PATIENT = {module: {name: getattr(module, name) for name in constants} for module, constants in QUICK.items()}
@@ -297,6 +299,7 @@ class Federation:
     lasting: bool = True  # a worker that returns finds the files of the one before
     invited: bool = False  # everybody is, and so the broker vouches for who says what
     coordinator: Coordinator | None = None
+    roster: Roster = field(default_factory=lambda: Roster(KEYS, 0).signed(OPERATOR))
     _serving: asyncio.Task[None] | None = None
     _wire: Wire | None = None
     _spools: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -332,7 +335,7 @@ class Federation:
     def begin(self) -> asyncio.Task[None]:
         """Start the coordinator, or start it anew on the same folder."""
         self._wire = self._way_of("coordinator")
-        self.coordinator = Coordinator(self.store, self._wire, drains=self.drains, keys=KEYS)
+        self.coordinator = Coordinator(self.store, self._wire, drains=self.drains, keys=self.roster)
         self._serving = asyncio.create_task(self.coordinator.serve())
         return self._serving
 

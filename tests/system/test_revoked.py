@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from broker import topology
-from broker.link import Delivery, Outgoing
+from broker.link import Outgoing
 from broker.memory import MemoryLink
-from broker.messages import Claim, Goodbye, encode
-from tests.hostile.liar import OF, RUN, parts, update
-from tests.system.rig import Federation, expected, read
+from broker.messages import Goodbye, encode
+from tests.hostile.liar import OF, RUN, update
+from tests.system.rig import Federation, expected
 from tests.system.test_invited import NAMES, invited, join
 
 REASON = "its invitation was revoked"
@@ -76,28 +76,4 @@ async def test_nobody_but_the_operator_says_goodbye_for_another(
         for place in places:
             place.lesson.gate.set()
         await fed.end()
-        assert fed.weights() == expected(fed.store.plan, [NAMES])
-
-
-async def test_what_others_put_into_an_upload_queue_by_a_second_key_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """RabbitMQ 3.10 asks whether a worker may use its message's key, and not about further ones in the header."""
-    async with invited(tmp_path, monkeypatch, rounds=1) as fed:
-        keys = (topology.upload_key("mallory"), topology.upload_key("b"))
-        tricks = [Outgoing(topology.UP, keys, body) for body in (b"no part", encode(parts()[0]))]
-
-        async def before_b_uploads(what: Outgoing | Delivery) -> None:
-            message = read(what) if isinstance(what, Outgoing) and tricks else None
-            if isinstance(message, Claim) and message.worker == "b":
-                mine, tricks[:] = tricks[:], []
-                await say(fed, "mallory", *mine)
-
-        fed.hook = before_b_uploads
-        fed.begin()
-        for name in NAMES:
-            join(fed, name)
-        await fed.end()
-        assert not tricks
-        assert [line["event"] for line in fed.lines() if line["event"] in ("round", "abandoned")] == ["round"]
         assert fed.weights() == expected(fed.store.plan, [NAMES])

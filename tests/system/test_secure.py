@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from broker.errors import UsageError
 from broker.link import Delivery, Outgoing
 from broker.memory import MemoryLink
 from broker.messages import Attempt, Call, Ready, Refusal, Step
 from broker.pact import Advert, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow
+from broker.pinned import Roster, public_of
 from broker.topology import CONTROL
 from coordinator import secrecy
 from coordinator.journal import Journal
 from coordinator.store import Store
 from coordinator.vault import Vault
-from tests.system.rig import SECURE, federation, read, secure_expected, start_weights
+from tests.system.rig import IDENTITIES, KEYS, OPERATOR, SECURE, federation, read, secure_expected, start_weights
+from workers import secrecy as worker_secrecy
 from workers.ledger import Ledger
+from workers.masking import Member
 
 THREE = ("a", "b", "c")
 NAMES = ("a", "b", "c", "d", "e")
@@ -254,3 +259,68 @@ async def test_a_coordinator_that_dies_beside(
         assert calls > 1
         assert fed.counted() == [list(THREE)] * 2
         assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 2)
+
+
+# -- who knows the operator alone -----------------------------------------------------------------------------------
+
+
+def pinning(name: str, operator: Ed25519PrivateKey = OPERATOR, identity: str = "") -> Member:
+    return Member(name, IDENTITIES[identity or name], {}, operator=public_of(operator))
+
+
+async def test_workers_that_were_given_the_operators_key_alone_take_the_roster_from_the_coordinator(
+    tmp_path: Path,
+) -> None:
+    """They and those who were given the roster itself are in one sum."""
+    async with federation(tmp_path, **SECURE, cohort=3, quorum=3) as fed:
+        for name in ("a", "b"):
+            fed.join(name, member=pinning(name))
+        fed.join("c")
+        await fed.end()
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE, THREE])
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        (pinning("d", IDENTITIES["a"]), "the roster is signed by another operator: "),
+        (pinning("d", identity="a"), "the roster has another key for d, or none: ask the operator for a roster"),
+        (Member("d", IDENTITIES["d"], {"d": KEYS["d"]}), "the coordinator's roster is not this worker's: ask the"),
+    ],
+    ids=["operator", "identity", "roster"],
+)
+async def test_a_worker_refuses_before_it_trains(tmp_path: Path, member: Member, said: str) -> None:
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=4, quorum=3) as fed:
+        places = [fed.join(name) for name in THREE]
+        places.append(fed.join("d", member=member))
+        await fed.end()
+        line = fed.lines("round")[-1]
+        assert line["secure"]["of"] == list(THREE)
+        assert line["refused"]["d"].startswith(said)
+        assert not places[3].lesson.done
+
+
+@pytest.mark.parametrize("how", ["an older", "another"])
+async def test_a_worker_that_has_seen_a_roster_takes_no(how: str, tmp_path: Path) -> None:
+    """Who was struck off would be among those again whom a coordinator may ask, or pretend to be."""
+    former = Roster({**KEYS, "x": KEYS["a"][::-1]}, 0 if how == "an older" else 1).signed(OPERATOR)
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=3, quorum=3) as fed:
+        fed.roster = Roster(KEYS, 1).signed(OPERATOR)
+        for name in THREE:
+            fed.join(name, member=pinning(name))
+        await fed.end()
+        seen = tmp_path / "spool-a" / "a.roster"
+        assert Roster.read(seen) == fed.roster
+    secrecy_of_a = worker_secrecy.Secrecy(
+        pinning("a"),
+        seen.parent,
+        room=lambda _: pytest.fail("no room is needed"),
+        note=lambda *_, **__: None,
+        pay=lambda *_: None,
+    )
+    which = "has seen " + ("version 2" if how == "an older" else "another one")
+    with pytest.raises(UsageError, match=f"shows version {former.version} of .*, and this worker {which}: it"):
+        secrecy_of_a.trust(former.text)
+    latest = Roster(KEYS, 2).signed(OPERATOR)
+    secrecy_of_a.trust(latest.text)
+    assert Roster.read(seen) == latest

@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from typer.testing import CliRunner
 from yarl import URL
 
 from broker import secure as securing
@@ -20,6 +21,8 @@ from broker.federation import Federation, Party, configuration, definitions, has
 from broker.folder import settle
 from broker.invitation import Access, Invitation
 from broker.management import Management, checked
+from broker.pinned import Roster, draw_identity, identity_of, read_roster
+from fluffle import app
 
 
 def made(folder: Path, *workers: str, **changes: object) -> Federation:
@@ -199,10 +202,10 @@ def test_workers_have_exactly_their_own_rights(tmp_path: Path) -> None:
     wanted = definitions(made(tmp_path / "fed", "ada"))
     rights = {each["user"]: each for each in wanted["permissions"]}
     assert {key: rights["ada"][key] for key in ("configure", "write", "read")} == {
-        "configure": "^$", "write": r"^fluffle\.up$", "read": r"^fluffle\.(down|control)\.ada$",
+        "configure": "^$", "write": r"^fluffle\.(up|upload\.ada)$", "read": r"^fluffle\.(down|control)\.ada$",
     }  # fmt: skip
     (topic,) = [each for each in wanted["topic_permissions"] if each["user"] == "ada"]
-    assert (topic["exchange"], topic["write"]) == ("fluffle.up", r"^(hello|inbox\.[a-z0-9-]+|upload)\.{username}$")
+    assert (topic["exchange"], topic["write"]) == ("fluffle.up", r"^(hello|inbox\.[a-z0-9-]+)\.{username}$")
     tags = {user["name"]: user["tags"] for user in wanted["users"]}
     assert tags == {"ada": [], "coordinator": [], "operator": ["administrator"]}
 
@@ -238,3 +241,130 @@ def test_a_party_without_certificate_is_the_operator(tmp_path: Path) -> None:
     parties = made(tmp_path / "fed", "ada").parties
     assert {name for name, party in parties.items() if not party.until} == {"operator"}
     assert isinstance(parties["ada"], Party)
+
+
+# -- secret sums ----------------------------------------------------------------------------------------------------
+
+
+def operated(folder: Path, *workers: str) -> bytes:
+    """A federation whose operator has a key; that one's public half."""
+    made(folder)
+    key = draw_identity(folder / "operator.key")
+    for name in workers:
+        securing.invite(folder, name)
+    return key
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_with_an_operators_key_an_invitation_holds_all_for_secret_sums_too(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    operator = operated(folder, "ada", "bob")
+    roster = read_roster(folder / "roster.json", operator.hex())
+    assert (sorted(roster.workers), roster.version) == (["ada", "bob"], 2)
+    for name in ("ada", "bob"):
+        invitation = Invitation.read(folder / f"{name}.fluffle")
+        assert invitation.operator == operator.hex()
+        roster.vouch(name, identity_of(invitation.identity))
+    of_coordinator = Invitation.read(folder / "coordinator.fluffle")
+    assert (of_coordinator.operator, of_coordinator.identity) == (operator.hex(), "")
+    before = files(folder)
+    securing.invite(folder, "ada")
+    assert files(folder) == before
+    securing.invite(folder, "ada", renew=True)
+    assert Invitation.read(folder / "ada.fluffle").identity.encode() in before["ada.fluffle"]
+    assert files(folder)["roster.json"] == before["roster.json"]
+
+
+def test_who_was_invited_before_the_operator_had_a_key_is_put_on_the_roster_by_the_same_command(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "fed"
+    made(folder, "ada")
+    operator = draw_identity(tmp_path / "elsewhere.key")
+    securing.invite(folder, "ada", operator=tmp_path / "elsewhere.key")
+    assert list(read_roster(folder / "roster.json", operator.hex()).workers) == ["ada"]
+
+
+def test_whose_own_key_is_on_the_roster_is_given_no_other(tmp_path: Path) -> None:
+    """Be it there before the invitation, or in place of the one that was in there."""
+    folder, file = tmp_path / "fed", tmp_path / "fed" / "roster.json"
+    operator = operated(folder, "ada")
+    keys = {name: draw_identity(tmp_path / f"{name}.key") for name in ("ada", "bob")}
+    Roster.read(file).without("ada").with_("ada", keys["ada"]).with_("bob", keys["bob"]).write(file)
+    for name in ("ada", "bob"):
+        securing.invite(folder, name)
+        invitation = Invitation.read(folder / f"{name}.fluffle")
+        assert (invitation.operator, invitation.identity) == (operator.hex(), "")
+    assert read_roster(file, operator.hex()).workers == keys
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("another's", "the roster is signed by another operator: "),
+        ("open", "others may read the secret key"),
+        ("changed", "the roster is not what the operator has signed"),
+        ("handed over", "ada.fluffle is there no longer, and ada not on the roster: --renew makes another"),
+    ],
+)
+def test_nothing_is_changed_by_an_invitation_that_cannot_be_signed(how: str, said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    operated(folder, "ada")
+    if how == "another's":
+        (folder / "operator.key").unlink()
+        draw_identity(folder / "operator.key")
+    elif how == "open":
+        (folder / "operator.key").chmod(0o644)
+    elif how == "changed":
+        text = (folder / "roster.json").read_text()
+        (folder / "roster.json").write_text(text.replace('"ada"', '"eve"'))
+    else:
+        (folder / "ada.fluffle").unlink()
+        (folder / "roster.json").unlink()
+    before = files(folder)
+    with pytest.raises(UsageError, match=said):
+        securing.invite(folder, "ada" if how == "handed over" else "bob")
+    assert files(folder) == before
+
+
+def test_who_is_revoked_is_struck_off_the_roster_once_there_is_the_key_that_signs_it(tmp_path: Path) -> None:
+    folder, key = tmp_path / "fed", tmp_path / "operator.key"
+    operator = operated(folder, "ada", "bob")
+    (folder / "operator.key").rename(key)
+    assert securing.strike(folder, "bob") == (
+        f"bob is on {folder}/roster.json still: the same command with --operator KEY strikes it off."
+    )
+    assert securing.strike(folder, "bob", operator=key).startswith(f"bob is off {folder}/roster.json")
+    assert list(read_roster(folder / "roster.json", operator.hex()).workers) == ["ada"]
+    assert securing.strike(folder, "bob") == securing.strike(folder, "carl") == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), r"secure rounds take --identity, this worker's own key, too: `fluffle keygen` makes one\."),
+        (("--identity", "ada.key", "--roster", "other.json"), "the roster is signed by another operator: "),
+        (
+            ("--identity", "eve.key", "--roster", "roster.json"),
+            "the roster has another key for ada, or none: ask the",
+        ),
+    ],
+)
+def test_a_worker_whose_key_and_roster_do_not_go_with_its_invitation_does_not_begin(
+    options: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fed"
+    operated(folder)
+    draw_identity(folder / "eve.key")
+    roster = Roster({"ada": draw_identity(folder / "ada.key")}, 0)
+    roster.write(folder / "roster.json")
+    roster.signed(identity_of("ab" * 32)).write(folder / "other.json")
+    securing.invite(folder, "ada")
+    given = [word if word.startswith("--") else str(folder / word) for word in options]
+    words = ["worker", "toy", "--data", "x", "--invite", str(folder / "ada.fluffle"), *given]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, UsageError)
+    assert re.match(said, str(done.exception))

@@ -26,7 +26,8 @@ def rows(head: str) -> list[list[str]]:
 
 
 def test_the_page_lists_the_exchanges_there_are() -> None:
-    assert [(name, kind) for name, kind, _ in rows("exchange")] == [(f"`{e.name}`", e.kind) for e in EXCHANGES]
+    kinds = [(f"`{e.name}`", e.kind + ", auto-delete" * e.passing) for e in EXCHANGES]
+    assert [(name, kind) for name, kind, _ in rows("exchange")] == kinds
 
 
 def test_the_page_lists_the_queues_with_their_bindings_and_arguments() -> None:
@@ -94,8 +95,8 @@ def matches(key: str, pattern: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]*"), key) is not None
 
 
-def reached(key: str, *parts: Topology) -> list[str]:
-    bindings = [binding for part in parts for binding in part.bindings if binding.exchange == topology.UP]
+def reached(key: str, *parts: Topology, exchange: str = topology.UP) -> list[str]:
+    bindings = [binding for part in parts for binding in part.bindings if binding.exchange == exchange]
     return [binding.queue for binding in bindings if matches(key, binding.key)]
 
 
@@ -103,7 +104,9 @@ def test_what_a_worker_says_reaches_every_run_or_the_run_that_is_meant_and_its_p
     parts = (topology.of_run("one"), topology.of_run("two"), topology.of_worker("ada"), topology.of_worker("bob"))
     assert reached(topology.hello_key("ada"), *parts) == ["fluffle.hello.one", "fluffle.hello.two"]
     assert reached(topology.inbox_key("two", "ada"), *parts) == ["fluffle.inbox.two"]
-    assert reached(topology.upload_key("bob"), *parts) == ["fluffle.upload.bob"]
+    for key in ("#", topology.upload_key("bob")):
+        assert reached(key, *parts, exchange=topology.upload_queue("ada")) == []
+    assert reached(topology.upload_key("bob"), *parts, exchange="fluffle.upload.bob") == ["fluffle.upload.bob"]
 
 
 def test_names_fit_into_what_amqp_allows_and_stay_out_of_rabbitmqs_own() -> None:

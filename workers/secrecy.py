@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from broker.errors import Alarm, LearnerFailed, Refused, insist
-from broker.files import write_whole
+from broker.files import read_record, write_whole
 from broker.masks import Words
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
 from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
@@ -123,10 +123,8 @@ class Secrecy:
 
     def _records(self) -> dict[str, tuple[int, str]]:
         try:
-            return {run: (number, record) for run, (number, record) in json.loads(self._path.read_bytes()).items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, AttributeError, TypeError) as problem:
+            return {run: (number, record) for run, (number, record) in read_record(self._path).items()}
+        except (OSError, ValueError, TypeError) as problem:
             raise Refused(
                 f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known."
             ) from None

@@ -160,9 +160,8 @@ class Task:
     def terms(self) -> bytes:
         """What both sides of a secure round must agree upon beside run, round and model, written in one way only."""
         terms = [self.version, self.seed, sorted(self.settings.items()), self.format, self.clip, self.examples_max]
-        terms += (self.secure.bits, self.secure.cohort) if self.secure else ()
-        terms += astuple(self.noise) if self.noise else ()
-        return bytes(msgpack.packb(terms))
+        secure = (self.secure.bits, self.secure.cohort) if self.secure else ()
+        return bytes(msgpack.packb([*terms, *secure, *(astuple(self.noise) if self.noise else ())]))
 
 
 @dataclass(frozen=True, slots=True)

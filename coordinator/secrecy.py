@@ -71,7 +71,8 @@ class Secrecy:
         model = await asyncio.to_thread(lambda: sha256(here.weights).digest())
         # a serial is told apart within its attempt only
         bound = context(of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=self._keys)
-        core = Unmasking(bound, self._keys, cohort_min=self._plan.least, threshold=self._plan.threshold)
+        least, part = self._plan.least, self._plan.threshold
+        core = Unmasking(bound, self._keys, cohort_min=least, threshold=part, spread=self._desk.spread)
         secret = Secret(serial, bound, core, released=released)
         if released:
             if kept := self._vault.read(_name(here, secret)):
@@ -202,13 +203,16 @@ class Secrecy:
         try:
             if isinstance(message, Ready):
                 await self._greet(here, secret, message)
-            elif await self._say(here, secret, message):
-                secret.said.append(message)
+            elif secret.core.stage == "done" or await self._say(here, secret, message):
+                return  # nothing is asked of it, or it will be in the next stage
             elif call := secret.calls.get(worker):  # it may have missed it
                 await self._desk.post.tell([worker], call)
         except Refused as problem:
             log.warning("%s: %s said what does not count: %s", of, worker, problem)
             secret.gone.setdefault(worker, str(problem))
+            here.round.withdraw(worker, str(problem))  # unless it is ready, so that nobody waits for it
+            if worker in here.round.refused:
+                await self._desk.post.tell([worker], Answer(of, "invalid", str(problem)))
 
     async def _turn_down(self, message: Ready | Step, secret: Secret | None) -> None:
         """It is of another sum than the present one."""
@@ -248,25 +252,27 @@ class Secrecy:
             await self._desk.post.tell([worker], call)
 
     async def _say(self, here: Open, secret: Secret, step: Step) -> bool:
-        """Whether it is news.
+        """Whether it is news, which is put down as far as it counts by now.
 
         Raises:
             Refused: it must not be.
         """
         core, worker = secret.core, step.worker
         match step.says:
-            case Shares():
-                return core.shares(worker, step.says)
-            case Masked():
-                if core.expects(worker) and secret.coming.get(worker) != step:
+            case Masked():  # it counts when its words are added
+                if (news := core.expects(worker)) and secret.coming.get(worker) != step:
                     self._expect(here, secret, step)
-                return False
+                return news
+            case Shares():
+                news = core.shares(worker, step.says)
             case Vow():
-                return core.vow(worker, step.says)
+                news = core.vow(worker, step.says)
             case Opened():
                 if news := core.opened(worker, step.says):  # before it is acknowledged
                     await asyncio.to_thread(self._vault.add, step)
-                return news
+        if news:
+            secret.said.append(step)
+        return news
 
     def _expect(self, here: Open, secret: Secret, step: Step) -> None:
         """Masked words are in the upload queue: let them be drained.

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
-from broker.files import write_whole
+from broker.files import read_record, write_whole
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
 from broker.noise import KEY_BYTES, add_discrete
 from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
@@ -163,10 +163,8 @@ class Secrecy:
 
     def _records(self) -> dict[str, tuple[int, str]]:
         try:
-            return {run: (number, record) for run, (number, record) in json.loads(self._path.read_bytes()).items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, AttributeError, TypeError) as problem:
+            return {run: (number, record) for run, (number, record) in read_record(self._path).items()}
+        except (OSError, ValueError, TypeError) as problem:
             raise Refused(
                 f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known."
             ) from None
@@ -249,10 +247,9 @@ class Talk:
         match says:
             case Settled():
                 assert self._task.secure
-                if len(says.adverts) > self._task.secure.cohort:
-                    raise Refused(f"the ring has no room for a cohort of {len(says.adverts)}.")
-                if len(says.adverts) < self._secrecy.least()[0]:
-                    raise Refused(f"the data's owner wants a cohort of {self._secrecy.least()[0]} at the least.")
+                members, (least, _) = len(says.workers), self._secrecy.least()
+                insist(members <= self._task.secure.cohort, f"the ring has no room for a cohort of {members}.")
+                insist(members >= least, f"the data's owner wants a cohort of {least} at the least.")
                 self._form = Form(ring_for(self._task), self._done.layout, says.metrics)
                 return masking.shares(says, self._metrics)
             case Dealt():
@@ -292,6 +289,6 @@ class Talk:
         of = self._task.of
         self._secrecy.note(
             "secure", run=of.run, round=of.round, attempt=of.attempt, sum=self._serial,
-            cohort=[advert.worker for advert in settled.adverts], of=list(finishers.workers),
+            cohort=list(settled.workers), of=list(finishers.workers),
             revealed=["the sum of these updates", "the sum of their examples", *settled.metrics],
         )  # fmt: skip

@@ -7,7 +7,7 @@ and sealed shares. Does not know queues, updates, nor the order in which things 
 The protocol is SecAgg+ (Bonawitz et al., CCS 2017, eprint 2017/281; Bell et al., CCS 2020, eprint 2020/704) with an
 operator's roster and signed survivors. What differs from the papers:
 
-- Everyone is shown all adverts, not only the neighbours' (164 bytes each; one publish serves all): so everyone checks
+- Everyone is shown all adverts, not only the neighbours' (128 bytes and a name each; one publish serves all): so everyone checks
   all of them, and computes the same graph.
 - Beside the context, keys are salted with the *transcript*, which binds the whole cohort too. Whoever was shown
   another cohort, another model or another plan has other keys: its words are noise, its shares stay sealed.
@@ -26,7 +26,7 @@ an attempt are below 2^-20.
 """
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated
@@ -47,6 +47,8 @@ COHORT_MAX = 10_000
 COHORT_MIN = 3
 """Fewest: of two, each could take its own update from the sum and would have the other's."""
 METRICS_MAX = 64
+SIGNED_BYTES = 128
+"""Of an advert: two keys of 32 bytes, and a signature."""
 COMPLETE_MAX = 64
 """Up to so many members everyone is everyone's neighbour."""
 
@@ -61,7 +63,7 @@ Share = Annotated[bytes, Within(0, 33)]
 
 @dataclass(frozen=True, slots=True)
 class Advert:
-    """A · worker → coordinator, and with `Settled` → all: I am ready, and these are my keys in this attempt.
+    """A · worker → coordinator, and within `Settled` → all: I am ready, and these are my keys in this attempt.
 
     `keys` are two X25519 public keys of 32 bytes: one for masks, then one for sealing.
     """
@@ -75,12 +77,27 @@ class Advert:
 class Settled:
     """A closed · coordinator → all, the same for all: the cohort, sorted by name, and what it takes to unmask.
 
+    `signed` has the keys and the signature of each, one behind the other, in 128 bytes.
     `metrics` are those which the sum will hold, after the examples, in this order.
     """
 
-    adverts: Annotated[tuple[Advert, ...], Within(COHORT_MIN, COHORT_MAX)]
+    workers: Annotated[tuple[Name, ...], Within(COHORT_MIN, COHORT_MAX)]
+    signed: Annotated[bytes, Within(COHORT_MIN * SIGNED_BYTES, COHORT_MAX * SIGNED_BYTES)]
     threshold: Annotated[int, Within(2, COHORT_MAX)]
     metrics: Annotated[tuple[Annotated[str, Within(0, 200)], ...], Within(0, METRICS_MAX)] = ()
+
+    @classmethod
+    def of(cls, adverts: Iterable[Advert], threshold: int, metrics: Iterable[str]) -> "Settled":
+        """This cohort."""
+        adverts = tuple(adverts)
+        signed = b"".join(advert.keys + advert.signature for advert in adverts)
+        return cls(tuple(advert.worker for advert in adverts), signed, threshold, tuple(metrics))
+
+    @property
+    def adverts(self) -> tuple[Advert, ...]:
+        """Of each its own."""
+        each = (self.signed[at : at + SIGNED_BYTES] for at in range(0, len(self.workers) * SIGNED_BYTES, SIGNED_BYTES))
+        return tuple(Advert(name, said[:64], said[64:]) for name, said in zip(self.workers, each, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +149,7 @@ class Vow:
 
 @dataclass(frozen=True, slots=True)
 class Reveal:
-    """D2 · coordinator → finishers: vows of the finishers in the order of names; empty bytes where one is missing."""
+    """D2 · coordinator → finishers: a quorum's vows, in the order of the finishers' names; of others, empty bytes."""
 
     vows: Annotated[tuple[Annotated[bytes, Within(0, 64)], ...], Within(COHORT_MIN, COHORT_MAX)]
 
@@ -185,8 +202,8 @@ class Pact:
         self.keys = {advert.worker: advert.keys for advert in settled.adverts}
         self.quorum = 2 * len(self.keys) // 3 + 1
         self.complete = degree_of(len(self.keys)) == len(self.keys) - 1
-        adverts = (part for a in settled.adverts for part in (a.worker, a.keys, a.signature))
-        self.transcript = digest(context_, settled.threshold, digest(*adverts), digest(*settled.metrics))
+        said = digest(*settled.workers), digest(settled.signed), digest(*settled.metrics)
+        self.transcript = digest(context_, settled.threshold, *said)
         # Harary's graph over an order that nobody chooses: on a ring, the nearest on both sides
         ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
         half = len(ring) if self.complete else degree_of(len(ring)) // 2

@@ -202,8 +202,8 @@ class Secrecy:
         try:
             if isinstance(message, Ready):
                 await self._greet(here, secret, message)
-            elif await self._say(here, secret, message):
-                secret.said.append(message)
+            elif secret.core.stage == "done" or await self._say(here, secret, message):
+                return  # nothing is asked of it, or it will be in the next stage
             elif call := secret.calls.get(worker):  # it may have missed it
                 await self._desk.post.tell([worker], call)
         except Refused as problem:
@@ -248,25 +248,27 @@ class Secrecy:
             await self._desk.post.tell([worker], call)
 
     async def _say(self, here: Open, secret: Secret, step: Step) -> bool:
-        """Whether it is news.
+        """Whether it is news, which is put down as far as it counts by now.
 
         Raises:
             Refused: it must not be.
         """
         core, worker = secret.core, step.worker
         match step.says:
-            case Shares():
-                return core.shares(worker, step.says)
-            case Masked():
-                if core.expects(worker) and secret.coming.get(worker) != step:
+            case Masked():  # it counts when its words are added
+                if (news := core.expects(worker)) and secret.coming.get(worker) != step:
                     self._expect(here, secret, step)
-                return False
+                return news
+            case Shares():
+                news = core.shares(worker, step.says)
             case Vow():
-                return core.vow(worker, step.says)
+                news = core.vow(worker, step.says)
             case Opened():
                 if news := core.opened(worker, step.says):  # before it is acknowledged
                     await asyncio.to_thread(self._vault.add, step)
-                return news
+        if news:
+            secret.said.append(step)
+        return news
 
     def _expect(self, here: Open, secret: Secret, step: Step) -> None:
         """Masked words are in the upload queue: let them be drained.

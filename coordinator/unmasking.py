@@ -90,8 +90,8 @@ class Unmasking:
         """Close the cohort; `metrics` are those that all of it have."""
         assert self.stage == "adverts"
         _enough(len(self._adverts), self._cohort_min, "workers were ready")
-        adverts = tuple(self._adverts[name] for name in sorted(self._adverts))
-        settled = pact.Settled(adverts, pact.threshold_of(len(adverts), part=self._part), tuple(metrics))
+        adverts = [self._adverts[name] for name in sorted(self._adverts)]
+        settled = pact.Settled.of(adverts, pact.threshold_of(len(adverts), part=self._part), metrics)
         self.pact = pact.Pact(self._context, settled)
         self._enter("shares", self._adverts, self._shares)
         return settled
@@ -173,8 +173,10 @@ class Unmasking:
         assert self.stage == "vows"
         _enough(len(self._vows), self.pact.quorum, "members vow for the same finishers")
         self._enter("opened", self._masked, self._opened)
-        vows = (self._vows.get(name) for name in self._finishers.workers)
-        return pact.Reveal(tuple(vow.signature if vow else b"" for vow in vows))
+        shown = set(sorted(self._vows)[: self.pact.quorum])  # more would prove no more
+        return pact.Reveal(
+            tuple(self._vows[name].signature if name in shown else b"" for name in self._finishers.workers)
+        )
 
     def opened(self, worker: str, opened: pact.Opened) -> bool:
         """A finisher has opened its shares."""

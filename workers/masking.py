@@ -105,13 +105,13 @@ class Masking:
 
     def _check(self, settled: pact.Settled, metrics: Collection[str]) -> None:
         """Refuse a cohort that this worker must not be part of."""
-        member, adverts = self._member, settled.adverts
-        names = [advert.worker for advert in adverts]
+        member, adverts, names = self._member, settled.adverts, list(settled.workers)
         keys = {key for advert in adverts for key in (advert.keys[:32], advert.keys[32:])}
         least, most = max(pact.COHORT_MIN, member.cohort_min), pact.COHORT_MAX
         wanted = pact.threshold_of(len(names), part=member.threshold_min)
         insist(len(names) >= least, f"the cohort has {len(names)} members, and this worker wants {least} or more.")
         insist(len(names) <= most, f"the cohort has {len(names)} members, over the limit of {most}.")
+        insist(len(settled.signed) == pact.SIGNED_BYTES * len(names), "the cohort has not one advert for each name.")
         insist(names == sorted(set(names)), "the cohort is not sorted, or names a worker twice.")
         insist(self.advert in adverts, "this worker's advert is missing from the cohort, or is another.")
         insist(len(keys) == 2 * len(names), "two of the cohort's keys are equal.")

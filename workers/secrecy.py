@@ -249,10 +249,9 @@ class Talk:
         match says:
             case Settled():
                 assert self._task.secure
-                if len(says.adverts) > self._task.secure.cohort:
-                    raise Refused(f"the ring has no room for a cohort of {len(says.adverts)}.")
-                if len(says.adverts) < self._secrecy.least()[0]:
-                    raise Refused(f"the data's owner wants a cohort of {self._secrecy.least()[0]} at the least.")
+                members, (least, _) = len(says.workers), self._secrecy.least()
+                insist(members <= self._task.secure.cohort, f"the ring has no room for a cohort of {members}.")
+                insist(members >= least, f"the data's owner wants a cohort of {least} at the least.")
                 self._form = Form(ring_for(self._task), self._done.layout, says.metrics)
                 return masking.shares(says, self._metrics)
             case Dealt():
@@ -292,6 +291,6 @@ class Talk:
         of = self._task.of
         self._secrecy.note(
             "secure", run=of.run, round=of.round, attempt=of.attempt, sum=self._serial,
-            cohort=[advert.worker for advert in settled.adverts], of=list(finishers.workers),
+            cohort=list(settled.workers), of=list(finishers.workers),
             revealed=["the sum of these updates", "the sum of their examples", *settled.metrics],
         )  # fmt: skip

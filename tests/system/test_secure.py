@@ -1,7 +1,9 @@
 """Secure rounds: only the sum is seen, it is the plain sum's bits, and whoever drops out or dies costs no more."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,28 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker.errors import UsageError
 from broker.link import Delivery, Outgoing
+from broker.masks import Words
 from broker.memory import MemoryLink
-from broker.messages import Attempt, Call, Ready, Refusal, Step
+from broker.messages import Attempt, Call, Ready, Refusal, Step, Task
 from broker.pact import Advert, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow
 from broker.pinned import Roster, public_of
 from broker.topology import CONTROL
 from coordinator import secrecy
 from coordinator.journal import Journal
 from coordinator.store import Store
+from coordinator.unmasking import Unmasking
 from coordinator.vault import Vault
-from tests.system.rig import IDENTITIES, KEYS, OPERATOR, SECURE, federation, read, secure_expected, start_weights
+from tests.system.rig import (
+    BOUND_S,
+    IDENTITIES,
+    KEYS,
+    OPERATOR,
+    SECURE,
+    federation,
+    read,
+    secure_expected,
+    start_weights,
+)
 from workers import secrecy as worker_secrecy
 from workers.ledger import Ledger
 from workers.masking import Member
@@ -161,6 +175,36 @@ async def test_a_second_unmasking_of_a_round_is_refused_and_the_owner_is_told(
         assert (told[0]["cohort"], told[0]["of"]) == (list(THREE), list(THREE))
         assert "has helped to unmask" in told[1]["why"]
         assert fed.counted() == [list(THREE)]
+
+
+async def test_shares_that_are_opened_when_the_sum_is_known_already_are_nobodys_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened, loop, result = list[Step](), asyncio.get_running_loop(), Unmasking.result
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=4, quorum=4) as fed:
+
+        def late(core: Unmasking) -> Words:
+            found = result(core)
+            take = fed.coordinator and fed.coordinator.desk.take_secret
+            assert take
+            other = replace(opened[0], says=Opened(()))
+            asyncio.run_coroutine_threadsafe(take(other), loop).result(BOUND_S)
+            return found
+
+        def look(what: Outgoing | Delivery) -> None:
+            if says(what, Opened):
+                assert isinstance(step := read(what), Step)
+                opened.append(step)
+
+        fed.patch.setattr(Unmasking, "result", late)
+        fed.hook = look
+        for name in NAMES[:4]:
+            fed.join(name)
+        await fed.end()
+        (line,) = fed.lines("round")
+        assert (line["secure"]["of"], line["secure"]["gone"]) == (list(NAMES[:4]), {})
+        assert (line["struck"], line["failed"], line["refused"]) == ({}, {}, {})
+    assert "what does not count" not in caplog.text
 
 
 async def test_a_sum_that_is_lost_after_its_release_is_gone_without_and_never_asked_for_again(
@@ -324,3 +368,38 @@ async def test_a_worker_that_has_seen_a_roster_takes_no(how: str, tmp_path: Path
     latest = Roster(KEYS, 2).signed(OPERATOR)
     secrecy_of_a.trust(latest.text)
     assert Roster.read(seen) == latest
+
+
+# -- what it costs --------------------------------------------------------------------------------------------------
+
+
+async def bytes_of_a_round(folder: Path, names: str, **settings: Any) -> Counter[str]:
+    """Kind of message → how many bytes of it a worker sends and is sent in a round, parts aside, on the average."""
+    found = Counter[str]()
+    folder.mkdir()
+    async with federation(folder, **settings, rounds=1, cohort=len(names), quorum=len(names)) as fed:
+
+        def look(what: Outgoing | Delivery) -> None:
+            if not isinstance(what, Outgoing) or getattr(message := read(what), "of", None) != Attempt("test", 1, 1):
+                return
+            kind, size = type(getattr(message, "says", None) or message), sum(map(len, what.pieces))
+            if kind is Task:  # sent again to whoever joined late
+                found["Task"] = size * len(names)
+            else:
+                found[kind.__name__] += size * len(what.keys)
+
+        fed.hook = look
+        for name in names:
+            fed.join(name)
+        await fed.end()
+        assert fed.counted() == [[*names]]
+    return Counter({kind: size // len(names) for kind, size in found.items()})
+
+
+async def test_ten_workers_pay_less_than_5_kb_each_for_that_nobody_sees_their_updates(tmp_path: Path) -> None:
+    """Both ways together; a model's words are as long as its floats, and each number behind them is 12 bytes."""
+    plain = await bytes_of_a_round(tmp_path / "plain", "abcdefghij")
+    secure = await bytes_of_a_round(tmp_path / "secure", "abcdefghij", **SECURE)
+    assert {"Settled", "Dealt", "Finishers", "Reveal", "Ready", "Shares", "Masked", "Vow", "Opened"} <= {*secure}
+    numbers = 12 * 3  # examples, and two metrics
+    assert secure.total() + numbers - plain.total() < 5_000

@@ -209,13 +209,13 @@ def test_a_member_that_says_something_else_than_before_is_refused() -> None:
 def resigned(settled: Settled, name: str, **changes: Any) -> Settled:
     """The cohort with one advert changed."""
     adverts = (dataclasses.replace(a, **changes) if a.worker == name else a for a in settled.adverts)
-    return dataclasses.replace(settled, adverts=tuple(adverts))
+    return Settled.of(adverts, settled.threshold, settled.metrics)
 
 
 def stranger(parley: Parley, settled: Settled) -> Settled:
     keys = b"".join(X25519PrivateKey.generate().public_key().public_bytes_raw() for _ in range(2))
     other = advertise(parley.context, "w-zzz", keys, parley.identities["w-001"])
-    return dataclasses.replace(settled, adverts=(*settled.adverts, other))
+    return Settled.of((*settled.adverts, other), settled.threshold, settled.metrics)
 
 
 def copied(parley: Parley, settled: Settled) -> Settled:
@@ -239,7 +239,8 @@ def of_another_attempt(parley: Parley, settled: Settled) -> Settled:
 
 def without(*names: str) -> Callable[[Parley, Settled], Settled]:
     def change(_: Parley, settled: Settled) -> Settled:
-        return dataclasses.replace(settled, adverts=tuple(a for a in settled.adverts if a.worker not in names))
+        left = (a for a in settled.adverts if a.worker not in names)
+        return Settled.of(left, settled.threshold, settled.metrics)
 
     return change
 
@@ -260,12 +261,20 @@ COHORTS: dict[str, tuple[Callable[[Parley, Settled], Settled], str]] = {
     ),
     "fewer than it wants": (without("w-003", "w-004"), "4 members, and this worker wants 5 or more"),
     "out of order": (
-        lambda _, settled: dataclasses.replace(settled, adverts=settled.adverts[::-1]),
+        lambda _, settled: Settled.of(settled.adverts[::-1], settled.threshold, settled.metrics),
         "not sorted, or names a worker twice",
     ),
     "a worker twice": (
-        lambda _, settled: dataclasses.replace(settled, adverts=(*settled.adverts, settled.adverts[-1])),
+        lambda _, settled: Settled.of((*settled.adverts, settled.adverts[-1]), settled.threshold, settled.metrics),
         "not sorted, or names a worker twice",
+    ),
+    "an advert too few": (
+        lambda _, settled: dataclasses.replace(settled, signed=settled.signed[:-128]),
+        "not one advert for each name",
+    ),
+    "a byte too many": (
+        lambda _, settled: dataclasses.replace(settled, signed=settled.signed + b"0"),
+        "not one advert for each name",
     ),
     "a low threshold": (
         lambda _, settled: dataclasses.replace(settled, threshold=3),
@@ -456,7 +465,7 @@ def test_workers_that_were_shown_another_model_add_noise() -> None:
     with pytest.raises(Refused, match="w-003's signature is wrong"):
         parley.core.advert(other.advert)
     adverts = (*(parley.workers[name].advert for name in parley.names[:3]), other.advert)
-    settled = Settled(adverts, 3)
+    settled = Settled.of(adverts, 3, ())
     theirs, its = Pact(parley.context, settled), Pact(parley.bound(model=b"\1" * 32), settled)
     size = 50_000
     mine, yours = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
@@ -676,7 +685,7 @@ def test_thresholds_and_quorums_are_above_two_thirds() -> None:
 @pytest.mark.parametrize("count", [3, 64, 65, 130])
 def test_the_graph_is_regular_and_the_same_from_both_sides(count: int) -> None:
     adverts = tuple(Advert(f"w-{n:03d}", n.to_bytes(64, "big"), bytes(64)) for n in range(count))
-    ours = Pact(b"c" * 32, Settled(adverts, 3))
+    ours = Pact(b"c" * 32, Settled.of(adverts, 3, ()))
     for name in ours.keys:
         near = ours.neighbours(name)
         assert len(near) == pact.degree_of(count)
@@ -684,7 +693,7 @@ def test_the_graph_is_regular_and_the_same_from_both_sides(count: int) -> None:
         assert ours.holders(name) == tuple(sorted({name, *near}))
         assert all(name in ours.neighbours(other) for other in near)
     if count > 64:
-        other = Pact(b"d" * 32, Settled(adverts, 3))
+        other = Pact(b"d" * 32, Settled.of(adverts, 3, ()))
         assert any(ours.neighbours(name) != other.neighbours(name) for name in ours.keys), "nobody may choose it"
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import cast
 
 from pamqp import commands
@@ -70,7 +71,10 @@ def _unwelcome(problem: BaseException | None, access: Access) -> BrokerRefused |
     )
     match problem:
         case ssl.SSLError():
-            return BrokerRefused(f"no trusted TLS connection with {where} ({problem.reason}): {check}.")
+            why = problem.reason
+            if isinstance(problem, ssl.SSLCertVerificationError):
+                why += f": {problem.verify_message}; this machine's clock says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+            return BrokerRefused(f"no trusted TLS connection with {where} ({why}): {check}.")
         case Refused() if problem.text.startswith("ACCESS_REFUSED - Login"):
             what = "does not know" if access.vouched else "refuses the password of user"
             return BrokerRefused(f"RabbitMQ at {where} {what} {user}: {check}.")

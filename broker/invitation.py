@@ -214,8 +214,11 @@ class Access:
             raise UsageError(
                 f"certificate and key in {file} cannot be used ({said}): ask whoever runs the federation for another."
             ) from None
-        if until <= datetime.now(UTC):
-            raise UsageError(f"{file} has ended on {until:%Y-%m-%d}: ask whoever runs the federation for a new one.")
+        if until <= (now := datetime.now(UTC)):
+            raise UsageError(
+                f"{file} has ended on {until:%Y-%m-%d}, and this machine's clock says {now:%Y-%m-%d}: ask whoever "
+                "runs the federation for a new one."
+            )
         port = url.port or PORTS["amqps"]
         return cls(url.with_port(port), found.name, context, vouched=True, file=file, seen=seen, until=until)
 

@@ -7,8 +7,8 @@ and sealed shares. Does not know queues, updates, nor the order in which things 
 The protocol is SecAgg+ (Bonawitz et al., CCS 2017, eprint 2017/281; Bell et al., CCS 2020, eprint 2020/704) with an
 operator's roster and signed survivors. What differs from the papers:
 
-- Everyone is shown all adverts, not only the neighbours' (128 bytes and a name each; one publish serves all): so everyone checks
-  all of them, and computes the same graph.
+- Everyone is shown all adverts, not only the neighbours' (128 bytes and a name each; one publish serves all): so
+  everyone checks all of them, and computes the same graph.
 - Beside the context, keys are salted with the *transcript*, which binds the whole cohort too. Whoever was shown
   another cohort, another model or another plan has other keys: its words are noise, its shares stay sealed.
 - A message has one slot for each peer, so a worker cannot even write down both shares of one peer.
@@ -96,7 +96,8 @@ class Settled:
     @property
     def adverts(self) -> tuple[Advert, ...]:
         """Of each its own."""
-        each = (self.signed[at : at + SIGNED_BYTES] for at in range(0, len(self.workers) * SIGNED_BYTES, SIGNED_BYTES))
+        places = range(0, len(self.workers) * SIGNED_BYTES, SIGNED_BYTES)
+        each = (self.signed[at : at + SIGNED_BYTES] for at in places)
         return tuple(Advert(name, said[:64], said[64:]) for name, said in zip(self.workers, each, strict=True))
 
 

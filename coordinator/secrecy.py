@@ -209,6 +209,9 @@ class Secrecy:
         except Refused as problem:
             log.warning("%s: %s said what does not count: %s", of, worker, problem)
             secret.gone.setdefault(worker, str(problem))
+            here.round.withdraw(worker, str(problem))  # unless it is ready, so that nobody waits for it
+            if worker in here.round.refused:
+                await self._desk.post.tell([worker], Answer(of, "invalid", str(problem)))
 
     async def _turn_down(self, message: Ready | Step, secret: Secret | None) -> None:
         """It is of another sum than the present one."""

@@ -100,12 +100,12 @@ class Policy:
             minute: of the day, local time.
             done_today: how many were trained since midnight.
         """
-        trains, most = asked.trains, self.rounds_a_day
+        trains, most, clock = asked.trains, self.rounds_a_day, f"{minute // 60:02d}:{minute % 60:02d}"
         reasons = (
             (not _listed(self.coordinators, asked.coordinator), "does not serve this coordinator"),
             (not _listed(self.runs, asked.run), "does not serve this run"),
             (not _listed(self.learners, asked.learner), "does not allow this learner"),
-            (not self.is_open(minute), f"serves at {' and '.join(self.hours)} only"),
+            (not self.is_open(minute), f"serves at {' and '.join(self.hours)} only, by its clock it is {clock}"),
             (asked.size_bytes > self.model_bytes_max, f"takes models of {self.model_bytes_max} bytes at the most"),
             (trains and self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
             (

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -68,6 +69,20 @@ async def test_whoever_is_not_to_be_trusted_is_refused_with_what_to_do(
     changed[how]().write(invitation)
     with pytest.raises(BrokerRefused, match=said):
         await connect(Access.invited(invitation), name="w1", fail_fast=False)
+
+
+async def test_a_certificate_that_has_ended_is_said_with_what_the_clock_says(tmp_path: Path) -> None:
+    authority, file = Authority(), tmp_path / "ada.fluffle"
+    own = authority.issue("localhost", days=-1, server=True)
+    (tmp_path / "broker.pem").write_text(own.certificate + own.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "broker.pem")
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context)
+    async with server:
+        authority.invite("ada", f"amqps://127.0.0.1:{server.sockets[0].getsockname()[1]}/x").write(file)
+        said = r"no trusted TLS connection .*: certificate has expired; this machine's clock says 2\d\d\d-"
+        with pytest.raises(BrokerRefused, match=said):
+            await connect(Access.invited(file), name="ada")
 
 
 async def test_whoever_has_no_certificate_is_not_let_in(invitation: Path, tmp_path: Path) -> None:

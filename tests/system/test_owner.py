@@ -92,7 +92,7 @@ async def test_a_task_outside_the_hours_is_declined_and_the_round_closes_with_it
         await fed.end()
         assert fed.counted() == [["b", "c"]] * 6
         assert fed.weights() == expected(fed.store.plan, fed.counted())
-        said = "the policy of the data's owner serves at 22:00-06:30 only."
+        said = "the policy of the data's owner serves at 22:00-06:30 only, by its clock it is 12:00."
         asked = [line for line in fed.lines("round") if "a" in line["cohort"]]
         assert [line["version"] for line in asked] == [1, 2 + REST_ROUNDS]  # and it never rests for longer
         assert all(line["refused"] == line["declined"] == {"a": said} and not line["failed"] for line in asked)

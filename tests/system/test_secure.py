@@ -1,15 +1,22 @@
 """Secure rounds: only the sum is seen, it is the plain sum's bits, and whoever drops out or dies costs no more."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import workers.journal
+import workers.ledger
+import workers.outbox
+import workers.owner
 from broker.errors import UsageError
 from broker.link import Delivery, Outgoing
 from broker.masks import Words
@@ -27,6 +34,7 @@ from tests.system.rig import (
     BOUND_S,
     IDENTITIES,
     KEYS,
+    MODEL,
     OPERATOR,
     SECURE,
     federation,
@@ -193,8 +201,7 @@ async def test_shares_that_are_opened_when_the_sum_is_known_already_are_nobodys_
 
         def look(what: Outgoing | Delivery) -> None:
             if says(what, Opened):
-                assert isinstance(step := read(what), Step)
-                opened.append(step)
+                opened.append(cast(Step, read(what)))
 
         fed.patch.setattr(Unmasking, "result", late)
         fed.hook = look
@@ -370,13 +377,98 @@ async def test_a_worker_that_has_seen_a_roster_takes_no(how: str, tmp_path: Path
     assert Roster.read(seen) == latest
 
 
+# -- what is wrong from the beginning -------------------------------------------------------------------------------
+
+
+async def test_an_update_with_nan_is_refused_before_it_is_masked_and_the_others_are_added_up(tmp_path: Path) -> None:
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=4, quorum=3) as fed:
+        masked = set[str]()
+        fed.hook = lambda what: masked.add(says(what, Masked))
+        for name in NAMES[:4]:
+            fed.join(name)
+        lesson = fed.places["d"].lesson
+        train = lesson.run
+
+        async def diverge(*asked: Any, **more: Any) -> Any:
+            done = await train(*asked, **more)
+            if done.delta:
+                done.delta.data[MODEL.offsets["w"] :][:4] = np.float32(np.nan).tobytes()
+            return done
+
+        fed.patch.setattr(lesson, "run", diverge)
+        await fed.end()
+        (line,) = fed.lines("round")
+        assert line["secure"]["gone"] == {"d": "the update holds NaN or infinity: training has diverged there."}
+        assert line["secure"]["of"] == [*"abc"]
+        assert masked - {""} == {*"abc"}
+        assert fed.weights() == secure_expected(fed.store.plan, ["abc"])
+
+
+async def test_with_fewer_than_it_takes_an_attempt_ends_with_the_reason_and_nothing_was_revealed(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, **SECURE, rounds=1) as fed:
+        places = {name: fed.join(name) for name in THREE}
+        dying, asked = list[asyncio.Task[None]](), list[int]()
+
+        def look(what: Outgoing | Delivery) -> None:
+            if asks(what, Dealt) and not dying:
+                dying.append(asyncio.create_task(places["c"].die()))
+            if asks(what, Reveal):
+                asked.append(1)
+
+        fed.hook = look
+        fed.begin()
+        await fed.until(lambda: bool(fed.lines("abandoned")))
+        assert not asked
+        said = "2 workers were ready, and 3 are needed: the attempt ends, and no update was revealed."
+        assert fed.lines("abandoned")[0]["why"] == said
+        fed.join("c")
+        await fed.end()
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE])
+
+
+async def test_a_worker_whose_key_is_not_the_rosters_is_named_and_holds_nobody_up(tmp_path: Path) -> None:
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=4, quorum=3) as fed:
+        for name in THREE:
+            fed.join(name)
+        fed.join("d", member=Member("d", IDENTITIES["e"], KEYS))
+        await fed.end()
+        (line,) = fed.lines("round")
+        assert line["refused"]["d"].startswith("d's signature is wrong: its key is not the roster's")
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE])
+
+
+@pytest.mark.parametrize("off_s", [-1e9, 1e9])
+async def test_workers_whose_clocks_are_off_by_thirty_years_make_the_same_sums(tmp_path: Path, off_s: float) -> None:
+    """One of them is started anew, and finds by that clock what it has kept."""
+    clock = SimpleNamespace(time=lambda: time.time() + off_s)
+    async with federation(tmp_path, **SECURE) as fed:
+        for module in (workers.journal, workers.ledger, workers.outbox, workers.owner):
+            fed.patch.setattr(module, "time", clock)
+        places = {name: fed.join(name) for name in THREE}
+        begun = list[asyncio.Task[None]]()
+
+        async def anew() -> None:
+            await places["c"].die()
+            places["c"] = fed.join("c")
+
+        def look(what: Outgoing | Delivery) -> None:
+            if asks(what, Dealt) and not begun:
+                begun.append(asyncio.create_task(anew()))
+
+        fed.hook = look
+        await fed.end()
+        assert not [number for train, number in places["c"].lesson.done if train and number == 1]
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE, THREE])
+
+
 # -- what it costs --------------------------------------------------------------------------------------------------
 
 
 async def bytes_of_a_round(folder: Path, names: str, **settings: Any) -> Counter[str]:
     """Kind of message → how many bytes of it a worker sends and is sent in a round, parts aside, on the average."""
     found = Counter[str]()
-    folder.mkdir()
     async with federation(folder, **settings, rounds=1, cohort=len(names), quorum=len(names)) as fed:
 
         def look(what: Outgoing | Delivery) -> None:
@@ -398,6 +490,8 @@ async def bytes_of_a_round(folder: Path, names: str, **settings: Any) -> Counter
 
 async def test_ten_workers_pay_less_than_5_kb_each_for_that_nobody_sees_their_updates(tmp_path: Path) -> None:
     """Both ways together; a model's words are as long as its floats, and each number behind them is 12 bytes."""
+    for name in ("plain", "secure"):
+        (tmp_path / name).mkdir()
     plain = await bytes_of_a_round(tmp_path / "plain", "abcdefghij")
     secure = await bytes_of_a_round(tmp_path / "secure", "abcdefghij", **SECURE)
     assert {"Settled", "Dealt", "Finishers", "Reveal", "Ready", "Shares", "Masked", "Vow", "Opened"} <= {*secure}

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from broker.errors import UsageError
 from broker.pinned import Roster, draw_identity, draw_keys, fingerprint, read_identity, read_roster
 from fluffle import app
+from tests.certificates import Authority
+from workers.cli import _members as members
 
 
 @pytest.fixture
@@ -84,6 +86,22 @@ def test_a_secret_key_that_others_may_read_is_refused_and_none_is_written_over(t
     path.chmod(0o640)
     with pytest.raises(UsageError, match="others may read the secret key"):
         read_identity(path)
+
+
+def test_a_worker_starts_only_with_a_key_of_the_roster_and_the_roster_of_its_own_operator(
+    signed: Path, tmp_path: Path
+) -> None:
+    north, other, file = signed.with_name("north.key"), draw_keys(tmp_path / "other", ["north"]), tmp_path / "north"
+    for roster, key in ((other, north), (signed, other.with_name("north.key"))):
+        with pytest.raises(UsageError, match="has another key for north, or none: ask the operator"):
+            members(["north"], roster=roster, identity=key, file=None)
+    with pytest.raises(UsageError, match=r"take both: --roster, .*, and --identity"):
+        members(["north"], roster=signed, identity=None, file=None)
+    operator = read_identity(signed.with_name("operator.key")).public_key().public_bytes_raw()
+    Authority().invite("north", "amqps://broker.example", operator=operator.hex()).write(file)
+    assert members(["north"], roster=signed, identity=north, file=file)["north"].roster == read_roster(signed)
+    with pytest.raises(UsageError, match=f"signed by another operator: .* instead of {fingerprint(operator)}; ask"):
+        members(["north"], roster=other, identity=other.with_name("north.key"), file=file)
 
 
 def test_an_operator_makes_a_roster_on_the_command_line(tmp_path: Path) -> None:

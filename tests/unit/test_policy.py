@@ -62,7 +62,8 @@ def test_hours_are_open_from_their_first_minute_and_before_their_last_also_over_
     rules = made(hours=[f"{clock(start)}-{clock(stop)}"])
     assert rules.is_open(minute) == ((minute - start) % DAY_MINUTES < length)
     said = refused(rules, minute=minute)
-    assert said == ("" if rules.is_open(minute) else f"serves at {clock(start)}-{clock(stop)} only")
+    hours = f"{clock(start)}-{clock(stop)}"
+    assert said == ("" if rules.is_open(minute) else f"serves at {hours} only, by its clock it is {clock(minute)}")
 
 
 @given(st.lists(st.tuples(MINUTES, st.integers(1, DAY_MINUTES - 1)), min_size=1, max_size=4), MINUTES)

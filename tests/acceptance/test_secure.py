@@ -1,7 +1,9 @@
 """Secure rounds over RabbitMQ: with processes that are killed in every stage, and with a witness of every message."""
 
 import asyncio
+import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -160,18 +162,25 @@ def test_of_all_that_passes_the_broker_nothing_gives_a_picture_away_and_the_sum_
 
 
 COORDINATOR = (
+    "coordinator.secrecy:Secrecy.begin", "coordinator.unmasking:Unmasking.advert",
     "coordinator.unmasking:Unmasking.settle", "coordinator.unmasking:Unmasking.deal",
     "coordinator.unmasking:Unmasking.masked", "coordinator.unmasking:Unmasking.finishers",
     "coordinator.unmasking:Unmasking.reveal", "coordinator.vault:Vault.keep", "coordinator.journal:Journal.release",
     "coordinator.unmasking:Unmasking.opened", "coordinator.unmasking:Unmasking.result",
     "coordinator.store:Store.seal",
 )  # fmt: skip
-WORKER = (
-    "workers.masking:Masking.shares", "workers.masking:Masking.mask", "workers.masking:Masking.vow",
-    "workers.masking:Masking.answer",
-)  # fmt: skip
-# every worker adds its own number of 1024ths, and says on the disk that it has trained
-ADDS = """
+# where a worker is killed, and whether its update is in the sum all the same
+WORKER = {
+    "workers.secrecy:Talk.begin": True,  # before it is ready: it says so when it is back
+    "workers.masking:Masking.shares": False,
+    "workers.masking:Masking.mask": False,  # after its shares have left
+    "workers.masking:Masking.vow": True,  # after its masked words have
+    "workers.masking:Masking.answer": True,
+    "workers.secrecy:Talk._note": True,  # its answer is put down, and has not left
+}
+# a worker's update is of its own dice; what it has trained is on the disk, and w1 waits while w4 is being started
+DICE = """
+import time
 from pathlib import Path
 import torch
 from torch import nn
@@ -182,43 +191,38 @@ def model():
     return made
 
 def data(source):
+    (Path(source) / "here").touch()
     return Path(source)
 
 def train(model, data, settings):
-    with data.open("a") as file:
-        file.write(f"{settings['round']}\\n")
+    end = time.monotonic() + 60
+    while data.name == "w1" and not (data.with_name("w4") / "here").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    number = int(data.name[1:])
+    dice = torch.Generator().manual_seed(10 * settings["round"] + number)
     with torch.no_grad():
-        model.w += int(data.name[1:]) / 1024
-    return int(data.name[1:])
+        model.w += torch.randn(1000, generator=dice) / 64
+    (data / str(settings["round"])).write_bytes(model.w.detach().numpy().tobytes())
+    with (data / "rounds").open("a") as file:
+        file.write(f"{settings['round']}\\n")
+    return number
 
 def evaluate(model, data):
     return {}
 """
+ONE = Layout.of([TensorSpec("w", "float32", (1000,))])
+FOUR = ("w1", "w2", "w3", "w4")
 
 
-def check_sums(f: Federation) -> None:
-    """Each version is the one before and the mean of whoever is said to be in it."""
-    level = np.float32(0)
-    for line in f.rounds():
-        who = [int(name[1:]) for name in line["secure"]["of"]]
-        assert len(who) >= 3
-        level = np.float32(np.float64(level) + sum(each * each for each in who) / 1024 / sum(who))
-        found = np.frombuffer(f.version(line["version"]), np.float32)
-        assert np.abs(found - level).max() < 1e-6
-        level = found[0]
-
-
-@pytest.mark.chaos
-@pytest.mark.timeout(600)
-def test_whoever_is_killed_in_whatever_stage_the_sums_are_those_of_whoever_is_in_them(federation: Federation) -> None:
-    f, names = federation, ["w1", "w2", "w3", "w4"]
-    f.learner.write_text(ADDS)
-    roster, keys = draw_keys(f.folder / "keys", names), str(f.folder / "keys" / "{name}.key")
-    struck = f.folder / "struck"
-    struck.mkdir()
-    rounds = len(COORDINATOR) + len(WORKER)
+def outlive(f: Federation, killed: str, points: Iterable[str], *, rounds: int) -> int:
+    """A run in which one process is killed at each point, and started anew; how often it died."""
+    roster, keys = draw_keys(f.folder / "keys", FOUR), str(f.folder / "keys" / "{name}.key")
+    f.learner.write_text(DICE)
     f.fluffle("init", str(f.learner), str(f.run))
-    faulty = (sys.executable, str(Path(__file__).with_name("faulty.py")), str(struck))
+    struck, died = f.folder / "struck", 0
+    for folder in (struck, *(f.folder / name for name in FOUR)):
+        folder.mkdir()
+    faulty = (sys.executable, str(Path(__file__).with_name("faulty.py")), str(struck), ",".join(points))
 
     def start(name: str) -> None:
         member = ("--roster", str(roster), "--identity", keys)
@@ -226,25 +230,58 @@ def test_whoever_is_killed_in_whatever_stage_the_sums_are_those_of_whoever_is_in
         if name == "coordinator":
             most = ("--rounds", str(rounds), "--cohort", "4", "--quorum", "3", *SECURE, "--roster", str(roster))
             words = ("coordinator", str(f.run), *most)
-        points = {"coordinator": COORDINATOR, "w4": WORKER}.get(name)
-        f.launch(name, *((*faulty, ",".join(points)) if points else FLUFFLE), *words)
+        f.launch(name, *(faulty if name == killed else FLUFFLE), *words)
 
-    for name in ["coordinator", *names]:
+    for name in ("coordinator", *FOUR):
         start(name)
+    while (ended := f.processes["coordinator"].poll()) in (None, -signal.SIGKILL):
+        f.until(lambda: any(f.processes[name].poll() is not None for name in ("coordinator", killed)))
+        if f.processes[killed].poll() == -signal.SIGKILL:
+            died += 1
+            if killed == "w4":
+                (f.folder / "w4" / "here").unlink()
+            start(killed)
+    assert ended == 0, f.log("coordinator")
+    assert {each.name for each in struck.iterdir()} == {*points}
+    return died
 
-    def done() -> bool:
-        for name in ("coordinator", "w4"):
-            status = f.processes[name].poll()
-            if status == -9:
-                start(name)
-            elif name == "coordinator" and status is not None:
-                assert status == 0, f.log(name)
-                return True
-        return False
 
-    f.until(done)
-    assert {each.name for each in struck.iterdir()} >= {*COORDINATOR}
-    check_sums(f)
-    for name in names[:3]:  # each round once, but for what was asked for anew because a version was lost
-        trained = (f.folder / name).read_text().split()
-        assert len(trained) <= rounds + 2, trained
+def check_bits(f: Federation) -> None:
+    """Each version is the one before and the sum of what those have trained who are said to be in it."""
+    ring = plans.read(f.run / "plan.toml").ring
+    for line in f.rounds():
+        before, total = np.frombuffer(f.version(line["version"] - 1), np.float32), np.zeros(0, np.uint32)
+        for name in line["secure"]["of"]:
+            trained = np.frombuffer((f.folder / name / str(line["round"])).read_bytes(), np.float32)
+            words = encode(Form(ring, ONE), memoryview((trained - before).data), examples=int(name[1:]), metrics={})
+            total = total + words if total.size else words
+        sums = RULES["mean"].init(ONE, FORMATS["float32"])
+        into_sums(Form(ring, ONE), total, len(line["secure"]["of"]), sums)
+        expected = finished(RULES["mean"], sums, memoryview(before.tobytes()))
+        assert f.version(line["version"]) == bytes(expected), line
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_whenever_the_coordinator_is_killed_every_sum_is_that_of_all_to_the_last_bit(federation: Federation) -> None:
+    f, rounds = federation, len(COORDINATOR)
+    assert outlive(f, "coordinator", COORDINATOR, rounds=rounds) == len(COORDINATOR)
+    assert [line["secure"]["of"] for line in f.rounds()] == [[*FOUR]] * rounds
+    check_bits(f)
+    for name in FOUR:  # each round once, but for what was asked for anew because a version was lost
+        trained = (f.folder / name / "rounds").read_text().split()
+        assert rounds <= len(trained) <= rounds + 2, trained
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_in_whatever_stage_a_worker_is_killed_the_sum_is_that_of_whoever_is_in_it_to_the_last_bit(
+    federation: Federation,
+) -> None:
+    f = federation
+    assert outlive(f, "w4", WORKER, rounds=3 * len(WORKER)) == len(WORKER)
+    lines = [line["secure"] for line in f.rounds() if "w4" in line["cohort"]]
+    assert [line["of"] for line in lines if "w4" not in line["gone"]] == [[*FOUR]] * (len(lines) - 2)
+    left_out = [line for line in lines if "w4" in line["gone"]]
+    assert [line["of"] for line in left_out] == [[*FOUR[:3]]] * [*WORKER.values()].count(False)
+    check_bits(f)

@@ -22,7 +22,7 @@ import coordinator.post
 import coordinator.roster
 import coordinator.service
 from broker import daemon, memory, topology
-from broker.errors import LearnerFailed, WireError
+from broker.errors import LearnerFailed, UsageError, WireError
 from broker.fields import legible
 from broker.formats import FORMATS, format_of
 from broker.messages import (
@@ -33,6 +33,7 @@ from broker.messages import (
     Payload,
     Refusal,
     Score,
+    Secure,
     Task,
     Update,
     decode,
@@ -59,11 +60,23 @@ from tests.hostile.liar import (
     parts,
     update,
 )
-from tests.system.rig import MODEL, Federation, expected, federation, learned, mean_of, start_weights
+from tests.system.rig import (
+    IDENTITIES,
+    KEYS,
+    MODEL,
+    Federation,
+    expected,
+    federation,
+    learned,
+    mean_of,
+    start_weights,
+)
 from workers import weights
 from workers.learner import Learner
+from workers.masking import Member
+from workers.secrecy import check
 from workers.task import Place, do
-from workers.work import Work, task_seed
+from workers.work import Who, Work, task_seed
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x1b[31mround 9 closed: 9/9\r\u202e\u2028\x9b1mx"
 FLOATS = [segment for segment in MODEL.segments if segment.dtype != "int64"]
@@ -588,3 +601,19 @@ def test_a_task_cannot_ask_for_what_no_bound_can_be() -> None:
     ):
         with pytest.raises(WireError, match="task"):
             decode(packed(task, **lie))
+
+
+def test_a_worker_does_no_secure_task_whose_ring_has_no_room_and_no_other_if_it_is_a_member() -> None:
+    member = Who("a", "lesson", member=Member("a", IDENTITIES["a"], KEYS))
+    task = Task(OF, "train", 0, 9.0, 1, {}, PAYLOAD, clip=4.0, examples_max=64, secure=Secure(32, 5))
+    check(task, member)
+    for lie, said in (
+        ({"clip": 0.0}, "clip is 0: set it above 0"),
+        ({"clip": 1e9}, "a ring of 32 bits is too small"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check(dataclasses.replace(task, **lie), member)
+    with pytest.raises(LearnerFailed, match="takes --roster and --identity"):
+        check(task, Who("a", "lesson"))
+    with pytest.raises(LearnerFailed, match="the plan must say privacy = secure"):
+        check(dataclasses.replace(task, secure=None), member)

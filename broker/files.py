@@ -73,7 +73,7 @@ def draft_version(
     if not layout.specs:
         raise UsageError("the model has no tensors, so there is nothing to learn: give it parameters.")
     header = _header(layout, about)
-    with _written(path, tag) as file:
+    with written(path, tag) as file:
         number = file.fileno()
 
         def put(start: int, piece: memoryview) -> None:
@@ -107,7 +107,7 @@ def seal(
             sync(beside)
         with guard():
             beside.replace(path)
-    except OSError:
+    except BaseException:
         beside.unlink(missing_ok=True)  # what a disk has failed to keep once, it may claim to have kept the next time
         raise
     if durable:
@@ -180,9 +180,24 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o
     Raises:
         OSError: the disk is full or not writable.
     """
-    with _written(path, mode=mode) as file:
+    with written(path, mode=mode) as file:
         file.write(data)
     seal(path, durable=durable)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A map that was written as JSON; empty if there is no such file.
+
+    Raises:
+        OSError, ValueError, TypeError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    if not isinstance(found, dict):
+        raise TypeError("it is no map")
+    return found
 
 
 def _header(layout: Layout, about: dict[str, str]) -> bytes:
@@ -221,8 +236,8 @@ def _beside(path: Path, tag: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def _written(path: Path, tag: str = "", *, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """A new file beside `path`; gone again if something is raised."""
+def written(path: Path, tag: str = "", *, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """A new file beside `path`, which `seal` puts there; gone again if something is raised. `tag`: as for a draft."""
     beside = _beside(path, tag)
     beside.unlink(missing_ok=True)  # a crash may have left it; or it is an older draft, which may still be in use
     try:

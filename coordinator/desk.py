@@ -46,6 +46,7 @@ class Desk:
         version: the last one that was made.
         unsafe: the round that made it, while that is not on the disk.
         uploads: what was accepted and is to be drained.
+        spread: adds up and finishes, chunk by chunk.
         take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
         final: worker → its score of the last version, once that has been asked for.
         changed: set whenever something was heard.
@@ -70,7 +71,7 @@ class Desk:
         self.sums = self.rule.init(layout, read_lightly(self.format), seats=SEATS, clip=self.plan.clip)
         self._hands = Hands()
         # a model of one chunk is added before a second thread has woken up
-        self._spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone
+        self.spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone
         self._rooms = [Room(store.folder) for _ in range(drains)]
         self._adding = asyncio.Lock()  # one update is added at a time
         self._receiving: dict[asyncio.Timeout, None] = {}  # in the order in which they began
@@ -131,14 +132,14 @@ class Desk:
     def _add(self, update: Update, data: memoryview) -> None:
         if self.plan.keep_updates:
             updates.keep(update, data, self.payload_layout, run=self.store.folder, claim=self.store.claim)
-        self.rule.add(self.sums, update.examples, data, spread=self._spread)
+        self.rule.add(self.sums, update.examples, data, spread=self.spread)
 
     def finish(self, weights: memoryview, put: Put) -> None:
         """Put the version that comes of the present turn's sum and of the weights it began with."""
         if not self.sums.updates and not self.sums.veil:
             put(0, weights)
             return
-        self.rule.finish(self.sums, weights, forgetting_put(put, weights), spread=self._spread)
+        self.rule.finish(self.sums, weights, forgetting_put(put, weights), spread=self.spread)
 
     async def hear(self, message: Message, delivery: Delivery) -> None:
         """Take a sign of life, or a goodbye.

@@ -71,7 +71,8 @@ class Secrecy:
         model = await asyncio.to_thread(lambda: sha256(here.weights).digest())
         # a serial is told apart within its attempt only
         bound = context(of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=self._keys)
-        core = Unmasking(bound, self._keys, cohort_min=self._plan.least, threshold=self._plan.threshold)
+        least, part = self._plan.least, self._plan.threshold
+        core = Unmasking(bound, self._keys, cohort_min=least, threshold=part, spread=self._desk.spread)
         secret = Secret(serial, bound, core, released=released)
         if released:
             if kept := self._vault.read(_name(here, secret)):

@@ -11,7 +11,7 @@ import json
 import logging
 import mmap
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64, xxh3_64_digest
 
+from broker.files import seal, written
 from broker.formats import CHUNK_ITEMS
 from coordinator.aggregation import Sums
 from coordinator.claim import Claim
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 
 FILE = "round.sums"
 _DIGEST_BYTES = 8
+
+
+class _Unwanted(Exception):
+    """The sums are not to be written down any more."""
 
 
 class Snapshot:
@@ -55,25 +60,21 @@ class Snapshot:
         Raises:
             RunEnded: another coordinator has taken over.
         """
-        beside = self._path.with_name(f".{FILE}.{self._claim.epoch}.new")
         digest = xxh3_64()
         try:
             if shutil.disk_usage(self._path.parent).free < 2 * (sums.low.nbytes + sums.high.nbytes):
                 return False  # the room is the next version's
-            with beside.open("wb") as file:
-                for piece in _pieces(of, tally, sums):
-                    if not wanted():
-                        return False
+            with written(self._path, tag := f".{self._claim.epoch}") as file:
+                for piece in _while(wanted, _pieces(of, tally, sums)):
                     digest.update(piece)
                     file.write(piece)
                 file.write(digest.digest())
-            with self._claim.acting():
-                beside.replace(self._path)
+            seal(self._path, durable=False, tag=tag, guard=self._claim.acting)
+        except _Unwanted:
+            return False
         except OSError as problem:
             log.warning("the sums of the open round cannot be written down (%s); it goes on all the same", problem)
             return False
-        finally:
-            beside.unlink(missing_ok=True)
         return True
 
     def read(self, of: list[Any], sums: Sums) -> dict[str, Any] | None:
@@ -123,6 +124,18 @@ def recall(tally: dict[str, Any], round_: Round, facts: Facts) -> None:
 
 def _part(chunk: int) -> slice:
     return slice(chunk * CHUNK_ITEMS, (chunk + 1) * CHUNK_ITEMS)
+
+
+def _while(wanted: Callable[[], bool], pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The pieces.
+
+    Raises:
+        _Unwanted: instead of one.
+    """
+    for piece in pieces:
+        if not wanted():
+            raise _Unwanted
+        yield piece
 
 
 def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes | memoryview]:

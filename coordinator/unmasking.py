@@ -28,7 +28,7 @@ from broker.masks import Mask, Words, apply
 from broker.pieces import CHUNK_ITEMS
 from broker.ring import Form, counted, means_of_others
 from broker.shamir import combine
-from coordinator.aggregation import Sums
+from coordinator.aggregation import Spread, Sums, alone
 
 Stage = Literal["adverts", "shares", "masked", "vows", "opened", "done"]
 
@@ -41,6 +41,7 @@ class Unmasking:
         roster: name → Ed25519 public key (32 bytes).
         cohort_min: fewest members; at least 3.
         threshold: the threshold is above this part of a member's holders.
+        spread: adds words up, chunk by chunk.
 
     Attributes:
         stage: see above.
@@ -48,10 +49,16 @@ class Unmasking:
     """
 
     def __init__(
-        self, context: bytes, roster: Mapping[str, bytes], *, cohort_min: int = 3, threshold: float = 2 / 3
+        self,
+        context: bytes,
+        roster: Mapping[str, bytes],
+        *,
+        cohort_min: int = 3,
+        threshold: float = 2 / 3,
+        spread: Spread = alone,
     ) -> None:
         self._context, self._roster = context, roster
-        self._cohort_min, self._part = max(pact.COHORT_MIN, cohort_min), threshold
+        self._cohort_min, self._part, self._spread = max(pact.COHORT_MIN, cohort_min), threshold, spread
         self.liars: set[str] = set()
         self._keys: set[bytes] = set()
         self._adverts: dict[str, pact.Advert] = {}
@@ -142,7 +149,13 @@ class Unmasking:
         fits = (words.dtype, words.shape) == (self.total.dtype, self.total.shape)
         insist(fits, f"{worker} sends {words.size} words of {words.itemsize} bytes, which are not the sum's.")
         pact.check_signature(self._roster, worker, masked.dealers, self.pact.dealers(worker, self._shares))
-        np.add(self.total, words, out=self.total)
+        total = self.total
+
+        def add(at: int, _: int) -> None:
+            chunk = slice(at, at + CHUNK_ITEMS)
+            np.add(total[chunk], words[chunk], out=total[chunk])
+
+        self._spread(add, range(0, total.size, CHUNK_ITEMS))
         self._masked[worker] = masked
         return True
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from xxhash import xxh3_64_digest
 
 from broker.errors import WireError
-from broker.files import sync
+from broker.files import seal, written
 from broker.masks import Words
 from broker.messages import Ready, Step, decode, encode
 from coordinator.claim import Claim
@@ -43,18 +43,11 @@ class Vault:
             OSError: the disk is full or not writable.
             RunEnded: another coordinator has taken over.
         """
-        beside = self._path.with_name(f".{FILE}.{self._claim.epoch}.new")
-        try:
-            with beside.open("wb") as file:
-                pieces: list[bytes | memoryview] = [name.encode(), words.data.cast("B"), *map(encode, said)]
-                for piece in pieces:
-                    file.writelines(_framed(piece))
-            sync(beside)
-            with self._claim.acting():
-                beside.replace(self._path)
-            sync(self._path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
+        pieces: list[bytes | memoryview] = [name.encode(), words.data.cast("B"), *map(encode, said)]
+        with written(self._path, tag := f".{self._claim.epoch}") as file:
+            for piece in pieces:
+                file.writelines(_framed(piece))
+        seal(self._path, tag=tag, guard=self._claim.acting)
 
     def add(self, said: Step) -> None:
         """One more; should a power failure take it, it is asked for again."""

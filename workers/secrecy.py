@@ -14,7 +14,7 @@ from typing import Protocol
 
 from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
-from broker.files import write_whole
+from broker.files import read_record, write_whole
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
 from broker.noise import KEY_BYTES, add_discrete
 from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
@@ -163,10 +163,8 @@ class Secrecy:
 
     def _records(self) -> dict[str, tuple[int, str]]:
         try:
-            return {run: (number, record) for run, (number, record) in json.loads(self._path.read_bytes()).items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, AttributeError, TypeError) as problem:
+            return {run: (number, record) for run, (number, record) in read_record(self._path).items()}
+        except (OSError, ValueError, TypeError) as problem:
             raise Refused(
                 f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known."
             ) from None

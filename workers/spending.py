@@ -18,7 +18,7 @@ from threading import Lock
 
 from broker.accountant import SPENT, Released, epsilon, of_sum
 from broker.errors import LearnerFailed, UsageError
-from broker.files import write_whole
+from broker.files import read_record, write_whole
 from broker.messages import Noise, Task
 from broker.ring import Form
 from broker.tensors import Layout
@@ -128,11 +128,8 @@ class Spending:
 
     def _read(self) -> dict[str, list[Released]]:
         try:
-            found = json.loads(self._path.read_bytes())
-            return {run: [Released(*each) for each in kinds] for run, kinds in found.items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, AttributeError) as problem:
+            return {run: [Released(*each) for each in kinds] for run, kinds in read_record(self._path).items()}
+        except (OSError, ValueError, TypeError) as problem:
             raise LearnerFailed(
                 f"{self._path} does not tell what was spent of this data's privacy ({problem}): restore it."
             ) from None

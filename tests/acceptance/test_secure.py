@@ -216,7 +216,7 @@ FOUR = ("w1", "w2", "w3", "w4")
 
 def outlive(f: Federation, killed: str, points: Iterable[str], *, rounds: int) -> int:
     """A run in which one process is killed at each point, and started anew; how often it died."""
-    roster, keys = draw_keys(f.folder / "keys", FOUR), str(f.folder / "keys" / "{name}.key")
+    roster, keys = draw_keys(f.folder / "keys", [*FOUR]), str(f.folder / "keys" / "{name}.key")
     f.learner.write_text(DICE)
     f.fluffle("init", str(f.learner), str(f.run))
     struck, died = f.folder / "struck", 0
@@ -250,11 +250,14 @@ def check_bits(f: Federation) -> None:
     """Each version is the one before and the sum of what those have trained who are said to be in it."""
     ring = plans.read(f.run / "plan.toml").ring
     for line in f.rounds():
-        before, total = np.frombuffer(f.version(line["version"] - 1), np.float32), np.zeros(0, np.uint32)
+        before, total = (
+            np.frombuffer(f.version(line["version"] - 1), np.float32),
+            np.zeros(Form(ring, ONE).words, "u4"),
+        )
         for name in line["secure"]["of"]:
             trained = np.frombuffer((f.folder / name / str(line["round"])).read_bytes(), np.float32)
             words = encode(Form(ring, ONE), memoryview((trained - before).data), examples=int(name[1:]), metrics={})
-            total = total + words if total.size else words
+            np.add(total, words, out=total)
         sums = RULES["mean"].init(ONE, FORMATS["float32"])
         into_sums(Form(ring, ONE), total, len(line["secure"]["of"]), sums)
         expected = finished(RULES["mean"], sums, memoryview(before.tobytes()))

@@ -607,12 +607,9 @@ def test_a_worker_does_no_secure_task_whose_ring_has_no_room_and_no_other_if_it_
     member = Who("a", "lesson", member=Member("a", IDENTITIES["a"], KEYS))
     task = Task(OF, "train", 0, 9.0, 1, {}, PAYLOAD, clip=4.0, examples_max=64, secure=Secure(32, 5))
     check(task, member)
-    for lie, said in (
-        ({"clip": 0.0}, "clip is 0: set it above 0"),
-        ({"clip": 1e9}, "a ring of 32 bits is too small"),
-    ):
+    for clip, said in ((0.0, "clip is 0: set it above 0"), (1e9, "a ring of 32 bits is too small")):
         with pytest.raises(UsageError, match=said):
-            check(dataclasses.replace(task, **lie), member)
+            check(dataclasses.replace(task, clip=clip), member)
     with pytest.raises(LearnerFailed, match="takes --roster and --identity"):
         check(task, Who("a", "lesson"))
     with pytest.raises(LearnerFailed, match="the plan must say privacy = secure"):

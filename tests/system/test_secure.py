@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,7 +196,7 @@ async def test_shares_that_are_opened_when_the_sum_is_known_already_are_nobodys_
             take = fed.coordinator and fed.coordinator.desk.take_secret
             assert take
             other = replace(opened[0], says=Opened(()))
-            asyncio.run_coroutine_threadsafe(take(other), loop).result(BOUND_S)
+            asyncio.run_coroutine_threadsafe(cast(Coroutine[Any, Any, None], take(other)), loop).result(BOUND_S)
             return found
 
         def look(what: Outgoing | Delivery) -> None:

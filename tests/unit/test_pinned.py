@@ -94,14 +94,17 @@ def test_a_worker_starts_only_with_a_key_of_the_roster_and_the_roster_of_its_own
     north, other, file = signed.with_name("north.key"), draw_keys(tmp_path / "other", ["north"]), tmp_path / "north"
     for roster, key in ((other, north), (signed, other.with_name("north.key"))):
         with pytest.raises(UsageError, match="has another key for north, or none: ask the operator"):
-            members(["north"], roster=roster, identity=key, file=None)
-    with pytest.raises(UsageError, match=r"take both: --roster, .*, and --identity"):
-        members(["north"], roster=signed, identity=None, file=None)
+            members(["north"], roster=roster, identity=key, file=None, trains=True)
+    with pytest.raises(UsageError, match="take --identity, this worker's own key, too"):
+        members(["north"], roster=signed, identity=None, file=None, trains=True)
     operator = read_identity(signed.with_name("operator.key")).public_key().public_bytes_raw()
     Authority().invite("north", "amqps://broker.example", operator=operator.hex()).write(file)
-    assert members(["north"], roster=signed, identity=north, file=file)["north"].roster == read_roster(signed)
+    assert (
+        members(["north"], roster=signed, identity=north, file=file, trains=True)["north"].roster
+        == read_roster(signed).workers
+    )
     with pytest.raises(UsageError, match=f"signed by another operator: .* instead of {fingerprint(operator)}; ask"):
-        members(["north"], roster=other, identity=other.with_name("north.key"), file=file)
+        members(["north"], roster=other, identity=other.with_name("north.key"), file=file, trains=True)
 
 
 def test_an_operator_makes_a_roster_on_the_command_line(tmp_path: Path) -> None:

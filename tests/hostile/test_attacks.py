@@ -610,7 +610,7 @@ def test_a_worker_does_no_secure_task_whose_ring_has_no_room_and_no_other_if_it_
     for clip, said in ((0.0, "clip is 0: set it above 0"), (1e9, "a ring of 32 bits is too small")):
         with pytest.raises(UsageError, match=said):
             check(dataclasses.replace(task, clip=clip), member)
-    with pytest.raises(LearnerFailed, match="takes --roster and --identity"):
+    with pytest.raises(LearnerFailed, match="an invitation with a key for it, or --roster and --identity"):
         check(task, Who("a", "lesson"))
     with pytest.raises(LearnerFailed, match="the plan must say privacy = secure"):
         check(dataclasses.replace(task, secure=None), member)

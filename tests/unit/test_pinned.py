@@ -99,8 +99,10 @@ def test_a_worker_starts_only_with_a_key_of_the_roster_and_the_roster_of_its_own
         members(["north"], roster=signed, identity=None, file=None, trains=True)
     operator = read_identity(signed.with_name("operator.key")).public_key().public_bytes_raw()
     Authority().invite("north", "amqps://broker.example", operator=operator.hex()).write(file)
-    found = members(["north"], roster=signed, identity=north, file=file, trains=True)
-    assert found["north"].roster == read_roster(signed).workers
+    assert (
+        members(["north"], roster=signed, identity=north, file=file, trains=True)["north"].roster
+        == read_roster(signed).workers
+    )
     with pytest.raises(UsageError, match=f"signed by another operator: .* instead of {fingerprint(operator)}; ask"):
         members(["north"], roster=other, identity=other.with_name("north.key"), file=file, trains=True)
 

@@ -45,8 +45,7 @@ OUTSIDE_WORLD = {
 # the shell, in the order of the rooms; whatever else needs to wait hands its waiting to one of these
 MAY_AWAIT = {
     "broker/daemon.py",  # signals
-    "broker/amqp.py", "broker/channels.py", "broker/lanes.py", "broker/link.py", "broker/memory.py",
-    "broker/rabbit.py",
+    "broker/amqp.py", "broker/channels.py", "broker/lanes.py", "broker/link.py", "broker/rabbit.py",
     "coordinator/cli.py", "coordinator/desk.py", "coordinator/keeping.py", "coordinator/post.py",
     "coordinator/secrecy.py", "coordinator/service.py", "coordinator/standby.py",
     "workers/cli.py", "workers/guarded.py", "workers/host.py", "workers/outbox.py", "workers/post.py",

@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker.errors import UsageError
 from broker.link import Delivery, Outgoing
-from broker.memory import MemoryLink
 from broker.messages import Attempt, Call, Ready, Refusal, Step
 from broker.pact import Advert, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow
 from broker.pinned import Roster, public_of
@@ -19,6 +18,7 @@ from coordinator import secrecy
 from coordinator.journal import Journal
 from coordinator.store import Store
 from coordinator.vault import Vault
+from tests.memory import MemoryLink
 from tests.system.rig import IDENTITIES, KEYS, OPERATOR, SECURE, federation, read, secure_expected, start_weights
 from workers import secrecy as worker_secrecy
 from workers.ledger import Ledger

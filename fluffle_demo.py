@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +57,9 @@ def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = Fal
     layout = weights.layout_of(model)
     plan = plans.change(plan, {"contract": fingerprint(layout), "learner_file": found.file if pin else ""})
     return Store.create(run, plan, layout, memoryview(weights.read(model, layout)))
+
+
+_scratch = partial(tempfile.TemporaryDirectory, prefix="fluffle-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def demo(
     try:
         with ExitStack() as stack:
             out.print("starting RabbitMQ …" if broker_url is None else "using the RabbitMQ given")
-            url = broker_url or stack.enter_context(_private_node()).url
+            url = broker_url or stack.enter_context(Node(Path(stack.enter_context(_scratch())))).url
             store = make_run(learner, folder, values)
             began_at = time.monotonic()
             _play(store, cast, url, out)
@@ -140,12 +143,6 @@ def _cast(learner: str, workers: int, sources: list[str], seed: int) -> Cast:
     return Cast(**found.demo(workers, seed))
 
 
-@contextmanager
-def _private_node() -> Iterator[Node]:
-    with tempfile.TemporaryDirectory(prefix="fluffle-") as folder, Node(Path(folder)) as node:
-        yield node
-
-
 def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     """Start everyone, watch until the coordinator is done, and send everyone home.
 
@@ -154,7 +151,9 @@ def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     """
     logs = store.folder / "log"
     logs.mkdir()
-    with _company(url, logs) as company:
+    with _scratch() as state, ExitStack() as last:
+        company = Company(url, logs, Path(state))
+        last.callback(company.stop)
         keys, roster, member = store.folder / "keys", tuple[str, ...](), tuple[str, ...]()
         if store.plan.privacy == "secure":
             roster = ("--roster", str(draw_keys(keys, [*cast.workers])))
@@ -217,16 +216,6 @@ class Company:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-@contextmanager
-def _company(url: str, logs: Path) -> Iterator[Company]:
-    with tempfile.TemporaryDirectory(prefix="fluffle-") as state:
-        company = Company(url, logs, Path(state))
-        try:
-            yield company
-        finally:
-            company.stop()
 
 
 def _watch(store: Store, company: Company, out: Console) -> None:
@@ -314,7 +303,8 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
     """The table that answers why one would federate, and what to type next."""
 
     def row(what: str, accuracy: float | None, loss: float | None) -> None:
-        table.add_row(what, *("" if x is None else text for x, text in _as_text(accuracy, loss)))
+        percent = "" if accuracy is None else f"{100 * accuracy:.1f} %"
+        table.add_row(what, percent, "" if loss is None else f"{loss:.4f}")
 
     judged = "on data that no worker has" if cast.held_out else "on the workers' own data"
     table = Table("why federate?", "accuracy", "loss", title=f"the last model, {judged}")
@@ -337,7 +327,3 @@ The run is in [bold]{run}/[/]: plan.toml, versions/, history.jsonl, report.png, 
   fluffle try my_learner.py --data my_data          a learner of your own""",
         soft_wrap=True,
     )
-
-
-def _as_text(accuracy: float | None, loss: float | None) -> list[tuple[float | None, str]]:
-    return [(accuracy, f"{100 * (accuracy or 0):.1f} %"), (loss, f"{loss or 0:.4f}")]

@@ -4,7 +4,6 @@ Knows the commands and where such a node lives by default. Does not know how a n
 federation is secured (`secure.py`).
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,27 +13,28 @@ from broker import node
 from broker import secure as securing
 from broker.errors import UsageError
 from broker.federation import FILE, Federation
+from broker.options import state_folder
 
 app = typer.Typer(no_args_is_help=True, help="A private RabbitMQ node on this machine.")
 
 Folder = Annotated[
-    Path | None, typer.Option("--dir", help="The node's folder.", show_default="~/.local/state/fluffle/broker")
+    Path,
+    typer.Option(
+        "--dir",
+        default_factory=lambda: state_folder("broker"),
+        help="The node's folder.",
+        show_default="~/.local/state/fluffle/broker",
+    ),
 ]
 Port = Annotated[
     int | None, typer.Option(help="AMQP port on 127.0.0.1.", show_default="the one before, or a free one")
 ]
 
 
-def default_folder() -> Path:
-    """Where a node lives that nobody gave a folder: the user's state folder."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "fluffle" / "broker"
-
-
 @app.command()
-def start(folder: Folder = None, port: Port = None) -> None:
+def start(folder: Folder, port: Port = None) -> None:
     """Start the node unless it runs, and print its URL. It runs until `stop`."""
-    typer.echo(_started(folder or default_folder(), port))
+    typer.echo(_started(folder, port))
 
 
 def _started(folder: Path, port: int | None) -> str:
@@ -54,17 +54,15 @@ def _say(text: str) -> None:
 
 
 @app.command()
-def stop(folder: Folder = None) -> None:
+def stop(folder: Folder) -> None:
     """End the node; its queues and password are kept for the next start."""
-    folder = folder or default_folder()
     if not node.stop_detached(folder):
         typer.echo(f"no RabbitMQ node runs in {folder}", err=True)
 
 
 @app.command()
-def status(folder: Folder = None) -> None:
+def status(folder: Folder) -> None:
     """Print the URL of the node that runs; exit status 1 when none does. Says what certificates end soon."""
-    folder = folder or default_folder()
     _warn(folder)
     url = node.status(folder)
     if url is None:
@@ -127,7 +125,7 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Workers.")]
 
 def invite(
     names: Names,
-    folder: Folder = None,
+    folder: Folder,
     renew: Annotated[bool, typer.Option(help="Make a new certificate for who is invited already.")] = False,
     again: Annotated[bool, typer.Option(help="Invite also those who have been revoked.")] = False,
     operator: OperatorKey = None,
@@ -137,7 +135,6 @@ def invite(
     Where there is an operator's key, for secret sums, too: the worker is put on DIR/roster.json, and that is signed.
     Whose own key is on it already keeps that; for others a secret key is drawn here, and is in the invitation.
     """
-    folder = folder or default_folder()
     left, refused = "", []
     for name in names:
         try:
@@ -150,12 +147,11 @@ def invite(
         raise UsageError(" ".join(refused))
 
 
-def revoke(names: Names, folder: Folder = None, operator: OperatorKey = None) -> None:
+def revoke(names: Names, folder: Folder, operator: OperatorKey = None) -> None:
     """End workers' parts at once: login, connections, queues; what still comes from them is not counted.
 
     Then they are taken off the roster.
     """
-    folder = folder or default_folder()
     for name in names:
         was = securing.revoke(folder, name)
         typer.echo(f"{name} is revoked{'' if was else ' already'}")

@@ -1,4 +1,4 @@
-"""A way to the broker, as both services see it. `rabbit.py` and `memory.py` keep its promises, under one test suite.
+"""A way to the broker, as both services see it. `rabbit.py` and `tests/memory.py` keep its promises, under one suite.
 
 Knows messages' bytes, routing and acknowledgement. Does not know what a message means, nor when to send one.
 

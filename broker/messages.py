@@ -37,7 +37,6 @@ Name = Annotated[str, NAME]
 Text = Annotated[str, Within(0, TEXT_MAX)]
 Digest = Annotated[str, Within(0, 64)]
 Count = Annotated[int, Within(0, COUNT_MAX)]
-Number = float  # finite: `fields` sees to it
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
 EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
 Examples = Annotated[int, Within(1, EXAMPLES_MAX)]
@@ -46,7 +45,7 @@ Scalar = bool | int | float | str
 Buffer = bytes | bytearray | memoryview
 Value = bool | int | float | Text
 Settings = Annotated[dict[Key, Value], Within(0, MAP_MAX)]
-Metrics = Annotated[dict[Key, Number], Within(0, MAP_MAX)]
+Metrics = Annotated[dict[Key, float], Within(0, MAP_MAX)]  # finite: `fields` sees to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +395,5 @@ def _unpack(body: Buffer) -> Any:
             body, raw=False, strict_map_key=True, use_list=True, object_hook=one_more, list_hook=one_more, **_LIMITS
         )
     except (ValueError, msgpack.UnpackException, RecursionError, OverflowError) as problem:
-        # one class covers most, but which one depends on where the bytes go wrong
-        why = type(problem).__name__
+        why = type(problem).__name__  # one class covers most, but which one depends on where the bytes go wrong
         raise WireError(f"a message of {len(body)} bytes is not msgpack within the limits ({why}).") from None

@@ -22,8 +22,8 @@ from yarl import URL
 
 from broker.errors import UsageError
 from broker.folder import free_ports
-from broker.node import Node, server_version
 from tests.certificates import Authority, secured
+from tests.node import Node, server_version
 
 VHOSTS = 20
 MAKE_VHOSTS = """

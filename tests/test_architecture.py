@@ -45,8 +45,7 @@ OUTSIDE_WORLD = {
 # the shell, in the order of the rooms; whatever else needs to wait hands its waiting to one of these
 MAY_AWAIT = {
     "broker/daemon.py",  # signals
-    "broker/amqp.py", "broker/channels.py", "broker/lanes.py", "broker/link.py", "broker/memory.py",
-    "broker/rabbit.py",
+    "broker/amqp.py", "broker/channels.py", "broker/lanes.py", "broker/link.py", "broker/rabbit.py",
     "coordinator/cli.py", "coordinator/desk.py", "coordinator/keeping.py", "coordinator/post.py",
     "coordinator/secrecy.py", "coordinator/service.py", "coordinator/standby.py",
     "workers/cli.py", "workers/guarded.py", "workers/host.py", "workers/outbox.py", "workers/post.py",
@@ -59,7 +58,7 @@ MAY_IMPORT_AMQP = {
 MAY_PRINT = {"workers/baseline.py"}
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 400
-ALL_LINES_MAX = 12_600  # 10,000 is the aim, and was kept before identities, TLS, secure sums and privacy came
+ALL_LINES_MAX = 12_370  # 10,000 is the aim, and was kept before identities, TLS, secure sums and privacy came
 ARGUMENTS_MAX = 6
 # asyncio hands bytes only to what descends from its own word for protocols
 PARENTS = {"Exception", "Protocol", "Enum", "NamedTuple", "asyncio.Protocol", "asyncio.BufferedProtocol"}

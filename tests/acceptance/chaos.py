@@ -18,12 +18,12 @@ from pathlib import Path
 
 from broker.errors import UsageError
 from broker.folder import BROKER
-from broker.node import Node
 from broker.processes import holder
 from broker.topology import inbox_queue, upload_queue
 from tests.acceptance.federation import Federation
 from tests.acceptance.proxy import Line, Network, Way
 from tests.benchmarks.troupe import offspring
+from tests.node import Node
 
 LEARNER = """
 import time

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from broker.node import Node
 from tests.acceptance.federation import LEARNER, Federation
+from tests.node import Node
 
 pytestmark = pytest.mark.timeout(300)
 LOOP = "not done within the 8 s of the task"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from broker.node import Node
 from tests.acceptance.chaos import KINDS, Arena, handles, resident, schedule
 from tests.acceptance.proxy import Network
+from tests.node import Node
 
 pytestmark = [
     pytest.mark.timeout(240),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from broker.node import Node
 from tests.acceptance.federation import Federation
+from tests.node import Node
 
 pytestmark = pytest.mark.timeout(180)
 NOW_S = 2.0

@@ -19,8 +19,9 @@ from broker import cli
 from broker import node as node_module
 from broker.errors import UsageError
 from broker.folder import BROKER, EPMD, KEEPER
-from broker.node import Node, status, stop_detached
+from broker.node import status, stop_detached
 from broker.processes import holder
+from tests.node import Node
 
 pytestmark = pytest.mark.timeout(240)  # a node starts in 3 s here, and in 20 s where others use the machine
 

@@ -21,10 +21,10 @@ from broker import secure as securing
 from broker.certificates import end_of
 from broker.errors import UsageError
 from broker.invitation import Access
-from broker.node import Node
 from broker.pinned import Roster, draw_keys
 from tests.acceptance.federation import Federation
 from tests.acceptance.secured import Secured
+from tests.node import Node
 
 pytestmark = pytest.mark.timeout(240)
 

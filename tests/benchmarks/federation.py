@@ -22,13 +22,13 @@ from broker import rabbit, topology
 from broker.errors import RunEnded
 from broker.files import read_version
 from broker.folder import BROKER, free_ports
-from broker.node import Node
 from broker.pinned import draw_keys
 from broker.processes import holder
 from tests.benchmarks.pump import pump
 from tests.benchmarks.rows import WARMUP, Row
 from tests.benchmarks.troupe import Troupe, cpu_s, offspring, peak_bytes, troupe
 from tests.certificates import Authority, secured
+from tests.node import Node
 
 ROW_S = 600.0
 GATHER_S = "240"

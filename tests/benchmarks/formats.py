@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds its neighbours where tests do
-from broker.node import Node
 from tests.benchmarks.federation import FLUFFLE, init, periods, rounds_of
 from tests.benchmarks.troupe import Troupe, troupe
+from tests.node import Node
 
 WORKERS = 4
 DIGITS_ROUNDS, LARGE_ROUNDS = 25, 8

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from broker.errors import FluffleError
-from broker.node import server_version
+from tests.node import server_version
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds its neighbours where tests do
 from tests.benchmarks import shown

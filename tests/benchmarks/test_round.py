@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from broker.errors import RunEnded
-from broker.node import Node
 from tests.benchmarks import peers, pump, rows, shown
 from tests.benchmarks import round as bench
+from tests.node import Node
 
 pytestmark = pytest.mark.timeout(120)
 SECONDS = {"median": 0.2, "min": 0.1, "max": 0.4, "counted": 5}

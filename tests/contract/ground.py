@@ -9,9 +9,9 @@ from typing import Protocol
 
 from broker.invitation import Access
 from broker.link import Delivery, Link, Outgoing
-from broker.memory import MemoryBroker, MemoryLink
 from broker.rabbit import connect
 from broker.topology import Binding, Exchange, Queue, Topology
+from tests.memory import MemoryBroker, MemoryLink
 
 
 class Ground(Protocol):

@@ -15,10 +15,10 @@ from yarl import URL
 from broker.errors import BrokerRefused, LinkError
 from broker.invitation import Access, Invitation
 from broker.link import Lane, Outgoing
-from broker.node import Node
 from broker.rabbit import connect
 from tests.certificates import Authority
 from tests.contract.ground import RabbitGround, direct, queue, to
+from tests.node import Node
 
 
 async def test_the_broker_says_who_has_published_and_nobody_is_named_who_was_not_invited(

@@ -14,11 +14,11 @@ from broker.errors import BrokerRefused, LinkClosed, LinkError, UsageError
 from broker.invitation import Access
 from broker.link import Lane, Outgoing, publish_parts
 from broker.messages import PART_BYTES_MIN, Payload
-from broker.node import Node
 from broker.parts import Assembly, split
 from broker.rabbit import connect
 from broker.tensors import TensorSpec
 from tests.contract.ground import RabbitGround, direct, hold, queue, take, to
+from tests.node import Node
 
 
 @asynccontextmanager

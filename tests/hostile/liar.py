@@ -17,7 +17,6 @@ from xxhash import xxh3_64_intdigest
 
 from broker import topology
 from broker.link import Outgoing
-from broker.memory import MemoryLink
 from broker.messages import (
     PART_BYTES_MIN,
     Answer,
@@ -33,6 +32,7 @@ from broker.messages import (
 )
 from broker.parts import split
 from broker.tensors import view
+from tests.memory import MemoryLink
 from tests.system.rig import BOUND_S, MODEL, Federation, federation, learned
 
 HONEST = ("a", "b")

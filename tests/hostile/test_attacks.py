@@ -21,7 +21,7 @@ import coordinator.desk
 import coordinator.post
 import coordinator.roster
 import coordinator.service
-from broker import daemon, memory, topology
+from broker import daemon, topology
 from broker.errors import LearnerFailed, UsageError, WireError
 from broker.fields import legible
 from broker.formats import FORMATS, format_of
@@ -60,6 +60,7 @@ from tests.hostile.liar import (
     parts,
     update,
 )
+from tests.memory import MemoryBroker, _Delivery
 from tests.system.rig import (
     IDENTITIES,
     KEYS,
@@ -403,13 +404,13 @@ async def test_only_so_much_mail_is_here_at_a_time_however_large_it_is(
 ) -> None:
     """A liar fills the inbox with the largest messages there may be; they wait at the broker, not in our memory."""
     asked: dict[str, int] = {}
-    usual = memory.MemoryBroker.consume
+    usual = MemoryBroker.consume
 
-    def consume(broker: memory.MemoryBroker, queue: str, *, prefetch: int, alone: bool) -> Any:
+    def consume(broker: MemoryBroker, queue: str, *, prefetch: int, alone: bool) -> Any:
         asked[queue] = prefetch
         return usual(broker, queue, prefetch=prefetch, alone=alone)
 
-    monkeypatch.setattr(memory.MemoryBroker, "consume", consume)
+    monkeypatch.setattr(MemoryBroker, "consume", consume)
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
         for _ in range(20):
             await liar.say(b"\0" * MESSAGE_BYTES_MAX)
@@ -520,7 +521,7 @@ def test_a_learner_with_a_hundred_thousand_metrics_is_a_refusal() -> None:
 @pytest.fixture
 def vouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker vouches for who has sent what."""
-    monkeypatch.setattr(memory._Delivery, "user", property(lambda delivery: delivery.key.rsplit(".", 1)[-1]))
+    monkeypatch.setattr(_Delivery, "user", property(lambda delivery: delivery.key.rsplit(".", 1)[-1]))
 
 
 @pytest.mark.usefixtures("vouched")

@@ -20,7 +20,6 @@ import pytest
 from broker import topology
 from broker.chain import check
 from broker.link import Lane, Outgoing
-from broker.memory import MemoryLink
 from broker.messages import (
     MESSAGE_BYTES_MAX,
     PART_BYTES_MIN,
@@ -40,6 +39,7 @@ from broker.messages import (
 from broker.parts import Assembly, split
 from broker.tensors import Layout, TensorSpec
 from tests.hostile.liar import RUN, changed, nested, packed
+from tests.memory import MemoryLink
 from tests.system.rig import BOUND_S, MODEL, Federation, Place, federation, learned, start_weights
 from workers.ledger import SUFFIX
 from workers.outbox import SENT_MAX

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from broker.link import Lane
-from broker.memory import MemoryBroker
 from broker.messages import Message
+from tests.memory import MemoryBroker
 from tests.system.cable import Cable, Network
 from tests.system.virtual import Process, VirtualLoop
 

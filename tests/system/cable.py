@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from broker.errors import LinkClosed, LinkError
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Lane, Outgoing
-from broker.memory import MemoryBroker
 from broker.messages import Message, Part, decode
 from broker.parts import Aim
 from broker.topology import Topology
+from tests.memory import MemoryBroker
 from tests.system.virtual import Process, VirtualLoop
 
 TRANSIT_S = 1e-6  # between two things on one lane

@@ -29,7 +29,6 @@ from broker.contract import Contract, fingerprint
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import FORMATS, format_of
 from broker.link import PUBLISH_S, Delivery, Lane, Outgoing
-from broker.memory import MemoryBroker, MemoryLink
 from broker.messages import PART_BYTES_MIN, Message, decode
 from broker.norms import clip
 from broker.parts import Aim
@@ -42,6 +41,7 @@ from coordinator.plan import Plan
 from coordinator.service import Coordinator
 from coordinator.store import Store
 from coordinator.unmasking import into_sums
+from tests.memory import MemoryBroker, MemoryLink
 from workers.masking import Member
 from workers.post import Shared
 from workers.residuals import Residual

@@ -11,8 +11,8 @@ import pytest
 
 from broker import topology
 from broker.errors import UsageError
-from broker.memory import MemoryLink
 from broker.messages import Task
+from tests.memory import MemoryLink
 from tests.system.rig import BOUND_S, LEASE_S, MODEL, Federation, Lesson, Wire, expected, federation
 from tests.system.test_rounds import when
 from workers import host

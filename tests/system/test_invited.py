@@ -14,9 +14,9 @@ import workers.post
 from broker import topology
 from broker.errors import BrokerRefused, GaveUp
 from broker.link import Outgoing
-from broker.memory import MemoryLink
 from broker.messages import Claim, Hello, encode
 from tests.hostile.liar import OF, RUN, update
+from tests.memory import MemoryLink
 from tests.system.rig import Federation, Place, expected, federation
 
 NAMES = ("a", "b")

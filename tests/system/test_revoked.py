@@ -6,9 +6,9 @@ import pytest
 
 from broker import topology
 from broker.link import Outgoing
-from broker.memory import MemoryLink
 from broker.messages import Goodbye, encode
 from tests.hostile.liar import OF, RUN, update
+from tests.memory import MemoryLink
 from tests.system.rig import Federation, expected
 from tests.system.test_invited import NAMES, invited, join
 

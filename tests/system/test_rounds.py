@@ -11,8 +11,8 @@ import pytest
 
 from broker import topology
 from broker.link import Delivery, Outgoing
-from broker.memory import MemoryLink
 from broker.messages import Answer, Part, Score, Task, Update
+from tests.memory import MemoryLink
 from tests.system.rig import LEASE_S, MODEL, Federation, expected, federation, read
 
 NAMES = ("a", "b", "c")

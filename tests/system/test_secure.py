@@ -20,7 +20,6 @@ import workers.owner
 from broker.errors import UsageError
 from broker.link import Delivery, Outgoing
 from broker.masks import Words
-from broker.memory import MemoryLink
 from broker.messages import Attempt, Call, Ready, Refusal, Step, Task
 from broker.pact import Advert, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow
 from broker.pinned import Roster, public_of
@@ -30,6 +29,7 @@ from coordinator.journal import Journal
 from coordinator.store import Store
 from coordinator.unmasking import Unmasking
 from coordinator.vault import Vault
+from tests.memory import MemoryLink
 from tests.system.rig import (
     BOUND_S,
     IDENTITIES,

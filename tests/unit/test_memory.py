@@ -4,8 +4,8 @@ import pytest
 
 from broker.errors import LinkError
 from broker.link import Outgoing
-from broker.memory import MemoryBroker, MemoryLink, _fits
 from broker.topology import Binding, Exchange, Queue, Topology
+from tests.memory import MemoryBroker, MemoryLink, _fits
 
 
 def inbox(**arguments: int) -> Topology:

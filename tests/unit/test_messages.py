@@ -32,7 +32,6 @@ from broker.messages import (
     Goodbye,
     Hello,
     Message,
-    Number,
     Part,
     Payload,
     Ready,
@@ -489,5 +488,5 @@ def test_the_bytes_on_the_page_are_the_message_on_the_page() -> None:
 
 
 def test_numbers_without_bounds_are_only_finite() -> None:
-    assert described(Number) == ("number", "")
+    assert described(float) == ("number", "")
     assert described(Seconds) == ("number", "0 … 31622400")

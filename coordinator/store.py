@@ -247,11 +247,8 @@ class Store:
 
     def now(self) -> dict[str, Any]:
         """What was last said to be happening; empty when nothing was."""
-        return self._json(NOW)
-
-    def _json(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads((self.folder / name).read_bytes())
+            found = json.loads((self.folder / NOW).read_bytes())
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}

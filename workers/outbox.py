@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+from xxhash import xxh3_64_digest
+
 from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, WireError
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Call, Closed, Payload, Refusal, Score, Task, Update
 from broker.pact import Dealt
-from workers.journal import Kept, Place, checked, forget, keep
+from workers.journal import Kept, Place, forget, keep
 from workers.owner import Owner
 from workers.post import SAY_S, Post
 from workers.residuals import Residuals
@@ -296,7 +298,7 @@ class Outbox:
         try:
             if delta.file is not None:
                 path, at = delta.file
-                where = Place(path.name, at, len(delta.data), await asyncio.to_thread(checked, delta.data))
+                where = Place(path.name, at, len(delta.data), await asyncio.to_thread(xxh3_64_digest, delta.data))
             kept = Kept(update, done.scores, task.format, time.time() + patience_s(task), where)
             if task.secure:
                 kept = replace(kept, task=task, model=done.model)

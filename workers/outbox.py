@@ -37,6 +37,9 @@ SENT_MAX = 2
 """Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
 
 
+Start = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+
 @dataclass(slots=True, eq=False)
 class Sent:
     """Something on its way; `done.delta` is None where there is no update."""
@@ -104,7 +107,7 @@ class Outbox:
         """What is on its way, or waits for its verdict, the oldest first."""
         return [sent.task for sent in self._sent]
 
-    def put(self, task: Task, done: Done, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
+    def put(self, task: Task, done: Done, start: Start) -> None:
         """Send what came of a task; `start` begins the sending."""
         sent = Sent(task, done)
         self._sent.append(sent)
@@ -114,9 +117,7 @@ class Outbox:
             if former.work:
                 former.work.cancel()
 
-    def restore(
-        self, kept: Kept, delta: Slot, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    ) -> None:
+    def restore(self, kept: Kept, delta: Slot, start: Start) -> None:
         """Send what an earlier process of this worker has finished; its parts only if they are asked for."""
         update, left_s = kept.update, max(kept.until - time.time() - SAY_S, 0.0)
         task = Task(

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from broker.errors import WireError
 from broker.formats import CHUNK_ITEMS, FORMATS, Format, Run
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec, as_float64, from_float64, view
-from coordinator import aggregation
 from coordinator.aggregation import EXAMPLES_MAX, LOW_REACH, MEAN, REACH, RULES, Sums
 
 AS_IT_IS = FORMATS["float32"]
@@ -33,7 +32,7 @@ def summed(layout: Layout, updates: Updates, sums: Sums | None = None) -> Sums:
 
 
 def finished(sums: Sums, weights: bytes) -> bytes:
-    return bytes(aggregation.finished(MEAN, sums, memoryview(weights)))
+    return bytes(tests.summed.finished(MEAN, sums, memoryview(weights)))
 
 
 def mean(layout: Layout, weights: bytes, updates: Updates) -> bytes:

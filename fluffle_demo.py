@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from broker.contract import fingerprint
 from broker.daemon import PARENT
-from broker.errors import RunEnded, UsageError
+from broker.errors import FluffleError, RunEnded, UsageError
 from broker.fields import legible
 from broker.invitation import Access
 from broker.node import Node
@@ -133,7 +133,7 @@ def _free_folder(wanted: Path) -> Path:
 
 
 def _cast(learner: str, workers: int, sources: list[str], seed: int) -> Cast:
-    from workers import learner as learners  # noqa: PLC0415 (see _init)
+    from workers import learner as learners  # noqa: PLC0415 (see make_run)
 
     found = learners.load(learner)
     if sources:
@@ -255,22 +255,18 @@ def _told(point: history.Point) -> str:
 
 def _compare(store: Store, cast: Cast) -> dict[str, Any]:
     """What each worker would have learned alone and what all data together would have given, with equal work."""
-    request = {
-        "learner": store.plan.learner,
-        "workers": cast.workers,
-        "weights": str(store.path(0)),
-        "rounds": store.plan.rounds,
-        "seed": store.plan.seed,
-        "settings": dict(store.plan.settings),
-        "pooled": cast.pooled,
-        "held_out": cast.held_out,
-    }
-    asked = [sys.executable, "-P", "-m", "workers.baseline"]
-    answer = subprocess.run(asked, input=json.dumps(request), capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise RunEnded(f"the comparison failed: {answer.stderr.strip()[-500:]}")
-    found: dict[str, Any] = json.loads(answer.stdout)
-    return found
+    from workers.baseline import Request, baseline  # noqa: PLC0415 (see make_run)
+
+    plan = store.plan
+    request = Request(
+        plan.learner, cast.workers, str(store.path(0)), plan.rounds, plan.seed, dict(plan.settings),
+        pooled=cast.pooled, held_out=cast.held_out,
+    )  # fmt: skip
+    try:
+        with redirect_stdout(sys.stderr):  # what the learner prints must not come between the JSON
+            return baseline(request)
+    except FluffleError as problem:
+        raise RunEnded(f"the comparison failed: {problem}") from problem
 
 
 def _figures(store: Store, cast: Cast, compared: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -220,17 +220,6 @@ def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = a
     spread(take, _together(pieces(sums.layout, sums.layout), lambda place: place.at))
 
 
-def finished(rule: Rule, sums: Sums, weights: memoryview) -> bytearray:
-    """The next version in new memory, for whoever has no file to put it into."""
-    version = bytearray(sums.layout.size_bytes)
-
-    def put(start: int, piece: memoryview) -> None:
-        version[start : start + len(piece)] = piece
-
-    rule.finish(sums, weights, put)
-    return version
-
-
 def _next(sums: Sums, weights: memoryview, place: Piece, *, seat: int) -> memoryview:
     """The next version of floats within one chunk, in memory that the seat's next call uses again."""
     old, dtype = look(weights, place.ours), place.ours.dtype

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from broker.errors import RunEnded
+from broker.errors import RunEnded, UsageError
 from broker.files import write_whole
 
 EPOCH, LOCK = "epoch", ".epoch.lock"
@@ -82,6 +82,17 @@ class Claim:
         except FileNotFoundError:
             return None
         return seen.st_ino, seen.st_mtime_ns
+
+
+@contextlib.contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Whatever the disk refuses meanwhile becomes a UsageError."""
+    try:
+        yield
+    except OSError as problem:
+        raise UsageError(
+            f"{folder} cannot be written ({problem.strerror}): make room or mend its permissions, then start again."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -123,7 +123,10 @@ def coordinator(
         if store.plan.privacy == "secure" and not (keys and keys.workers):
             raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
         connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
-        begin = partial(service.serve, store, drains=drains, forced=forced, keys=keys)
+
+        def begin(link: Link) -> Coroutine[None, None, None]:
+            return service.Coordinator(store, link, drains=drains, keys=keys).serve(forced=forced)
+
         daemon.run(lambda stop: _serve(store, connect, stop, begin))
 
 

@@ -26,7 +26,7 @@ from coordinator.keeping import Keeping
 from coordinator.opened import Open
 from coordinator.post import Post
 from coordinator.rooms import Room, forgetting_put, read_lightly
-from coordinator.roster import News, Roster
+from coordinator.roster import Roster
 from coordinator.round import Round, Verdict, judge
 from coordinator.store import Store
 
@@ -166,11 +166,11 @@ class Desk:
         self.changed.set()
 
     def _greet(self, hello: Hello, now: float) -> None:
-        news = self.roster.hear(hello, now)
-        if news is News.CROWDED:
+        joins = not self.roster.has(hello.worker)
+        if not self.roster.hear(hello, now):
             log.warning("no room for %s: the roster is full", hello.worker)
             return
-        if news is News.JOINED:
+        if joins:
             log.info("%s is here%s", hello.worker, "" if hello.trains else ", to evaluate")
         here = self.open
         if here is None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from xxhash import xxh3_64_hexdigest
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class Try:
     line: dict[str, Any] | None = None
     serial: int = 1
     released: bool = False
+
+
+_TRIES = TypeAdapter(list[Try])
 
 
 class Journal:
@@ -140,14 +144,9 @@ def _read(path: Path) -> list[Try]:
     found = json.loads(path.read_bytes())
     if found["check"] != _digest(found["tries"]):
         raise ValueError("it does not match its checksum")
-    tries = [Try(**{**each, "cohort": tuple(each["cohort"])}) for each in found["tries"]]
-    for each in tries:
-        line: Any = each.line
-        made = line is None or (isinstance(line, dict) and isinstance(line.get("version"), int))
-        if not made or [type(each.round), type(each.attempt), type(each.until)] != [int, int, float]:
-            raise ValueError("it does not say what a journal says")
-        if not all(isinstance(worker, str) for worker in each.cohort):
-            raise ValueError("its cohort is none")
+    tries = _TRIES.validate_python(found["tries"])
+    if not all(isinstance(line["version"], int) for line in (each.line for each in tries) if line):
+        raise ValueError("it does not say what a journal says")
     return tries
 
 

@@ -7,7 +7,6 @@ routes or what a worker trains.
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any
 
 from broker.messages import Hello
@@ -19,15 +18,6 @@ FAILURES_MAX, STRIKES_MAX = 3, 3
 _NOBODY: Mapping[str, Mapping[str, Any]] = {}
 REST_ROUNDS, REST_ROUNDS_MAX = 2, 64
 """How long its first rest is; each further one is twice as long, up to the second number."""
-
-
-class News(Enum):
-    """What a hello told us."""
-
-    JOINED = "joined"
-    RENEWED = "renewed"
-    RETURNED = "returned"
-    CROWDED = "crowded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +42,13 @@ class Roster:
         self._invited = frozenset(invited)
         self._present: dict[str, Present] = {}
 
-    def hear(self, hello: Hello, now: float) -> News:
-        """Note a sign of life; RETURNED says that what was sent to the worker before is lost."""
-        before = self._present.get(hello.worker)
-        if before is None and len(self._present) >= WORKERS_MAX and hello.worker not in self._invited:
-            return News.CROWDED
+    def hear(self, hello: Hello, now: float) -> bool:
+        """Note a sign of life; False if the roster is full."""
+        if not self.has(hello.worker) and len(self._present) >= WORKERS_MAX and hello.worker not in self._invited:
+            return False
         lease_s = min(hello.lease_s, LEASE_S_MAX)
         self._present[hello.worker] = Present(hello.worker, hello.incarnation, hello.trains, lease_s, now + lease_s)
-        if before is None:
-            return News.JOINED
-        return News.RENEWED if before.incarnation == hello.incarnation else News.RETURNED
+        return True
 
     def renew(self, now: float) -> None:
         """Begin every lease anew: we have been deaf, and nobody's silence means anything."""

@@ -391,10 +391,3 @@ class Coordinator:
             async with asyncio.timeout(max(bound_s, 0.001)):
                 await self.desk.changed.wait()
         self.desk.changed.clear()
-
-
-async def serve(
-    store: Store, link: Link, *, drains: int = DRAINS, forced: bool = False, keys: Keys | None = None
-) -> None:
-    """Be the coordinator of a run until its plan is done; see `Coordinator.serve`."""
-    await Coordinator(store, link, drains=drains, keys=keys).serve(forced=forced)

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from broker.daemon import StoppedEarly
-from broker.errors import UsageError
 from broker.files import write_whole
-from coordinator.claim import Claim, last_beat, locked
+from coordinator.claim import Claim, disk, last_beat, locked
 from coordinator.claim import beat as beat_now
 
 log = logging.getLogger(__name__)
@@ -42,11 +41,8 @@ def turn(folder: Path) -> Iterator[bool]:
         StoppedEarly: Ctrl-C came before it.
     """
     try:
-        file, forced = _waited(folder)
-    except OSError as problem:
-        raise UsageError(
-            f"{folder} cannot be written ({problem.strerror}): make room or mend its permissions, then start again."
-        ) from None
+        with disk(folder):
+            file, forced = _waited(folder)
     except KeyboardInterrupt:
         raise StoppedEarly("stopped while another coordinator was at work.") from None
     with file:

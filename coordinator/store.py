@@ -17,7 +17,7 @@ from broker.files import Put, checksum, draft_version, in_order, read_version, s
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator import updates
-from coordinator.claim import Claim
+from coordinator.claim import Claim, disk
 from coordinator.history import checksum_of, is_line
 from coordinator.journal import Journal
 from coordinator.plan import Plan
@@ -54,7 +54,7 @@ class Store:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} is not an empty folder: choose another name for the run.")
         store = cls(folder, plan)
-        with _disk(folder):
+        with disk(folder):
             (folder / VERSIONS).mkdir(parents=True, exist_ok=True)
             store.save(0, layout, weights)
             write_whole(folder / plans.FILE, plans.to_toml(plan))  # last: a folder with a plan is a whole run
@@ -115,7 +115,7 @@ class Store:
             UsageError: the disk is full or not writable. What `fill` raises leaves no draft, either.
         """
         about = {"fluffle_run": self.plan.run, "fluffle_version": str(version), "learner": self.plan.learner}
-        with _disk(self.folder):
+        with disk(self.folder):
             return draft_version(self.path(version), layout, fill, about, tag=self._tag)
 
     @property
@@ -130,7 +130,7 @@ class Store:
             UsageError: the disk is full or broken; the draft is gone then.
             RunEnded: another coordinator has taken over.
         """
-        with _disk(self.folder):
+        with disk(self.folder):
             seal(self.path(version), tag=self._tag, guard=self.claim.acting)
 
     def save(self, version: int, layout: Layout, weights: memoryview) -> None:
@@ -199,7 +199,7 @@ class Store:
         Raises:
             UsageError: the folder cannot be written.
         """
-        with _disk(self.folder):
+        with disk(self.folder):
             epoch = self.claim.begin()
         for left in [*(self.folder / VERSIONS).glob(".*.new"), *self.folder.glob(".*.new")]:  # of those who are gone
             left.unlink(missing_ok=True)
@@ -214,7 +214,7 @@ class Store:
             RunEnded: another coordinator has taken over.
             UsageError: the disk is full or not writable.
         """
-        with _disk(self.folder), self.claim.acting():
+        with disk(self.folder), self.claim.acting():
             yield
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -242,16 +242,13 @@ class Store:
         """Leave word of what is happening, for `fluffle status`; may be lost in a crash."""
         if not self.claim.ours():  # another's word is newer
             return
-        with _disk(self.folder):
+        with disk(self.folder):
             write_whole(self.folder / NOW, json.dumps(now).encode(), durable=False)
 
     def now(self) -> dict[str, Any]:
         """What was last said to be happening; empty when nothing was."""
-        return self._json(NOW)
-
-    def _json(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads((self.folder / name).read_bytes())
+            found = json.loads((self.folder / NOW).read_bytes())
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -261,13 +258,3 @@ def new_run_name(folder: Path) -> str:
     """A name for the wire: the folder's, as far as a name may be spelt so, and a few letters of chance."""
     spelt = "".join(c if c.isascii() and c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-")
     return f"{spelt[:40].strip('-') or 'run'}-{secrets.token_hex(4)}"
-
-
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        raise UsageError(
-            f"{folder} cannot be written ({problem.strerror}): make room or mend its permissions, then start again."
-        ) from None

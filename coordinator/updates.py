@@ -5,13 +5,12 @@ the form of a version's file: safetensors, with notes of whose it is, and a chec
 """
 
 import contextlib
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from broker.errors import UsageError
-from broker.files import FORGET_BYTES, checksum, draft_version, forgetting, in_order, read_version, seal
+from broker.files import FORGET_BYTES, checksum, draft_version, forgetting, in_order, read_version, seal, sync
 from broker.messages import Update
 from broker.tensors import Layout
 from coordinator.claim import Claim
@@ -55,7 +54,7 @@ def keep(update: Update, data: memoryview, layout: Layout, *, run: Path, claim: 
         if not where.parent.is_dir():
             where.parent.mkdir(parents=True, exist_ok=True)
             for above in (where.parent.parent, run):
-                _sync(above)
+                sync(above)
         draft_version(where, layout, in_order(forgetting(pieces, data, len)), about, tag=tag)
         seal(where, tag=tag, guard=claim.acting)
     except OSError as problem:
@@ -113,11 +112,3 @@ def sizes(run: Path) -> Iterator[int]:
     for found in (run / FOLDER).glob(f"*/*{ENDING}"):
         with contextlib.suppress(FileNotFoundError):
             yield found.stat().st_size
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -142,11 +142,6 @@ def guess(seen: list[Floats]) -> Floats:
     return picture
 
 
-def label(seen: list[Floats]) -> int:
-    """The class of a single row: with cross-entropy the only one whose bias went up (Zhao et al. 2020, iDLG)."""
-    return int(seen[-1].argmax())
-
-
 def claims(found: Floats) -> Floats:
     """What an attacker who does not know the rows would claim: pictures that two neurons agree on, each once."""
     said: list[Floats] = []

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from broker.errors import UsageError
 
-MODELS, DEFENCES = ("linear", "mlp"), ("none", "mean", "secure", "dp")
 WORK = 600  # rows that a line of the table is worth
 EXTRA = "needs scikit-learn and matplotlib: pip install 'fluffle[demo]'."
 
@@ -34,27 +33,16 @@ class Shown(NamedTuple):
 
 
 def attack(
-    model: Annotated[str, typer.Option(help="linear, mlp or both.")] = "both",
-    workers: Annotated[str, typer.Option(help="How many workers are averaged.")] = "1,2,10,50",
-    rows: Annotated[str, typer.Option(help="How many rows each of them has.")] = "1,8,64",
-    defence: Annotated[
-        str, typer.Option(help="none (one update), mean (a plain average), secure, dp; or all.")
-    ] = "all",
     seed: Annotated[int, typer.Option(help="Of rows, models and noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for attack.png and attack.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Read digits off updates, as a curious or a malicious server could: what averages, masks and noise are worth."""
-    kinds = MODELS if model == "both" else _chosen(model, MODELS, "--model")
-    against = DEFENCES if defence == "all" else _chosen(defence, DEFENCES, "--defence")
-    sizes = _numbers(workers, "--workers"), _numbers(rows, "--rows")
     x, y = _digits()
     from workers.attack import Scene, classroom  # noqa: PLC0415 - torch takes seconds to load: not for --help
     from workers.learners.toy import ROWS  # noqa: PLC0415
 
-    scenes = [(what, Scene(**facts)) for what, facts in _lines(kinds, against, *sizes)]
-    if max(scene.workers * scene.rows for _, scene in scenes) > len(x):
-        raise UsageError(f"there are {len(x)} digits: let fewer workers have fewer rows.")
+    scenes = [(what, Scene(**facts)) for what, facts in _lines()]
     shown = []
     for what, scene in scenes:
         trials = max(5, min(100, WORK // (scene.workers * scene.rows)))
@@ -72,23 +60,6 @@ def attack(
         _picture(shown, out / "attack.png")
 
 
-def _chosen(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
-    chosen = tuple(text.split(","))
-    if not set(chosen) <= set(known):
-        raise UsageError(f"{option} takes {', '.join(known)}, not {text!r}.")
-    return chosen
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        numbers = [int(each) for each in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UsageError(f"{option} takes whole numbers from 1, such as 1,2,10, not {text!r}.")
-    return numbers
-
-
 def _digits() -> tuple[Any, Any]:
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415 - an extra
@@ -98,28 +69,22 @@ def _digits() -> tuple[Any, Any]:
     return pixels / 16.0, digits
 
 
-def _lines(kinds: tuple[str, ...], against: tuple[str, ...], workers: list[int], rows: list[int]) -> Iterator[Line]:
-    for kind in kinds:
-        for n in rows if "none" in against else ():
-            yield ("one update", {"model": kind, "workers": 1, "rows": n})
-        if "none" in against:
-            yield ("one update, 20 steps", {"model": kind, "workers": 1, "rows": 1, "steps": 20})
-            yield ("one update, as int8", {"model": kind, "workers": 1, "rows": 1, "format": "int8"})
-        for m in [m for m in workers if m > 1] if "mean" in against else ():
-            yield from (("mean", {"model": kind, "workers": m, "rows": n}) for n in rows if m * n < WORK * 2)
-        if "secure" in against:
-            yield ("one masked update", {"model": kind, "workers": 1, "rows": 1, "defence": "secure"})
-        if "dp" in against:
-            yield ("one update, noise z = 0.01", {"model": kind, "workers": 1, "rows": 1, "defence": "dp", "z": 0.01})
-            yield ("one update, noise z = 1", {"model": kind, "workers": 1, "rows": 1, "defence": "dp"})
-            yield ("mean, noise z = 1", {"model": kind, "workers": 10, "rows": 1, "defence": "dp"})
-        if kind == "mlp" and "mean" in against:
-            yield ("mean, imprint", {"model": kind, "workers": 10, "rows": 8, "imprint": True})
-        if kind == "mlp" and "dp" in against:
-            yield (
-                "mean, imprint, noise z = 1",
-                {"model": kind, "workers": 10, "rows": 8, "defence": "dp", "imprint": True},
-            )
+def _lines() -> Iterator[Line]:
+    for kind in ("linear", "mlp"):
+        one, ten = {"model": kind, "workers": 1, "rows": 1}, {"model": kind, "workers": 10, "rows": 1}
+        for n in (1, 8, 64):
+            yield "one update", {**one, "rows": n}
+        yield "one update, 20 steps", {**one, "steps": 20}
+        yield "one update, as int8", {**one, "format": "int8"}
+        for m, n in ((2, 1), (2, 8), (2, 64), (10, 1), (10, 8), (10, 64), (50, 1), (50, 8)):
+            yield "mean", {"model": kind, "workers": m, "rows": n}
+        yield "one masked update", {**one, "defence": "secure"}
+        yield "one update, noise z = 0.01", {**one, "defence": "dp", "z": 0.01}
+        yield "one update, noise z = 1", {**one, "defence": "dp"}
+        yield "mean, noise z = 1", {**ten, "defence": "dp"}
+    imprint = {**ten, "rows": 8, "imprint": True}
+    yield "mean, imprint", imprint
+    yield "mean, imprint, noise z = 1", {**imprint, "defence": "dp"}
 
 
 def _plain(found: Any) -> dict[str, Any]:

@@ -1,21 +1,15 @@
 """Why federate: what each worker would have learned alone, and what all data in one place would have given.
 
-`python -m workers.baseline` reads a request as JSON from stdin and writes the answer as JSON to stdout; `Request` and
-`baseline` say what is in them. It is for demonstrations, where one machine has everybody's data: a real federation
-cannot know this. Does not know the broker.
+For demonstrations, where one machine has everybody's data: a real federation cannot know this. Does not know the
+broker.
 """
 
-import json
-import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from broker.daemon import die_with
-from broker.errors import FluffleError, UsageError
 from broker.files import read_version
 from broker.messages import Scalar
 from workers import learner, task, weights
@@ -84,40 +78,3 @@ def _learned(request: Request, place: task.Place, *, name: str, judge: task.Plac
         current = weights.read(place.model, layout)
     score = Work(train=False, evaluate=True, seed=request.seed, settings={}, round=request.rounds)
     return task.do(judge or place, score, layout=layout, received=current).scores
-
-
-def asked(text: str) -> Request:
-    """The request in a JSON text.
-
-    Raises:
-        UsageError: it is not JSON, or not a request's fields.
-    """
-    try:
-        return Request(**json.loads(text))
-    except (ValueError, TypeError) as problem:
-        raise UsageError(f"the request for a baseline is not one: {problem}.") from problem
-
-
-def main() -> int:
-    """Answer one request; the exit status is 2, with a sentence on stderr, where it cannot be answered."""
-    die_with(os.getppid())
-    kept = _print_to_stderr()  # what the learner prints must not come between the JSON
-    try:
-        answer = baseline(asked(sys.stdin.read()))
-    except FluffleError as problem:
-        print(problem, file=sys.stderr)  # noqa: T201 (this is a command)
-        return 2
-    with os.fdopen(kept, "w") as out:
-        json.dump(answer, out)
-    return 0
-
-
-def _print_to_stderr() -> int:
-    """Send what this process prints to stderr; what was stdout is returned as a file descriptor of its own."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    return kept
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,9 +28,9 @@ from broker.contract import fingerprint, other_file
 from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
 from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
-from broker.tensors import Layout, TensorSpec
+from broker.tensors import Layout
 from workers import learner, task, weights
-from workers.work import CLOSED, LENGTH_BYTES, Work, framed
+from workers.work import CLOSED, LENGTH_BYTES, Work, framed, layout_of, told
 
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
@@ -122,7 +122,7 @@ class Pupil:
         found = learner.load(request["learner"])
         self._renew(found)
         self.ready_s += time.monotonic() - began
-        return {"specs": _told(self.place.layout), "contract": fingerprint(self.place.layout), "file": found.file}
+        return {"specs": told(self.place.layout), "contract": fingerprint(self.place.layout), "file": found.file}
 
     @property
     def place(self) -> task.Place:
@@ -140,7 +140,7 @@ class Pupil:
         model = task.new_model(self.place.learner, seed=request["seed"])
         layout, room = weights.layout_of(model), self._room(request["weights"])
         drawn = weights.read(model, layout, into=room) if room is None or layout == self.place.layout else None
-        return {"specs": _told(layout), "weights": drawn if room is None else None}
+        return {"specs": told(layout), "weights": drawn if room is None else None}
 
     def on_task(self, request: dict[str, Any]) -> Answer:
         """Do one task."""
@@ -148,7 +148,7 @@ class Pupil:
         place, work = self._beside(request["source"]), Work(**request["work"])
         if another := other_file(place.learner.file, work.learner_file):
             raise LearnerFailed(another)  # it was changed after the daemon had looked
-        layout = self.place.layout if request["specs"] is None else _layout(request["specs"])
+        layout = self.place.layout if request["specs"] is None else layout_of(request["specs"])
         received, room = self._room(request["weights"]), self._room(request["delta"])
         as_it_is = work.format == "float32"
         try:
@@ -197,16 +197,16 @@ class Pupil:
             self.ready_s += time.monotonic() - began
         return task.Place(self.place.learner, self.place.model, self._data[source], self.place.layout)
 
-    def _room(self, told: dict[str, Any] | None) -> memoryview | None:
+    def _room(self, where: dict[str, Any] | None) -> memoryview | None:
         """The bytes that a request speaks of; None for room that goes back through the socket."""
-        if told is None:
+        if where is None:
             return None
-        if "data" in told:
-            return memoryview(bytearray(told["data"])) if told["data"] else None
-        if told["file"] not in self._files:  # which is there as long as the daemon, and so are its pages
-            with Path(told["file"]).open("r+b") as file:
-                self._files[told["file"]] = mmap.mmap(file.fileno(), 0)
-        return memoryview(self._files[told["file"]])[told["at"] : told["at"] + told["size"]]
+        if "data" in where:
+            return memoryview(bytearray(where["data"])) if where["data"] else None
+        if where["file"] not in self._files:  # which is there as long as the daemon, and so are its pages
+            with Path(where["file"]).open("r+b") as file:
+                self._files[where["file"]] = mmap.mmap(file.fileno(), 0)
+        return memoryview(self._files[where["file"]])[where["at"] : where["at"] + where["size"]]
 
 
 def _packed(
@@ -242,14 +242,6 @@ def _read_floats(file: Path, count: int) -> NDArray[np.float32]:
     if not file.exists() or file.stat().st_size != 4 * count:
         return np.zeros(count, np.float32)
     return np.fromfile(file, np.float32)
-
-
-def _told(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(spec.name, spec.dtype, spec.shape) for spec in layout.specs]
-
-
-def _layout(specs: list[tuple[str, str, list[int]]]) -> Layout:
-    return Layout(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs))
 
 
 if __name__ == "__main__":  # where a guard cannot fork

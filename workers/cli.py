@@ -200,15 +200,15 @@ def try_(
 
 
 def _shown(report: Report) -> Table:
-    table = Table(show_header=False)
-    table.add_row("model", f"{report.parameters:,} numbers in {report.tensors} tensors")
-    table.add_row("travels each way, each round", f"{report.weights_bytes / 1e6:.3f} MB")
+    table, done, specs = Table(show_header=False), report.done, report.layout.specs
+    table.add_row("model", f"{sum(spec.items for spec in specs):,} numbers in {len(specs)} tensors")
+    table.add_row("travels each way, each round", f"{report.layout.size_bytes / 1e6:.3f} MB")
     table.add_row("contract", report.contract.tensors)
     table.add_row("learner file", report.contract.file)
     table.add_row("loading learner and data", f"{report.ready_s:.2f} s")
-    table.add_row("one task", f"{report.train_s:.2f} s, {report.examples:,} examples")
-    table.add_row("train said", _metrics(report.metrics))
-    table.add_row("evaluate before", _metrics(report.before))
+    table.add_row("one task", f"{done.seconds:.2f} s, {done.examples:,} examples")
+    table.add_row("train said", _metrics(done.metrics))
+    table.add_row("evaluate before", _metrics(done.scores))
     table.add_row("evaluate after", _metrics(report.after))
     return table
 

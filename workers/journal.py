@@ -138,10 +138,5 @@ def _read(path: Path) -> Kept:
     return Kept(update, scores, record["format"], until, place, task=task, model=record.get("model", b""))
 
 
-def checked(data: bytes | memoryview) -> bytes:
-    """What tells these bytes from damaged ones."""
-    return xxh3_64_digest(data)
-
-
 def _path(folder: Path, worker: str, of: Attempt) -> Path:
     return folder / f"{worker}.{of.run}.{of.round}.{of.attempt}{SUFFIX}"

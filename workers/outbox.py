@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+from xxhash import xxh3_64_digest
+
 from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, WireError
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Call, Closed, Payload, Refusal, Score, Task, Update
 from broker.pact import Dealt
-from workers.journal import Kept, Place, checked, forget, keep
+from workers.journal import Kept, Place, forget, keep
 from workers.owner import Owner
 from workers.post import SAY_S, Post
 from workers.residuals import Residuals
@@ -33,6 +35,9 @@ AGAIN_S = 5.0
 """How long after a publish that was given up the next one is begun, unless there is a reason before."""
 SENT_MAX = 2
 """Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
+
+
+Start = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +107,7 @@ class Outbox:
         """What is on its way, or waits for its verdict, the oldest first."""
         return [sent.task for sent in self._sent]
 
-    def put(self, task: Task, done: Done, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
+    def put(self, task: Task, done: Done, start: Start) -> None:
         """Send what came of a task; `start` begins the sending."""
         sent = Sent(task, done)
         self._sent.append(sent)
@@ -112,9 +117,7 @@ class Outbox:
             if former.work:
                 former.work.cancel()
 
-    def restore(
-        self, kept: Kept, delta: Slot, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    ) -> None:
+    def restore(self, kept: Kept, delta: Slot, start: Start) -> None:
         """Send what an earlier process of this worker has finished; its parts only if they are asked for."""
         update, left_s = kept.update, max(kept.until - time.time() - SAY_S, 0.0)
         task = Task(
@@ -296,7 +299,7 @@ class Outbox:
         try:
             if delta.file is not None:
                 path, at = delta.file
-                where = Place(path.name, at, len(delta.data), await asyncio.to_thread(checked, delta.data))
+                where = Place(path.name, at, len(delta.data), await asyncio.to_thread(xxh3_64_digest, delta.data))
             kept = Kept(update, done.scores, task.format, time.time() + patience_s(task), where)
             if task.secure:
                 kept = replace(kept, task=task, model=done.model)

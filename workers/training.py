@@ -13,11 +13,11 @@ from typing import Any
 from broker.contract import Contract
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import format_of
-from broker.tensors import Layout, TensorSpec
+from broker.tensors import Layout
 from workers.guarded import Guard, Line
 from workers.residuals import Residual
 from workers.spool import Slot, Spool
-from workers.work import Done, Work
+from workers.work import Done, Work, layout_of, told
 
 RENEW_AFTER = 1000
 """How many tasks a training process does before another one takes its place."""
@@ -112,7 +112,7 @@ class Trainer:
                 answer = await self._ask(
                     {
                         "do": "task", "source": source, "work": asdict(work),
-                        "specs": None if layout.specs == self._layout.specs else _told(layout),
+                        "specs": None if layout.specs == self._layout.specs else told(layout),
                         "weights": _shown(weights), "delta": None if delta is None else _shown(delta, empty=True),
                         "residual": [str(residual.owed), str(residual.left)] if residual and work.owes else None,
                     },
@@ -122,16 +122,8 @@ class Trainer:
                 raise LearnerFailed(str(problem)) from problem
         if delta is not None and delta.file is None:
             delta = Slot(memoryview(bytearray(answer["delta"])))
-        return Done(
-            examples=answer["examples"],
-            metrics=answer["metrics"],
-            scores=answer["scores"],
-            delta=delta,
-            seconds=answer["seconds"],
-            layout=written,
-            within=answer["within"],
-            released=answer["released"],
-        )
+        said = {name: answer[name] for name in ("examples", "metrics", "scores", "seconds", "within", "released")}
+        return Done(delta=delta, layout=written, **said)
 
     async def draw(self, *, seed: int) -> tuple[Layout, Slot]:
         """The weights of a fresh model, drawn with `seed`, and which tensors they are.
@@ -146,7 +138,7 @@ class Trainer:
             await self._open()
             slot = self.spool.take(self._layout.size_bytes)
             answer = await self._ask({"do": "draw", "seed": seed, "weights": _shown(slot, empty=True)}, (slot,))
-            drawn = _layout(answer)
+            drawn = layout_of(answer["specs"])
             return drawn, slot if slot.file or drawn != self._layout else Slot(
                 memoryview(bytearray(answer["weights"]))
             )
@@ -180,7 +172,7 @@ class Trainer:
             await self._end()
             raise
         self.pid = self._child.pid
-        self._layout = _layout(answer)
+        self._layout = layout_of(answer["specs"])
         self.contract = Contract(answer["contract"], answer["file"])
 
     async def _ask(self, request: dict[str, Any], slots: tuple[Slot | None, ...] = ()) -> dict[str, Any]:
@@ -253,11 +245,3 @@ def _shown(slot: Slot, *, empty: bool = False) -> dict[str, Any]:
         return {"data": b"" if empty else slot.data}
     path, at = slot.file
     return {"file": str(path), "at": at, "size": len(slot.data)}
-
-
-def _told(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(spec.name, spec.dtype, spec.shape) for spec in layout.specs]
-
-
-def _layout(answer: dict[str, Any]) -> Layout:
-    return Layout(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in answer["specs"]))

@@ -17,7 +17,7 @@ from broker.messages import Scalar
 from broker.tensors import FLOATS, Layout, as_float64, from_float64, view
 from workers.spool import Spool
 from workers.training import Seat, Trainer
-from workers.work import Work
+from workers.work import Done, Work
 
 PIECE_BYTES = 8 * 1024 * 1024  # weights are added up piece by piece, for float64 takes up to four times their room
 
@@ -27,28 +27,18 @@ class Report:
     """What one trial showed.
 
     Attributes:
-        tensors: how many the model has, buffers included.
-        parameters: how many numbers are in them.
+        layout: the model's tensors, buffers included.
         contract: what other learners must have in common with it.
-        weights_bytes: how much travels each way each round.
         ready_s: seconds to load the learner and its data.
-        train_s: seconds of one task, evaluation included.
-        examples: how many rows train says it learned from.
-        metrics: what train reported.
-        before: what evaluate said before training.
+        done: the task, whose scores are from before training.
         after: what evaluate said after it.
         warnings: what the learner should not do, a sentence each.
     """
 
-    tensors: int
-    parameters: int
+    layout: Layout
     contract: Contract
-    weights_bytes: int
     ready_s: float
-    train_s: float
-    examples: int
-    metrics: dict[str, float]
-    before: dict[str, float]
+    done: Done
     after: dict[str, float]
     warnings: tuple[str, ...]
 
@@ -81,7 +71,6 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
             work = Work(train=True, evaluate=True, seed=1, settings=settings or {}, round=1)
             done, again = (steps.run(seat.run(work, drawn, weights=start)) for _ in range(2))
             assert done.delta is not None
-            assert done.examples is not None
             assert again.delta is not None
             warnings = _looked_at(layout, done.delta.data, again.delta.data)
             _add(layout, start.data, done.delta.data)
@@ -90,19 +79,7 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
         finally:
             steps.run(trainer.stop())
             spool.remove()
-        return Report(
-            tensors=len(layout.specs),
-            parameters=sum(spec.items for spec in layout.specs),
-            contract=trainer.contract,
-            weights_bytes=layout.size_bytes,
-            ready_s=trainer.ready_s,
-            train_s=done.seconds,
-            examples=done.examples,
-            metrics=done.metrics,
-            before=done.scores,
-            after=after,
-            warnings=warnings,
-        )
+        return Report(layout, trainer.contract, trainer.ready_s, done, after=after, warnings=warnings)
 
 
 def _looked_at(layout: Layout, first: memoryview, second: memoryview) -> tuple[str, ...]:

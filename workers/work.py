@@ -5,7 +5,7 @@ of work in these words. Does not know how training is done or where a result is 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -15,7 +15,7 @@ import msgpack
 
 from broker.formats import FORMATS
 from broker.messages import EXAMPLES_MAX, Scalar
-from broker.tensors import Layout
+from broker.tensors import Layout, TensorSpec
 from workers.masking import Member
 from workers.spool import Slot
 
@@ -35,6 +35,16 @@ def framed(message: Mapping[str, Any]) -> bytes:
     """A message as it goes through a socket."""
     packed: bytes = _PACKER.pack(message)
     return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
+
+
+def told(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Which tensors, as it goes through that socket."""
+    return [(spec.name, spec.dtype, spec.shape) for spec in layout.specs]
+
+
+def layout_of(specs: Iterable[tuple[str, str, Iterable[int]]]) -> Layout:
+    """What `told` has told."""
+    return Layout(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs))
 
 
 @dataclass(frozen=True, slots=True)

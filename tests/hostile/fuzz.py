@@ -69,12 +69,13 @@ with _instrumented:
     from broker.tensors import Layout, TensorSpec
     from coordinator import history, journal, snapshot, standby, updates
     from coordinator import plan as plans
-    from coordinator.aggregation import MEAN, finished
+    from coordinator.aggregation import MEAN
     from coordinator.claim import Claim as RunClaim
     from coordinator.claim import read_epoch
     from coordinator.roster import Rests
     from coordinator.snapshot import Snapshot
     from coordinator.store import HISTORY, NOW, Store
+    from tests.summed import finished
     from workers import journal as kept_updates
 
     POLICY: Any = importlib.import_module("workers.policy") if importlib.util.find_spec("workers.policy") else None

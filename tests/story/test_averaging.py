@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from broker.formats import FORMATS
 from broker.tensors import Layout, TensorSpec
-from coordinator.aggregation import MEAN, finished
+from coordinator.aggregation import MEAN
+from tests.summed import finished
 
 MODEL = Layout((TensorSpec("weight", "float32", (2,)),))
 START = np.array([0.5, -1.0], np.float32)

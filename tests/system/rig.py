@@ -36,12 +36,13 @@ from broker.pinned import Roster
 from broker.ring import Form, encode
 from broker.tensors import Layout, TensorSpec, view
 from coordinator import plan as plans
-from coordinator.aggregation import RULES, finished
+from coordinator.aggregation import RULES
 from coordinator.plan import Plan
 from coordinator.service import Coordinator
 from coordinator.store import Store
 from coordinator.unmasking import into_sums
 from tests.memory import MemoryBroker, MemoryLink
+from tests.summed import finished
 from workers.masking import Member
 from workers.post import Shared
 from workers.residuals import Residual

@@ -392,8 +392,8 @@ def test_nothing_that_the_daemon_imports_imports_torch() -> None:
 
 def test_a_trial_measures_a_learner() -> None:
     report = try_learner("line", "here")
-    assert (report.tensors, report.parameters, report.weights_bytes, report.examples) == (2, 2, 8, 64)
-    assert report.after["loss"] < report.before["loss"] / 2
+    assert (len(report.layout.specs), report.layout.size_bytes, report.done.examples) == (2, 8, 64)
+    assert report.after["loss"] < report.done.scores["loss"] / 2
     assert report.warnings == ()
     line = [TensorSpec("weight", "float32", (1, 1)), TensorSpec("bias", "float32", (1,))]
     assert report.contract == Contract(fingerprint(Layout.of(line)), load("line").file)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from xxhash import xxh3_64_digest
 
 from broker.errors import LinkError
 from broker.link import Delivery, Outgoing
 from broker.messages import Answer, Attempt, Part, Payload, Task, Update
 from tests.system.rig import BOUND_S, MODEL, Federation, Lesson, expected, federation, read
-from workers.journal import SUFFIX, checked
+from workers.journal import SUFFIX
 from workers.outbox import SENT_MAX, Outbox
 from workers.owner import Owner
 from workers.post import Post
@@ -174,13 +175,13 @@ async def test_an_update_that_is_given_up_is_not_written_down_afterwards(
 
     def slowly(data: memoryview) -> bytes:
         assert let.wait(BOUND_S)
-        return checked(data)
+        return xxh3_64_digest(data)
 
     class Stuck:
         async def upload(self, *_: Any) -> None:
             await asyncio.Event().wait()
 
-    monkeypatch.setattr("workers.outbox.checked", slowly)
+    monkeypatch.setattr("workers.outbox.xxh3_64_digest", slowly)
     spool = Spool(tmp_path / "spool")
     outbox = Outbox(
         "a", cast(Post, Stuck()), owner=Owner(Who("a", "lesson"), spool.folder),

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from broker.errors import WireError
 from broker.formats import CHUNK_ITEMS, FORMATS, Format, Run
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec, as_float64, from_float64, view
-from coordinator import aggregation
 from coordinator.aggregation import EXAMPLES_MAX, LOW_REACH, MEAN, REACH, RULES, Sums
+from tests.summed import finished as made_of
 
 AS_IT_IS = FORMATS["float32"]
 EVERY_DTYPE = Layout.of(TensorSpec(f"a_{dtype}", dtype, (3,)) for dtype in ITEM_BYTES)
@@ -33,7 +33,7 @@ def summed(layout: Layout, updates: Updates, sums: Sums | None = None) -> Sums:
 
 
 def finished(sums: Sums, weights: bytes) -> bytes:
-    return bytes(aggregation.finished(MEAN, sums, memoryview(weights)))
+    return bytes(made_of(MEAN, sums, memoryview(weights)))
 
 
 def mean(layout: Layout, weights: bytes, updates: Updates) -> bytes:

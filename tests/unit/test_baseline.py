@@ -1,17 +1,13 @@
-"""Why federate: alone each worker falls behind what all rows in one place would teach, and the request is checked."""
+"""Why federate: alone each worker falls behind what all rows in one place would teach."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
-import workers.learners
 from broker.errors import UsageError
 from workers import learner, task
-from workers.baseline import Request, asked, baseline
+from workers.baseline import Request, baseline
 
 
 def version(where: str, folder: Path) -> str:
@@ -54,20 +50,3 @@ def test_without_held_out_rows_the_pooled_ones_judge(tmp_path: Path) -> None:
 def test_a_source_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nobody here is called 'carol'"):
         baseline(Request("toy", {"carol": "carol"}, version("toy", tmp_path), rounds=1))
-
-
-def test_the_command_answers_in_json_whatever_the_learner_prints(tmp_path: Path) -> None:
-    text = (Path(workers.learners.__path__[0]) / "line.py").read_text() + "\nprint('noise')\n"
-    (tmp_path / "loud.py").write_text(text)
-    request = {"learner": str(tmp_path / "loud.py"), "workers": {"ann": "a"}, "rounds": 1}
-    text = json.dumps({**request, "weights": version("line", tmp_path)})
-    command = [sys.executable, "-m", "workers.baseline"]
-    good = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    assert json.loads(good.stdout)["alone"]["ann"]["examples"] == 64
-    assert "noise" in good.stderr
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"learner": "toy"}', '{"learner": "toy", "other": 3}'])
-def test_what_is_no_request_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="the request for a baseline is not one"):
-        asked(text)

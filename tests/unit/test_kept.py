@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xxhash import xxh3_64_digest
 
 from broker.messages import PART_BYTES_MIN, Attempt, Payload, Update
 from broker.tensors import TensorSpec
-from workers.journal import SUFFIX, Kept, Place, all_kept, checked, forget, keep
+from workers.journal import SUFFIX, Kept, Place, all_kept, forget, keep
 from workers.residuals import LEFT, Residuals
 from workers.spool import PAGE_BYTES, SMALL_BYTES, Slot, Spool
 
@@ -31,7 +32,7 @@ def kept_in(spool: Spool, worker: str, content: int, of: Attempt = OF) -> Slot:
     slot = spool.take(LARGE)
     assert slot.file is not None
     np.frombuffer(slot.data, np.uint8)[:] = content
-    place = Place(slot.file[0].name, slot.file[1], LARGE, checked(slot.data))
+    place = Place(slot.file[0].name, slot.file[1], LARGE, xxh3_64_digest(slot.data))
     keep(spool.folder, Kept(update_of(worker, LARGE, of), {}, "float32", time.time() + 60, place))
     return slot
 

@@ -15,11 +15,12 @@ from broker.messages import Attempt
 from broker.norms import SLACK
 from broker.tensors import Layout, TensorSpec
 from coordinator import plan as plans
-from coordinator.aggregation import MEAN, digest, finished
+from coordinator.aggregation import MEAN, digest
 from coordinator.budget import FILE, Budget, counsel
 from coordinator.plan import Plan
 from coordinator.privacy import bit_noise, key_of, next_clip, noise_on_sum, veil
 from coordinator.store import Store
+from tests.summed import finished
 
 MODEL = Layout.of([TensorSpec("w", "float32", (200_000,)), TensorSpec("n", "int64", (2,))])
 WEIGHTS = memoryview(bytes(range(16)) + bytes(800_000))

@@ -12,8 +12,9 @@ from broker.errors import UsageError, WireError
 from broker.formats import FORMATS
 from broker.ring import ADDENDS_MAX, EXAMPLES_MAX, Form, Ring, counted, encode, ring_of
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec, from_float64, view
-from coordinator.aggregation import MEAN, Sums, finished
+from coordinator.aggregation import MEAN, Sums
 from coordinator.unmasking import into_sums
+from tests.summed import finished
 
 EVERY_DTYPE = Layout.of(TensorSpec(f"a_{dtype}", dtype, (3,)) for dtype in ITEM_BYTES)
 FLOATS_ONLY = Layout.of([TensorSpec("w", "float32", (4,)), TensorSpec("b", "float64", (2,))])

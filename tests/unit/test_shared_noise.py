@@ -19,8 +19,9 @@ from broker.parts import PART_BYTES
 from broker.ring import Form, Ring, encode, ring_of
 from broker.tensors import Layout, TensorSpec
 from coordinator import plan as plans
-from coordinator.aggregation import MEAN, finished
+from coordinator.aggregation import MEAN
 from coordinator.unmasking import Unmasking, into_sums
+from tests.summed import finished
 from tests.system.rig import IDENTITIES, KEYS
 from workers.masking import Member
 from workers.policy import Asked, Policy

@@ -11,11 +11,12 @@ from broker.errors import RunEnded
 from broker.formats import CHUNK_ITEMS, FORMATS
 from broker.messages import Attempt
 from broker.tensors import Layout, TensorSpec, view
-from coordinator.aggregation import MEAN, Sums, finished
+from coordinator.aggregation import MEAN, Sums
 from coordinator.claim import Claim
 from coordinator.history import Facts
 from coordinator.round import Round
 from coordinator.snapshot import FILE, Snapshot, naming, recall, tally_of
+from tests.summed import finished
 
 LAYOUT = Layout.of(
     [

@@ -25,7 +25,6 @@ from typing import Any
 from rich.console import Console
 
 from broker.errors import FluffleError
-from tests.node import server_version
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds its neighbours where tests do
 from tests.benchmarks import shown
@@ -33,6 +32,7 @@ from tests.benchmarks.federation import Figures, federate, periods
 from tests.benchmarks.peers import PEERS, Peer, Said, install
 from tests.benchmarks.pump import memcpy
 from tests.benchmarks.rows import ALONE_MAX, WARMUP, Row, rows_of
+from tests.node import server_version
 
 FIGURES = Path("build/bench.json")
 TURNS = 2

@@ -77,19 +77,12 @@ def _thresholds() -> tuple[_Words, _Words]:
 _BELOW, _POWERS = _thresholds()
 
 
-def discrete_gaussian(key: bytes, bits: int, count: int) -> NDArray[np.int64]:
-    """So many whole numbers x with probability ∝ exp(-x² / 2σ²), where σ = 2^bits.
+def add_discrete(key: bytes, bits: int, words: NDArray[np.signedinteger[Any]]) -> None:
+    """Add whole numbers x with probability ∝ exp(-x² / 2σ²), σ = 2^bits, to words with room for them, in place.
 
     Karney 2016 (arXiv 1303.6257, algorithm D), for many at once. σ is a power of two, so that every probability is a
     whole number of 2^-63, and there is no float in it whose rounding could tell on what was hidden.
     """
-    noise = np.zeros(count, np.int64)
-    add_discrete(key, bits, noise)
-    return noise
-
-
-def add_discrete(key: bytes, bits: int, words: NDArray[np.signedinteger[Any]]) -> None:
-    """Add such numbers to words of a ring, in place; it has room for them."""
     assert 0 <= bits <= BITS_MAX
     for at in range(0, len(words), CHUNK_ITEMS):
         drawn, stop = Words(key, at // CHUNK_ITEMS), min(at + CHUNK_ITEMS, len(words))

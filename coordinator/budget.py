@@ -66,8 +66,8 @@ class Budget:
     """
 
     def __init__(self, store: Store, version: int, *, model: Layout) -> None:
-        self._path, self._write, self._plan = store.folder / FILE, store.write_secret, store.plan
-        plan = store.plan
+        self._path, self._write = store.folder / FILE, store.write_secret
+        self._plan = plan = store.plan
         self._kind = Released(plan.dp_noise, plan.rate, 1)
         if plan.noise:
             self._kind = of_sum(plan.ring.grain, plan.noise, count_floats(model))

@@ -21,7 +21,7 @@ import numpy as np
 from broker.errors import Aborted, Refused, WireError
 from broker.messages import Answer, Attempt, Call, Ready, Resumed, Step, Task, Update
 from broker.pact import Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, check_advert, context
-from broker.pinned import Roster
+from broker.pinned import Roster as Keys
 from broker.ring import Form, counted
 from coordinator.desk import Desk
 from coordinator.opened import Open, Secret
@@ -32,7 +32,6 @@ from coordinator.vault import Vault
 
 log = logging.getLogger(__name__)
 
-Keys = Roster
 Wait = Callable[[float], Awaitable[None]]
 STAGE_S = 30.0
 """How long a stage may take in which only a few small things are said."""

@@ -20,6 +20,7 @@ from broker.files import forget
 from broker.formats import FORMATS
 from broker.link import Link, first_of
 from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
+from broker.pinned import Roster as Keys
 from coordinator import history
 from coordinator import plan as plans
 from coordinator.budget import Purse
@@ -29,7 +30,7 @@ from coordinator.opened import Open, asked, begun, named, releases, task_of
 from coordinator.post import Post
 from coordinator.roster import Rests, may_begin
 from coordinator.round import Phase
-from coordinator.secrecy import Keys, Secrecy
+from coordinator.secrecy import Secrecy
 from coordinator.standby import beats
 from coordinator.store import Store
 

@@ -37,6 +37,8 @@ from tests.system.rig import (
     MODEL,
     OPERATOR,
     SECURE,
+    Federation,
+    Place,
     federation,
     read,
     secure_expected,
@@ -113,22 +115,27 @@ async def test_a_worker_that_dies_before_it_gives(tmp_path: Path, stage: str) ->
             assert "dropped out of the secure sum in the stage" in line["refused"]["g"]
 
 
+def starts_anew(fed: Federation, places: dict[str, Place], name: str) -> Callable[[Outgoing | Delivery], None]:
+    """A hook that starts a worker anew, once, when the others' shares are dealt."""
+    begun = list[asyncio.Task[None]]()
+
+    async def anew() -> None:
+        await places[name].die()
+        places[name] = fed.join(name)
+
+    def look(what: Outgoing | Delivery) -> None:
+        if asks(what, Dealt) and not begun:
+            begun.append(asyncio.create_task(anew()))
+
+    return look
+
+
 async def test_a_worker_that_is_started_anew_in_the_midst_of_a_sum_is_in_the_next_one_untrained(
     tmp_path: Path,
 ) -> None:
     async with federation(tmp_path, **SECURE, rounds=1) as fed:
         places = {name: fed.join(name) for name in THREE}
-        begun: list[asyncio.Task[None]] = []
-
-        async def anew() -> None:
-            await places["c"].die()
-            places["c"] = fed.join("c")
-
-        def look(what: Outgoing | Delivery) -> None:
-            if asks(what, Dealt) and not begun:
-                begun.append(asyncio.create_task(anew()))
-
-        fed.hook = look
+        fed.hook = starts_anew(fed, places, "c")
         await fed.end()
         assert fed.counted() == [list(THREE)]
         assert fed.lines("round")[0]["secure"]["sum"] == 2
@@ -447,17 +454,7 @@ async def test_workers_whose_clocks_are_off_by_thirty_years_make_the_same_sums(t
         for module in (workers.journal, workers.ledger, workers.outbox, workers.owner):
             fed.patch.setattr(module, "time", clock)
         places = {name: fed.join(name) for name in THREE}
-        begun = list[asyncio.Task[None]]()
-
-        async def anew() -> None:
-            await places["c"].die()
-            places["c"] = fed.join("c")
-
-        def look(what: Outgoing | Delivery) -> None:
-            if asks(what, Dealt) and not begun:
-                begun.append(asyncio.create_task(anew()))
-
-        fed.hook = look
+        fed.hook = starts_anew(fed, places, "c")
         await fed.end()
         assert not [number for train, number in places["c"].lesson.done if train and number == 1]
         assert fed.weights() == secure_expected(fed.store.plan, [THREE, THREE])

@@ -5,9 +5,10 @@ import secrets
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from broker.errors import UsageError
-from broker.noise import BITS_MAX, CHUNK_ITEMS, Grain, discrete_gaussian, fit, gaussian, multiplier
+from broker.noise import BITS_MAX, CHUNK_ITEMS, Grain, add_discrete, fit, gaussian, multiplier
 
 KEY = bytes(range(32))
 COUNT = 300_000
@@ -25,6 +26,12 @@ def test_streams_and_keys_give_noise_of_their_own_and_the_same_ones_the_same() -
     assert np.array_equal(first, gaussian(KEY, 1, 1001))
     for other in (gaussian(KEY, 2, 1001), gaussian(secrets.token_bytes(32), 1, 1001)):
         assert abs(float(np.corrcoef(first, other)[0, 1])) < 0.2
+
+
+def discrete_gaussian(key: bytes, bits: int, count: int) -> NDArray[np.int64]:
+    noise = np.zeros(count, np.int64)
+    add_discrete(key, bits, noise)
+    return noise
 
 
 def test_nothing_that_a_learner_can_sow_changes_noise() -> None:

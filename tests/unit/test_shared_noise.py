@@ -14,7 +14,7 @@ from broker import pact
 from broker.errors import LearnerFailed, Refused, UsageError
 from broker.formats import FORMATS
 from broker.messages import Attempt, Call, Noise, Payload, Ready, Secure, Step, Task
-from broker.noise import discrete_gaussian
+from broker.noise import add_discrete
 from broker.parts import PART_BYTES
 from broker.ring import Form, Ring, encode, ring_of
 from broker.tensors import Layout, TensorSpec
@@ -143,9 +143,8 @@ def test_the_ring_is_exact_with_noise_in_it_however_often_words_pass_its_end(bit
     total, wanted = np.zeros(form.words, form.ring.dtype), np.zeros(FLOATS, object)
     mask = np.random.default_rng(1).integers(0, 2**bits, form.words, dtype=form.ring.dtype.type)
     for seed in range(COHORT):
-        words, noise = encode(form, update(seed), examples=1, metrics={}), discrete_gaussian(
-            secrets.token_bytes(32), grain.bits, FLOATS
-        )  # fmt: skip
+        words, noise = encode(form, update(seed), examples=1, metrics={}), np.zeros(FLOATS, np.int64)
+        add_discrete(secrets.token_bytes(32), grain.bits, noise)
         form.signed(words)[:FLOATS] += noise.astype(form.signed(words).dtype)
         total += words + mask
         wanted += np.rint(deltas(seed) * grain.scale).astype(np.int64) + noise

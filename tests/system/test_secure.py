@@ -439,11 +439,14 @@ async def test_the_roster_is_shown_to_everyone_once_and_again_when_somebody_is_s
     told, begun, killed = list[tuple[int, str, str]](), list[asyncio.Task[None]](), list[int]()
     async with federation(tmp_path, **SECURE, rounds=3) as fed:
 
+        def join(name: str) -> None:
+            fed.join(name, member=pinning(name), lease_s=30.0)  # or who is slow would be sent its task again
+
         async def anew() -> None:
             await fed.places["c"].die()
             if "without" in who:
                 shutil.rmtree(tmp_path / "spool-c")
-            fed.join("c", member=pinning("c"))
+            join("c")
 
         def look(what: Outgoing | Delivery) -> None:
             if isinstance(what, Outgoing) and isinstance(task := read(what), Task) and task.secure:
@@ -461,7 +464,7 @@ async def test_the_roster_is_shown_to_everyone_once_and_again_when_somebody_is_s
         fed.hook = look
         roster = Roster({name: KEYS[name] for name in THREE}, 1).signed(OPERATOR) if "later" in who else fed.roster
         for name in THREE:
-            fed.join(name, member=pinning(name))
+            join(name)
         await fed.end()
         assert told == [*FIRST, *then]
         assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 3)
@@ -566,7 +569,7 @@ async def bytes_of_rounds(folder: Path, names: str, **settings: Any) -> list[Cou
 
         fed.hook = look
         for name in names:
-            fed.join(name)
+            fed.join(name, lease_s=30.0)  # whose lease ends is shown the roster again
         await fed.end()
         assert fed.counted() == [[*names]] * 2
     return [Counter({kind: size // len(names) for kind, size in spent.items()}) for spent in found]

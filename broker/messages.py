@@ -80,7 +80,8 @@ class Secure:
 
     bits: Annotated[int, Within(32, 64)]
     cohort: Annotated[int, Within(pact.COHORT_MIN, pact.COHORT_MAX)]
-    roster: Annotated[bytes, Within(0, 2**21)] = b""
+    roster: pact.Digest = bytes(32)  # see `pact.roster_digest`
+    shown: Annotated[bytes, Within(0, 2**21)] = b""  # its file, for those who may not have seen it; else empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +131,8 @@ class Task:
     dice, so that the same task trained twice gives the same update. `format` and, for top-k, `keep` say how that is
     to be written; its norm is at most `clip`, unless that is 0, and its `examples` are `examples_max` where they were
     more. The payload holds the version's weights if `down` is `full`, else its change, in that format, from the
-    version before, which everyone has claimed to whom this is sent.
-
-    `cohort` is how many are asked at the same time. Unless they are empty, `contract` and `learner_file` say what the
-    learner must be (`broker/contract.py`).
+    version before, which everyone has claimed to whom this is sent. `cohort` is how many are asked at the same time.
+    Unless empty, `contract` and `learner_file` say what the learner must be (`broker/contract.py`).
     """
 
     of: Attempt

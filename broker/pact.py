@@ -47,6 +47,8 @@ COHORT_MAX = 10_000
 COHORT_MIN = 3
 """Fewest: of two, each could take its own update from the sum and would have the other's."""
 METRICS_MAX = 64
+SCORED = "evaluate/"
+"""How the names of metrics begin that evaluate said of the version before, not train."""
 SIGNED_BYTES = 128
 """Of an advert: two keys of 32 bytes, and a signature."""
 COMPLETE_MAX = 64
@@ -171,6 +173,11 @@ def digest(*fields: bytes | str | int) -> bytes:
     return sha256(b"".join(len(field).to_bytes(8, "big") + field for field in raw)).digest()
 
 
+def roster_digest(roster: Mapping[str, bytes]) -> bytes:
+    """Names and keys of a roster in 32 bytes, whatever its version and whoever has signed it."""
+    return digest(*(part for name in sorted(roster) for part in (name, roster[name])))
+
+
 def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, roster: Mapping[str, bytes]) -> bytes:
     """What all keys and signatures of an attempt bind, in 32 bytes.
 
@@ -182,8 +189,7 @@ def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, r
         plan: whatever settings both sides must agree upon, written in one way only.
         roster: name → Ed25519 public key (32 bytes), as this side has pinned it.
     """
-    known = digest(*(part for name in sorted(roster) for part in (name, roster[name])))
-    return digest("fluffle-secure/1", run, round_, attempt, model, digest(plan), known)
+    return digest("fluffle-secure/1", run, round_, attempt, model, digest(plan), roster_digest(roster))
 
 
 class Pact:

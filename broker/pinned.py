@@ -47,11 +47,6 @@ class Roster:
     signature: bytes = b""
     format: Literal[1] = 1
 
-    @property
-    def digest(self) -> bytes:
-        """SHA-256 of what is signed: 32 bytes."""
-        return hashlib.sha256(self._said()).digest()
-
     def with_(self, name: str, key: bytes) -> "Roster":
         """With one worker more, to be signed anew.
 
@@ -83,8 +78,8 @@ class Roster:
         made = Roster(self.workers, self.version + 1, public_of(operator))
         return replace(made, signature=operator.sign(made._said()))
 
-    def check(self, operator: bytes = b"") -> None:
-        """See that it is signed, and by whom it should be; by anybody if `operator` is empty.
+    def check(self, operator: bytes = b"") -> "Roster":
+        """This roster, if it is signed by whom it should be; by anybody if `operator` is empty.
 
         Raises:
             UsageError: it is not.
@@ -100,6 +95,7 @@ class Roster:
             _public(self.operator).verify(self.signature, self._said())
         except InvalidSignature:
             raise UsageError("the roster is not what the operator has signed: get it from them again.") from None
+        return self
 
     def vouch(self, name: str, identity: Ed25519PrivateKey) -> None:
         """See that a worker is on it, with its own key.
@@ -140,7 +136,6 @@ class Roster:
         return cls.parse(text, str(path))
 
     @classmethod
-    @lru_cache(maxsize=8)  # every task shows the same one
     def parse(cls, text: bytes, source: str = "what the coordinator shows") -> "Roster":
         """What was written or shown; `source` is what that is called.
 
@@ -156,15 +151,23 @@ class Roster:
         return made
 
 
+@lru_cache(maxsize=8)  # many workers of one process are shown the same one
+def shown_roster(text: bytes, operator: bytes) -> Roster:
+    """The roster that a coordinator shows, if the operator (a public key) has signed it.
+
+    Raises:
+        UsageError: it is none, or not signed by them.
+    """
+    return Roster.parse(text).check(operator)
+
+
 def read_roster(path: Path, operator: str = "") -> Roster:
     """A roster that the operator (a public key in hex; empty: anybody) has signed.
 
     Raises:
         UsageError: it is none, or not signed by them.
     """
-    roster = Roster.read(path)
-    roster.check(bytes.fromhex(operator))
-    return roster
+    return Roster.read(path).check(bytes.fromhex(operator))
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:

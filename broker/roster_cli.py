@@ -63,8 +63,7 @@ def verify(
 
     The fingerprints are to be compared by telephone.
     """
-    roster = Roster.read(file)
-    roster.check(_key(operator) if operator else b"")
+    roster = Roster.read(file).check(_key(operator) if operator else b"")
     typer.echo(f"version {roster.version}, signed by {fingerprint(roster.operator)}")
     for name in sorted(roster.workers):
         typer.echo(f"{name}  {fingerprint(roster.workers[name])}")

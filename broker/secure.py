@@ -298,9 +298,7 @@ def _signing(folder: Path, operator: Path | None) -> tuple[Roster, Ed25519Privat
         return None
     key, file = read_identity(operator or folder / OPERATOR_KEY), folder / ROSTER
     roster = Roster.read(file) if file.exists() else Roster({}, 0)
-    if roster.signature:
-        roster.check(public_of(key))
-    return roster, key
+    return roster.check(public_of(key)) if roster.signature else roster, key
 
 
 def _enrol(folder: Path, name: str, roster: Roster, operator: Ed25519PrivateKey) -> None:

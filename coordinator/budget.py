@@ -27,7 +27,7 @@ from broker.noise import KEY_BYTES
 from broker.tensors import Layout
 from coordinator.aggregation import Sums, digest
 from coordinator.opened import Open
-from coordinator.plan import Plan
+from coordinator.plan import ON_SUMS, Plan
 from coordinator.privacy import CLIP_START, Veil, key_of, next_clip, noise_on_sum, veil
 from coordinator.roster import Roster
 from coordinator.store import Store
@@ -180,7 +180,7 @@ class Purse:
 
     def __init__(self, store: Store, version: int, *, model: Layout) -> None:
         self._plan = store.plan
-        self.budget = Budget(store, version, model=model) if store.plan.dp in ("central", "distributed") else None
+        self.budget = Budget(store, version, model=model) if store.plan.dp in ON_SUMS else None
         self._spenders: dict[str, str] = {}  # worker → why it refuses
 
     def begin(self, number: int, sums: Sums) -> None:

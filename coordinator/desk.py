@@ -84,9 +84,10 @@ class Desk:
         self._hearing = False
         self.keeping = Keeping(store, self.sums, self._adding)
 
-    def holds(self, worker: str, version: int) -> bool:
-        """Whether the worker has this version and has not lost it since."""
-        return self._holds.get(worker) == (self.roster.incarnation(worker), version)
+    def holds(self, worker: str, version: int | None = None) -> bool:
+        """Whether the worker has claimed this version, or any, from this coordinator, and has lost nothing since."""
+        incarnation, held = self._holds.get(worker, (None, 0))
+        return incarnation == self.roster.incarnation(worker) and version in (None, held)
 
     def made(self, done: Round) -> None:
         """The round has made its version, which is not safe yet, and is open no longer."""

@@ -11,8 +11,7 @@ from hashlib import blake2b
 from typing import Literal
 
 from broker.link import Delivery
-from broker.messages import Attempt, Call, Payload, Ready, Secure, Step, Task, Update
-from broker.pinned import Roster as Keys
+from broker.messages import Attempt, Call, Payload, Ready, Step, Task, Update
 from broker.ring import Form
 from coordinator.history import Facts
 from coordinator.plan import Plan
@@ -114,15 +113,12 @@ def releases(here: Open, updates: int, *, veiled: bool) -> bool:
     return outcome is not None and outcome[0] is Phase.CLOSED if veiled else updates > 0 or not here.round.quorum
 
 
-def task_of(
-    plan: Plan, of: Attempt, payload: Payload, *, work: Literal["train", "evaluate"], version: int, keys: Keys
-) -> Task:
-    """What workers are sent in front of a version, but for who speaks."""
+def task_of(plan: Plan, of: Attempt, payload: Payload, *, work: Literal["train", "evaluate"], version: int) -> Task:
+    """What workers are sent in front of a version, but for who speaks, and whose keys count."""
     return Task(
         of, work, version, plan.round_s, plan.seed, dict(plan.settings), payload,
         format=plan.format, keep=plan.kept, examples_max=plan.counts_most, noise=plan.noise,
         contract=plan.contract, learner_file=plan.learner_file,
-        secure=Secure(plan.ring_bits, plan.cohort, keys.text) if plan.privacy == "secure" else None,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from coordinator.aggregation import RULES
 from coordinator.privacy import contradictions
 
 FILE = "plan.toml"
+ON_SUMS = "central", "distributed"  # kinds of `dp` that put noise on a sum of updates, and not on a row's share
 HEADER = """\
 # The plan of this run. It is frozen once version 1 is made; only `rounds` may still be raised.
 # Change it with options of `fluffle coordinator`, or here by hand while the coordinator does not run.
@@ -237,7 +238,7 @@ class Plan:
     @property
     def counts_most(self) -> int:
         """`examples_max` in force: as given; under noise on the sum all updates count the same."""
-        return 1 if self.dp in ("central", "distributed") else self.examples_max
+        return 1 if self.dp in ON_SUMS else self.examples_max
 
     @property
     def noise(self) -> Noise | None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import BrokerRefused, LinkError, PartsLost, WireError
+from broker.errors import BrokerRefused, LinkError, PartsLost, Unroutable, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
 from broker.messages import Answer, Call, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
@@ -147,19 +147,26 @@ class Post:
         else:
             log.info("the queues of %s were gone: made anew", worker)
 
-    async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str]) -> int:
+    async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str], *, seen: set[str]) -> int:
         """Send a version to these workers, as one copy to the broker; how many bytes that was.
+
+        Who has `seen` the roster of a secure task is told its digest alone.
 
         Raises:
             Unroutable: none of them has a queue.
             LinkError: the broker did not take it.
         """
-        keys = tuple(workers)
-        header = encode(task)
-        for batch in batches(keys):  # not persistent: without its parts it is worth nothing
-            await self.link.publish(Outgoing(topology.DOWN, batch, header, Lane.DOWN, persistent=False))
+        keys, sent = tuple(workers), 0
+        bare = replace(task, secure=task.secure and replace(task.secure, shown=b""))
+        for head in (task, bare):
+            header = encode(head)
+            for batch in batches(tuple(key for key in keys if (key in seen) is (head is bare))):
+                with contextlib.suppress(Unroutable):  # others may be there; if nobody is, the parts say so
+                    # not persistent: without its parts it is worth nothing
+                    await self.link.publish(Outgoing(topology.DOWN, batch, header, Lane.DOWN, persistent=False))
+                sent += len(header)
         parts = forgetting(split(task.payload, weights), weights, lambda part: len(part.data))
-        return len(header) + await publish_parts(self.link, parts, topology.DOWN, keys, lane=Lane.DOWN)
+        return sent + await publish_parts(self.link, parts, topology.DOWN, keys, lane=Lane.DOWN)
 
     async def tell(self, workers: Iterable[str], message: Answer | Closed | Resumed | Call) -> None:
         """Send a small message to these workers. One that cannot be reached will hear it by asking again."""

@@ -18,9 +18,10 @@ from hashlib import sha256
 
 import numpy as np
 
+from broker import pact
 from broker.errors import Aborted, Refused, WireError
-from broker.messages import Answer, Attempt, Call, Ready, Resumed, Step, Task, Update
-from broker.pact import Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, check_advert, context
+from broker.messages import Answer, Attempt, Call, Ready, Resumed, Secure, Step, Task, Update
+from broker.pact import SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.pinned import Roster as Keys
 from broker.ring import Form, counted
 from coordinator.desk import Desk
@@ -37,8 +38,6 @@ STAGE_S = 30.0
 """How long a stage may take in which only a few small things are said."""
 SUMS_MAX = 3
 """So many secure sums of one attempt are begun at the most."""
-SCORED = "evaluate/"
-"""How the names of metrics begin that evaluate said of the version before, not train."""
 
 
 class Secrecy:
@@ -50,6 +49,9 @@ class Secrecy:
         keys: the roster of everyone who may take part.
         wait: until something was heard, or the given instant.
         pay: for what an attempt is about to reveal, where that has a price.
+
+    Attributes:
+        secure: of a task whose updates are added up so.
     """
 
     def __init__(self, store: Store, desk: Desk, *, keys: Keys, wait: Wait, pay: Callable[[Attempt], None]) -> None:
@@ -57,6 +59,7 @@ class Secrecy:
         self._plan = store.plan
         self._desk = desk
         self._keys = keys.workers
+        self.secure = Secure(store.plan.ring_bits, store.plan.cohort, pact.roster_digest(keys.workers), keys.text)
         self._wait = wait
         self._pay = pay
         self._vault = Vault(store.folder, store.claim)
@@ -244,7 +247,7 @@ class Secrecy:
                 raise Refused(f"{worker} was started anew, and has lost the keys of this sum.")
             if ready.advert.worker != worker:
                 raise Refused(f"{worker} advertises keys of {ready.advert.worker}.")
-            check_advert(secret.context, ready.advert, self._keys)
+            pact.check_advert(secret.context, ready.advert, self._keys)
             secret.ready[worker] = ready
             round_.count(worker, 0)
         elif call := secret.calls.get(worker):

@@ -49,7 +49,7 @@ class Coordinator:
     """One run's coordinator. `serve` returns when the plan's last version is made and scored."""
 
     def __init__(self, store: Store, link: Link, *, drains: int = DRAINS, keys: Keys | None = None) -> None:
-        self.store, self.keys = store, keys or Keys({}, 0)
+        self.store = store
         epoch = store.claim.epoch or store.begin_epoch()
         store.settle()
         self.plan = store.plan
@@ -64,8 +64,8 @@ class Coordinator:
         self._former = self.desk.remember(lines)
         self.rests.remember(lines)
         self._purse, self._ends = Purse(store, version, model=self.layout), ""  # why, before its rounds are done
-        secure, pay = self.plan.privacy == "secure", self._purse.share
-        self._secrecy = Secrecy(store, self.desk, keys=self.keys, wait=self._wait, pay=pay) if secure else None
+        secure, keys, pay = self.plan.privacy == "secure", keys or Keys({}, 0), self._purse.share
+        self._secrecy = Secrecy(store, self.desk, keys=keys, wait=self._wait, pay=pay) if secure else None
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
         self._say = Now(store, self.desk, self.rests).say
@@ -371,13 +371,14 @@ class Coordinator:
 
     def _task(self, of: Attempt, work: Literal["train", "evaluate"], called: str) -> Task:
         payload = Payload(called, self.plan.part_bytes, self.layout.specs)
-        task = task_of(self.plan, of, payload, work=work, version=self.desk.version, keys=self.keys)
+        task = task_of(self.plan, of, payload, work=work, version=self.desk.version)
         together = len(self.desk.open.round.asked) if self.desk.open else 0
-        return replace(task, epoch=self.post.epoch, clip=self.desk.sums.clip, cohort=together)
+        secure = self._secrecy.secure if self._secrecy else None
+        return replace(task, epoch=self.post.epoch, clip=self.desk.sums.clip, cohort=together, secure=secure)
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:
         try:
-            return await self.post.send_task(task, data, workers)
+            return await self.post.send_task(task, data, workers, seen={w for w in workers if self.desk.holds(w)})
         except Unroutable:  # their queues are gone; they declare them again when they return
             if self.desk.open:
                 for worker in workers:

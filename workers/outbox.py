@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from xxhash import xxh3_64_digest
 
-from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, WireError
+from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, UsageError, WireError
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Call, Closed, Payload, Refusal, Score, Task, Update
 from broker.pact import Dealt
@@ -287,7 +287,7 @@ class Outbox:
         """Whether there is anything new to say in a secure sum, and no reason not to."""
         try:
             return bool(await asyncio.to_thread(what))
-        except (Refused, WireError, LearnerFailed) as problem:
+        except (Refused, WireError, LearnerFailed, UsageError) as problem:
             await self.refuse(sent.task, str(problem))
             return False
 

@@ -6,26 +6,22 @@ know keys and masks (`masking.py`), nor queues: what it is asked may take a whil
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
 from broker.files import read_record, write_whole
-from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Step, Task
+from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Secure, Step, Task
 from broker.noise import KEY_BYTES, add_discrete
-from broker.pact import METRICS_MAX, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
-from broker.pinned import Roster
+from broker.pact import METRICS_MAX, SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
+from broker.pinned import Roster, read_roster, shown_roster
 from broker.ring import Form, Ring, encode, ring_of
 from workers.masking import Masking, Member
 from workers.spool import Slot
 from workers.work import Done, Who
-
-SCORED = "evaluate/"
-"""How the names of metrics begin that evaluate said of the version, not train."""
 
 Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part, once a round."""
@@ -77,11 +73,6 @@ def ring_for(task: Task) -> Ring:
     )  # fmt: skip
 
 
-def digest_of(weights: memoryview) -> bytes:
-    """What binds keys to the version that was received."""
-    return sha256(weights).digest()
-
-
 class Secrecy:
     """One worker's.
 
@@ -111,33 +102,51 @@ class Secrecy:
         self.pay = pay
         self._path = folder / f"{member.name}.unmasked"
         self._seen = folder / f"{member.name}.roster"
+        self._known = pact.roster_digest(member.roster), member.roster  # or what was shown last, behind its digest
 
-    def trust(self, shown: bytes) -> None:
-        """Look at the roster that a task shows; who pins the operator takes it over, unless a later one was seen.
+    def trust(self, secure: Secure) -> bool:
+        """Whether the roster that a task names is known, and trusted; if not, it is to be shown.
+
+        Who pins the operator takes over what is shown, unless a later one was seen.
 
         Raises:
-            UsageError: it is not the operator's, is an old one, or has another key for this worker.
+            UsageError: it is not this worker's, or what is shown is not the operator's, is an old one, has another
+                key for this worker, or is not what the task names.
             LearnerFailed: it cannot be put down that it was seen.
         """
-        member, roster = self.member, Roster.parse(shown)
-        if member.roster:
-            if roster.workers != member.roster:
-                raise UsageError("the coordinator's roster is not this worker's: ask the operator for the latest.")
-            return
-        roster.check(member.operator)
+        member, known = self.member, secure.roster == self._known[0]
+        if member.roster and not known:
+            raise UsageError("the coordinator's roster is not this worker's: ask the operator for the latest.")
+        if member.roster or not secure.shown:
+            return known and bool(self._known[1])
+        roster = shown_roster(secure.shown, member.operator)
         roster.vouch(member.name, member.identity)
         try:
             seen = Roster.read(self._seen) if self._seen.exists() else Roster({}, 0)
             if seen.operator != roster.operator or seen.version < roster.version:
                 roster.write(self._seen)
-            elif seen.digest != roster.digest:
+            elif (seen.version, seen.workers) != (roster.version, roster.workers):
                 raise UsageError(
                     f"the coordinator shows version {roster.version} of the roster, and this worker has seen "
-                    f"{'another one' if seen.version == roster.version else f'version {seen.version}'}: it must "
-                    "have the latest from the operator."
+                    f"another, version {seen.version}: it must have the latest from the operator."
                 )
         except OSError as problem:
             raise LearnerFailed(f"{self._seen} cannot be written ({problem.strerror}).") from None
+        self._known = pact.roster_digest(roster.workers), roster.workers
+        if self._known[0] != secure.roster:
+            raise UsageError("the coordinator shows another roster than the one that its task names.")
+        return True
+
+    def roster(self, secure: Secure) -> Mapping[str, bytes]:
+        """Names and keys, in the sums of a task that was trusted, perhaps by an earlier process.
+
+        Raises:
+            Refused: another roster was trusted since then.
+            UsageError: there is none any more.
+        """
+        known = self._known[1] or read_roster(self._seen, self.member.operator.hex()).workers
+        insist(pact.roster_digest(known) == secure.roster, "another roster has been shown since this task came.")
+        return known
 
     def answered(self, of: Attempt) -> str:
         """The record of this worker's answer in this round of a run, or in a later one; empty if there is none.
@@ -232,13 +241,10 @@ class Talk:
     def _advertise(self, serial: int) -> None:
         """Fresh keys for another sum; nothing is left of the one before."""
         task, (_, threshold_min) = self._task, self._secrecy.least()
-        member = replace(self._secrecy.member, threshold_min=threshold_min)
-        if not member.roster and task.secure:
-            member = replace(member, roster=Roster.parse(task.secure.roster).workers)
-        of, model = task.of, self._done.model
-        bound = context(
-            of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=member.roster
-        )
+        assert task.secure
+        of, model, roster = task.of, self._done.model, self._secrecy.roster(task.secure)
+        member = replace(self._secrecy.member, threshold_min=threshold_min, roster=roster)
+        bound = context(of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=roster)
         self._masking = Masking(member, bound, secrets.token_bytes, answered=self._secrecy.answered(of))
         self._serial, self.words, self.payload, self._heard = serial, None, None, []
         self.said = Ready(of, member.name, serial, self._masking.advert, tuple(self._metrics))

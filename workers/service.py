@@ -15,6 +15,7 @@ import random
 import secrets
 from collections.abc import Coroutine
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, TypeVar
 
 from broker.changes import apply_change
@@ -29,7 +30,7 @@ from workers.outbox import Outbox
 from workers.owner import Owner
 from workers.post import Post, Shared
 from workers.residuals import Residuals
-from workers.secrecy import Secrecy, check, digest_of
+from workers.secrecy import Secrecy, check
 from workers.spending import Spending
 from workers.spool import Held, Landing, Slot
 from workers.training import Seat
@@ -224,19 +225,19 @@ class Worker:
             self._arrival = Arrival(task, delivery, landing, due_at)
             return
         await delivery.ack()
-        self._tell(f"{task.of} is the change of a version that is not here: asking for the whole")
+        self._tell(f"{task.of} takes a version or a roster that is not here: asking for the whole")
         await self._begin()
 
     def _room_for(self, task: Task) -> Landing | None:
-        """Where the parts of a task land; None where it is the change of a version that we do not hold.
+        """Where the parts of a task land; None where it takes a version that we do not hold, or an unseen roster.
 
         Raises:
             LearnerFailed: it is of another model, or there is no room, or it is not for us.
             UsageError: the model has names that the format of the change needs.
         """
         check(task, self.who)
-        if task.secure and self._outbox.secrecy:
-            self._outbox.secrecy.trust(task.secure.roster)
+        if task.secure and self._outbox.secrecy and not self._outbox.secrecy.trust(task.secure):
+            return None
         expected = self.layout if task.down == "full" else FORMATS[task.down].layout(self.layout)
         if differs := self.seat.contract.breach(task, expected, task.payload.layout):
             raise LearnerFailed(differs)
@@ -318,7 +319,7 @@ class Worker:
                 if work.owes:
                     await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
                 owed = self._residuals.of(task.of) if work.owes else None
-                model = await asyncio.to_thread(digest_of, weights.data) if task.secure else b""
+                model = await asyncio.to_thread(lambda: sha256(weights.data).digest()) if task.secure else b""
                 done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
                 done = replace(done, model=model)
                 if train and private:

@@ -9,9 +9,10 @@ import dataclasses
 import errno
 import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,18 +31,34 @@ from broker.messages import (
     Message,
     Part,
     Payload,
+    Ready,
     Refusal,
+    Secure,
     Task,
     Update,
     decode,
     encode,
 )
+from broker.pact import check_advert, context, roster_digest
 from broker.parts import Assembly, split
+from broker.pinned import Roster, public_of
 from broker.tensors import Layout, TensorSpec
 from tests.hostile.liar import RUN, changed, nested, packed
 from tests.memory import MemoryLink
-from tests.system.rig import BOUND_S, MODEL, Federation, Place, federation, learned, start_weights
+from tests.system.rig import (
+    BOUND_S,
+    IDENTITIES,
+    KEYS,
+    MODEL,
+    OPERATOR,
+    Federation,
+    Place,
+    federation,
+    learned,
+    start_weights,
+)
 from workers.ledger import SUFFIX
+from workers.masking import Member
 from workers.outbox import SENT_MAX
 from workers.spool import HELD_MAX
 from workers.work import task_seed
@@ -49,7 +66,7 @@ from workers.work import task_seed
 WORKER = "a"
 LIE, HONEST = Attempt(RUN, 1, 1), Attempt(RUN, 2, 1)
 OF_WORKER = topology.of_worker
-Kind = TypeVar("Kind", Update, Refusal)
+Kind = TypeVar("Kind", Update, Refusal, Ready)
 
 
 def task(of: Attempt, **changes: object) -> Task:
@@ -124,7 +141,7 @@ class FalseCoordinator:
 
 
 @asynccontextmanager
-async def a_worker(folder: Path, **of_who: bool) -> AsyncIterator[tuple[Federation, FalseCoordinator]]:
+async def a_worker(folder: Path, **of_who: object) -> AsyncIterator[tuple[Federation, FalseCoordinator]]:
     """An honest worker and a coordinator that is not."""
     async with federation(folder) as fed:
         link = MemoryLink(fed.broker)
@@ -134,7 +151,8 @@ async def a_worker(folder: Path, **of_who: bool) -> AsyncIterator[tuple[Federati
         await fed.until(lambda: bool(place.worker._incarnation))
         yield fed, FalseCoordinator(link, place)
         await fed.close()
-        (ledger,) = place.worker.spool.folder.glob("*")  # and no other file was left
+        files = place.worker.spool.folder.iterdir()
+        (ledger,) = (file for file in files if file.suffix != ".roster")  # and no other file was left
         assert check(ledger.read_bytes(), "ledger")[0] == []
         gc.collect()  # a failed publish and its traceback may hold each other, and what was being sent
         assert place.worker.spool.in_use == 0, "models were kept"
@@ -460,3 +478,68 @@ async def test_an_update_that_is_wanted_again_and_again_is_sent_again_and_again(
         await false.take_update(LIE)
         await false.get_honest_work()
         assert false.place.lesson.done == [(True, 1), (True, 2)]
+
+
+ROSTER = Roster(KEYS, 1).signed(OPERATOR)  # version 2
+WITH_A_STRANGER = {**KEYS, "x": bytes(range(32))}
+
+
+def named(keys: Mapping[str, bytes], shown: bytes = b"") -> Secure:
+    """A roster's digest, and what is shown for it."""
+    return Secure(32, 3, roster_digest(keys), shown)
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (named(KEYS, Roster(KEYS, 5).signed(IDENTITIES["j"]).text), "the roster is signed by another operator: "),
+        (
+            named(WITH_A_STRANGER, dataclasses.replace(ROSTER, version=3, workers=WITH_A_STRANGER).text),
+            "the roster is not what the operator has signed",
+        ),
+        (named(KEYS, b"{}"), "what the coordinator shows is not a roster"),
+        (named(WITH_A_STRANGER, Roster(KEYS, 2).signed(OPERATOR).text), "the coordinator shows another roster than"),
+        (
+            named(WITH_A_STRANGER, Roster(WITH_A_STRANGER, 0).signed(OPERATOR).text),
+            "the coordinator shows version 1 of the roster, and this worker has seen another, version 2: it must",
+        ),
+        (
+            named(WITH_A_STRANGER, Roster(WITH_A_STRANGER, 1).signed(OPERATOR).text),
+            "the coordinator shows version 2 of the roster, and this worker has seen another, version 2: it must",
+        ),
+        (
+            named({"b": KEYS["b"]}, Roster({"b": KEYS["b"]}, 8).signed(OPERATOR).text),
+            "the roster has another key for a, or none",
+        ),
+        (named(WITH_A_STRANGER), ""),
+        (named({}), ""),
+    ],
+    ids=["operator", "changed", "none", "other names", "old", "same version", "without it", "digest", "empty digest"],
+)
+async def test_a_roster_that_lies_costs_its_task_and_is_trained_for_by_nobody(
+    tmp_path: Path, lie: Secure, said: str
+) -> None:
+    """A digest that nobody knows is asked about: the worker is there anew, as if it had lost what it was sent."""
+    member = Member(WORKER, IDENTITIES[WORKER], {}, operator=public_of(OPERATOR))
+    async with a_worker(tmp_path, member=member) as (fed, false):
+
+        def secret(number: int, secure: Secure) -> Task:
+            return task(Attempt(RUN, number, 1), clip=60.0, examples_max=64, secure=secure)
+
+        async def get_honest_keys(number: int, shown: bytes) -> None:
+            asked = secret(number, named(KEYS, shown))
+            await false.send(asked, *parts(asked))
+            ready, model = await false.hear(Ready), sha256(start_weights()).digest()
+            bound = context(RUN, number, 1 << 32 | 1, model=model, plan=asked.terms, roster=KEYS)
+            check_advert(bound, ready.advert, KEYS)
+            await false.tell(Closed(asked.of, "thank you"))
+
+        await get_honest_keys(1, ROSTER.text)
+        before, lies = false.place.worker._incarnation, secret(2, lie)
+        await false.send(lies, *parts(lies))
+        if said:
+            assert (await false.hear(Refusal)).reason.startswith(said)
+        else:
+            await fed.until(lambda: false.place.worker._incarnation not in ("", before))
+        await get_honest_keys(3, b"")
+        assert false.place.lesson.done == [(True, 1), (True, 3)]

@@ -73,6 +73,8 @@ class Company:
 
     def __init__(self, folder: Path, names: str, task: Task = TASK) -> None:
         roster = {name: KEYS[name] for name in names}
+        assert task.secure
+        task = replace(task, secure=replace(task.secure, roster=pact.roster_digest(roster)))
         model, self.paid, self.task, self.noted = bytes(32), 0, task, list[str]()
         self.talks = dict[str, Talk]()
         for seed, name in enumerate(names):

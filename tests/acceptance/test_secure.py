@@ -1,10 +1,14 @@
 """Secure rounds over RabbitMQ: with processes that are killed in every stage, and with a witness of every message."""
 
 import asyncio
+import json
+import math
 import signal
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from coordinator.aggregation import RULES
 from coordinator.unmasking import into_sums
 from tests.acceptance.federation import FLUFFLE, Federation
 from tests.summed import finished
+from workers import ledger
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -160,6 +165,92 @@ def test_of_all_that_passes_the_broker_nothing_gives_a_picture_away_and_the_sum_
     into_sums(form, total, 4, sums)
     assert f.version(1) == bytes(finished(RULES["mean"], sums, memoryview(bytes(MODEL.size_bytes))))
     assert f.rounds()[0]["secure"]["examples"] == counted(form, total).examples == 2 + 3 + 4 + 5
+
+
+# each worker moves the same way by the same, so that what was learned stands out of the noise
+STEP, FLOATS = 0.009, 10_000
+STEPS = f"""
+import torch
+
+def model():
+    made = torch.nn.Module()
+    made.w = torch.nn.Parameter(torch.zeros({FLOATS}))
+    return made
+
+def data(source):
+    return int(source)
+
+def train(model, data, settings):
+    with torch.no_grad():
+        model.w += {STEP}
+    return data, {{"loss": 1.0}}
+
+def evaluate(model, data):
+    return {{"loss": 1.0}}
+"""
+ODDS = 1e-9 / 16  # of each of the events below, two of each bound; the noise's seeds are nobody's to choose
+
+
+def check_noise(noise: np.ndarray, deviation: float) -> None:
+    """Whether it can be normal and of this deviation (Laurent and Massart 2000, lemma 1, for the sum of squares)."""
+    x, d = -math.log(ODDS), len(noise)
+    assert abs(noise.sum()) < deviation * math.sqrt(2 * d * x)
+    assert -2 * math.sqrt(d * x) < ((noise / deviation) ** 2).sum() - d < 2 * math.sqrt(d * x) + 2 * x
+
+
+def test_the_workers_noise_is_in_every_version_and_the_run_ends_before_the_round_that_its_budget_cannot_pay(
+    federation: Federation,
+) -> None:
+    f, names, noise, budget = federation, ["w-1", "w-2", "w-3", "w-4"], 0.5, 25.0
+    wanted = [epsilon_of(noise, times) for times in (1, 2, 3, 4)]
+    f.learner.write_text(STEPS)
+    roster, keys = ("--roster", str(draw_keys(f.folder / "keys", names))), str(f.folder / "keys" / "{name}.key")
+    dp = ("--dp", "distributed", "--dp-noise", str(noise), "--dp-budget", str(budget), "--clip", "1")
+    f.fluffle("init", str(f.learner), str(f.run))
+    sums = ("--rounds", "9", "--cohort", "4", "--quorum", "3", "--gather-s", "120", "--privacy", "secure")
+    f.coordinator(*sums, *dp, *roster)
+    member = ("--many", "4", "--data", "{index}", *roster, "--identity", keys)
+    f.start("w", "worker", str(f.learner), "--name", "w", *member)
+    assert f.wait("coordinator") == 0
+
+    lines = f.rounds()
+    assert [line["metrics"] for line in lines] == [{}] * 3
+    told = [(line["secure"][what] for what in ("of", "metrics", "examples")) for line in lines]
+    assert [*map(tuple, told)] == [(names, {}, 4)] * 3  # each counts as one, whatever it says
+    spent = [line["privacy"]["epsilon"] for line in lines]
+    assert spent == pytest.approx(wanted[:3], rel=1e-4)  # discrete noise, and a delta that was rounded, cost a little
+    assert spent[2] < budget < wanted[3]
+    why = (
+        f"the privacy budget is spent: epsilon is {spent[2]:.4g} after 3 releases, and one more would make it "
+        f"{wanted[3]:.4g}, over dp_budget 25 (delta 1e-05)"
+    )
+    assert json.loads((f.run / "now.json").read_text())["why"].startswith(f"version 3 is the last: {why}")
+    assert f"there is no further round: {why}" in f.log("coordinator")
+
+    versions = [np.frombuffer(f.version(number), np.float32).astype(np.float64) for number in range(4)]
+    deviation = noise * math.sqrt(4 / 3) / 4  # three workers' is enough, four's is in it
+    for before, after in pairwise(versions):
+        check_noise(after - before - STEP, deviation)
+    check_noise(versions[3] - 3 * STEP, deviation * math.sqrt(3))
+
+    def written(name: str, event: str) -> list[dict[str, Any]]:
+        (path,) = (f.folder / "state").rglob(f"{name}.ledger")
+        return [line for line in ledger.lines(path.read_bytes()) if line["event"] == event]
+
+    f.until(lambda: all(len(written(name, "secure")) == 3 for name in names))  # the last to answer is not waited for
+    revealed = ["the sum of these updates", "the sum of their examples"]
+    for name in names:
+        assert [line["epsilon"] for line in written(name, "spent")] == spent
+        rounds = [(line["round"], line["of"], line["revealed"]) for line in written(name, "secure")]
+        assert rounds == [(number, names, revealed) for number in (1, 2, 3)]
+
+
+def epsilon_of(noise: float, times: int) -> float:
+    """What so many releases with Gaussian noise cost, by the library alone."""
+    dpa = pytest.importorskip("dp_accounting", reason="needs the extra `dp`")
+    accountant = dpa.rdp.RdpAccountant()
+    accountant.compose(dpa.GaussianDpEvent(noise), times)
+    return float(accountant.get_epsilon(1e-5))
 
 
 COORDINATOR = (

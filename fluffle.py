@@ -15,8 +15,7 @@ import broker.roster_cli
 import coordinator.cli
 import workers.attack_cli
 import workers.cli
-from broker.daemon import GAVE_UP, STOPPED, StoppedEarly
-from broker.errors import FluffleError, GaveUp, UsageError
+from broker.errors import FluffleError
 from broker.fields import legible
 from broker.options import SettingPairs, parse_settings
 from coordinator import plan as plans
@@ -40,19 +39,9 @@ def main() -> None:
     """
     try:
         app()
-    except UsageError as problem:
-        _leave(problem, 2)
-    except StoppedEarly as problem:
-        _leave(problem, STOPPED)
-    except GaveUp as problem:
-        _leave(problem, GAVE_UP)
     except FluffleError as problem:
-        _leave(problem, 1)
-
-
-def _leave(problem: Exception, status: int) -> None:
-    sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
-    sys.exit(status)
+        sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
+        sys.exit(problem.status)
 
 
 def version() -> None:

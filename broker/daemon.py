@@ -16,14 +16,12 @@ from collections.abc import Awaitable, Callable
 
 from uvloop import new_event_loop
 
-from broker.errors import FluffleError
+from broker.errors import GAVE_UP, STOPPED, FluffleError
 from broker.fields import legible
 
 PARENT = "FLUFFLE_PARENT"
 """Environment variable: a daemon that finds it dies with the process of that id."""
 PR_SET_PDEATHSIG = 1
-STOPPED, GAVE_UP = 3, 4
-"""Exit statuses: told to stop before the work was done; unable to go on, for reasons that a new process may mend."""
 NOW_S = 1.5
 """How long a daemon may take to tidy up after the second signal."""
 HANG_S = 60.0
@@ -34,6 +32,8 @@ LOOKS = 4
 
 class StoppedEarly(FluffleError):
     """The daemon was told to stop before its work was done."""
+
+    status = STOPPED
 
 
 def start_log(*, quiet: bool = False) -> None:

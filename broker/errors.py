@@ -23,13 +23,23 @@ FluffleError
 Each error's text is one sentence that says what is wrong and what to do. This file knows no other file.
 """
 
+STOPPED, GAVE_UP = 3, 4
+"""Exit statuses: told to stop before the work was done; unable to go on, for reasons that a new process may mend."""
+
 
 class FluffleError(Exception):
-    """Anything that Fluffle raises on purpose; its text is one sentence meant to be read."""
+    """Anything that Fluffle raises on purpose; its text is one sentence meant to be read.
+
+    `status` is with which a command exits that ends with it.
+    """
+
+    status = 1
 
 
 class UsageError(FluffleError):
     """The user can mend this: a setting, a path, a file, a learner. The command line exits with status 2."""
+
+    status = 2
 
 
 class BrokerRefused(UsageError):
@@ -94,6 +104,8 @@ class Declined(FluffleError):
 
 class GaveUp(FluffleError):
     """This process cannot do its work any more; a new one may, once the text's reason has passed."""
+
+    status = GAVE_UP
 
 
 class RunEnded(FluffleError):

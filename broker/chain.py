@@ -24,8 +24,6 @@ from typing import IO, Any, NamedTuple
 
 CHAIN, AFTER_TORN = "chain", "after_torn"
 TAIL_BYTES = 64 * 1024
-SEARCHES_MAX = 32
-"""For so many broken places the line that stood before is looked for in the whole file."""
 
 
 class Finding(NamedTuple):
@@ -88,11 +86,7 @@ def check(data: bytes, name: str = "history", *, remembered: str = "") -> tuple[
     """
     findings: list[Finding] = []
     numbered = [(number, raw, _read(raw)) for number, raw in enumerate(data.split(b"\n"), 1)]
-    chains = {"": 0}
-    for number, _, line in numbered:
-        if line:
-            chains.setdefault(line[CHAIN], number)
-    before, last, torn, searches = "", 0, b"", 0
+    before, last, torn = "", 0, b""
     whole = not data or data.endswith(b"\n")
     for number, raw, line in numbered[:-1] if whole else numbered:
         if line is None:
@@ -102,32 +96,21 @@ def check(data: bytes, name: str = "history", *, remembered: str = "") -> tuple[
         if raw != _canonical(line):
             findings.append(Finding(f"line {number} of the history was changed: it is not written as lines are."))
         if line[CHAIN] != _chain(_unchained(line), before):
-            searches += 1
-            findings.append(_misplaced(number, last, line, chains if searches <= SEARCHES_MAX else {}))
+            findings.append(_misplaced(number, last))
         before, last, torn = line[CHAIN], number, b""
     if torn:
         findings.append(_left(last, torn, whole=whole))
-    if remembered and remembered not in chains:
+    if remembered and all(line is None or line[CHAIN] != remembered for _, _, line in numbered):
         findings.append(Finding(f"no line of the history has the chain {remembered}: it was written anew since."))
     return [found._replace(said=found.said.replace("history", name)) for found in findings], before
 
 
-def _misplaced(number: int, last: int, line: Mapping[str, Any], chains: Mapping[str, int]) -> Finding:
-    """Where a line that does not follow the one before it belongs, if that can be told."""
-    if chains.get(line[CHAIN], number) < number:
-        return Finding(f"line {number} of the history is line {chains[line[CHAIN]]} once more: it was inserted.")
-    behind = [found for chain, found in chains.items() if _chain(_unchained(line), chain) == line[CHAIN]]
-    place = f"line {last}" if last else "the beginning"
-    if not behind:
-        return Finding(
-            f"line {number} of the history does not follow from {place}: it was changed, "
-            f"or {'that one was, or ' if last else ''}a line between them was removed."
-        )
-    if behind[0] > number:
-        return Finding(f"line {number} of the history belongs behind line {behind[0]}: lines were swapped.")
+def _misplaced(number: int, last: int) -> Finding:
+    """Of a line that does not follow the one before it."""
+    place, other = (f"line {last}", "that one was, or ") if last else ("the beginning", "")
     return Finding(
-        f"line {number} of the history follows {f'line {behind[0]}' if behind[0] else 'the beginning'}, not {place}: "
-        f"{_lines(behind[0] + 1, number - 1)} inserted there or swapped."
+        f"line {number} of the history does not follow from {place}: it was changed, or {other}a line between them "
+        "was removed, or lines were inserted there or swapped."
     )
 
 

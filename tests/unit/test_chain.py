@@ -88,19 +88,19 @@ def test_the_end_that_was_cut_off_is_not_missed_by_the_chain_itself() -> None:
 
 
 def test_lines_that_were_swapped_are_named() -> None:
-    assert said([*GOOD[:2], GOOD[3], GOOD[2], *GOOD[4:]]) == [
-        "line 3 of the history belongs behind line 4: lines were swapped.",
-        "line 4 of the history follows line 2, not line 3: line 3 was inserted there or swapped.",
-        "line 5 of the history follows line 3, not line 4: line 4 was inserted there or swapped.",
+    found = said([*GOOD[:2], GOOD[3], GOOD[2], *GOOD[4:]])
+    assert [each.split(":")[0] for each in found] == [
+        f"line {n} of the history does not follow from line {n - 1}" for n in (3, 4, 5)
     ]
+    assert all(each.endswith("or lines were inserted there or swapped.") for each in found)
 
 
 def test_a_line_that_was_inserted_is_named_however_well_it_is_forged() -> None:
     forged = chain.written(LINES[0], json.loads(GOOD[2])["chain"])[0].strip()
-    assert said([*GOOD[:3], forged, *GOOD[3:]]) == [
-        "line 5 of the history follows line 3, not line 4: line 4 was inserted there or swapped."
-    ]
-    assert said([*GOOD[:3], GOOD[1], *GOOD[3:]])[0] == ("line 4 of the history is line 2 once more: it was inserted.")
+    (found,) = said([*GOOD[:3], forged, *GOOD[3:]])
+    assert found.startswith("line 5 of the history does not follow from line 4: ")
+    found, _ = said([*GOOD[:3], GOOD[1], *GOOD[3:]])
+    assert found.startswith("line 4 of the history does not follow from line 3: ")
     for foreign in (b"", b"{", b"3", b'{"event":"round"}', b"\xff", b'{"chain":1}', b"[" * 100_000):
         assert said([*GOOD[:3], foreign, *GOOD[3:]]) == [
             "line 4 was changed or inserted: no line of this history reads so, and line 5 knows nothing of it."

@@ -18,16 +18,17 @@ operator's roster and signed survivors. What differs from the papers:
   dealers, call the honest ones among them lost, and have its update. In a complete graph the quorum prevents it.
 
 Whom it takes. A coordinator that lies learns one worker's update only with more than a third of a complete graph's
-members; beyond 64, with colluders among the holders of its secrets for all but one of the threshold. With `degree_of`
-and the default threshold, the odds that any of 100 to 10,000 members has so many are below 2^-64 if a fifth of all
-collude, and 2^-25 if a third does (union bound over hypergeometric neighbourhoods); a coordinator that tries many
-cohorts does a little better, for it chooses whose adverts it shows. The odds that a tenth of all, dropping out, end
-an attempt are below 2^-20.
+members; beyond 64, with colluders among the holders of its secrets for all but one of the threshold. `degree_of` gives
+as many neighbours as it takes, at the default threshold, for the odds that any member has so many to be below 2^-64 if
+a fifth of all collude, and 2^-25 if a third does (union bound over hypergeometric neighbourhoods); a coordinator that
+tries many cohorts does a little better, for it chooses whose adverts it shows. The odds that a tenth of all, dropping
+out, end an attempt are below 2^-20.
 """
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Annotated
 
@@ -218,6 +219,8 @@ class Pact:
         self._holders = {
             name: tuple(sorted(set(near[at - half : at + half + 1]))) for at, name in enumerate(ring, len(ring))
         }
+        self._near = {name: tuple(n for n in held if n != name) for name, held in self._holders.items()}
+        self._said = lru_cache(maxsize=4 * len(ring))(partial(digest, self.transcript))  # neighbours look at the same
 
     def holders(self, worker: str) -> tuple[str, ...]:
         """Who has a share of a member's secrets: its neighbours and itself, sorted; the first has x = 1."""
@@ -225,11 +228,11 @@ class Pact:
 
     def neighbours(self, worker: str) -> tuple[str, ...]:
         """To whom a member deals shares, and against whom it masks; sorted."""
-        return tuple(name for name in self._holders[worker] if name != worker)
+        return self._near[worker]
 
     def dealers(self, worker: str, dealers: Container[str]) -> bytes:
         """What a worker signs when it has masked against those of its neighbours that are among the dealers."""
-        return digest(self.transcript, "dealers", worker, *(n for n in self.neighbours(worker) if n in dealers))
+        return self._said("dealers", worker, *(n for n in self._near[worker] if n in dealers))
 
     def finishers(self, finishers: Finishers) -> bytes:
         """What a worker signs when it vows."""
@@ -254,14 +257,22 @@ class Pact:
         """A hash of the self mask's secret, which says nothing of 32 random bytes."""
         return digest(self.transcript, "commitment", worker, secret)
 
-    def seal(self, key: X25519PrivateKey, me: str, to: str, shares: bytes) -> bytes:
+    def common(self, key: X25519PrivateKey, other: str) -> bytes:
+        """What seals between the owner of a sealing key and `other`, in both directions.
+
+        Raises:
+            Refused: the other's key is not usable.
+        """
+        return _shared(key, self.keys[other][32:], other)
+
+    def seal(self, common: bytes, me: str, to: str, shares: bytes) -> bytes:
         """Shares that only `to` can open. A direction has a key of its own, which seals once: hence no nonce."""
-        cipher = ChaCha20Poly1305(self._derive(_shared(key, self.keys[to][32:], to), "seal", me, to))
+        cipher = ChaCha20Poly1305(self._derive(common, "seal", me, to))
         return cipher.encrypt(bytes(12), shares, None)
 
-    def unseal(self, key: X25519PrivateKey, sender: str, me: str, sealed: bytes) -> bytes:
+    def unseal(self, common: bytes, sender: str, me: str, sealed: bytes) -> bytes:
         """What `sender` has sealed for `me`; empty if that is not so."""
-        cipher = ChaCha20Poly1305(self._derive(_shared(key, self.keys[sender][32:], sender), "seal", sender, me))
+        cipher = ChaCha20Poly1305(self._derive(common, "seal", sender, me))
         try:
             return cipher.decrypt(bytes(12), sealed, None)
         except InvalidTag:
@@ -271,14 +282,44 @@ class Pact:
         return HKDF(SHA256(), 32, salt=self.transcript, info=digest(*info)).derive(secret)
 
 
+@lru_cache(maxsize=4)
+def pact_of(context_: bytes, settled: Settled) -> Pact:
+    """What follows, worked out once for all who are hosted together and were shown the same."""
+    return Pact(context_, settled)
+
+
+@lru_cache(maxsize=256)
 def degree_of(members: int) -> int:
-    """How many neighbours each of so many members has: all others up to 64, then 8·⌈log2 members⌉."""
-    return members - 1 if members <= COMPLETE_MAX else 8 * (members - 1).bit_length()
+    """How many neighbours each of so many members has: all others up to 64, then the fewest that are safe: see above.
+
+    65 members have 32, 100 have 44, 1000 have 86, 10,000 have 104.
+    """
+    if members <= COMPLETE_MAX:
+        return members - 1
+    return next(degree for degree in range(2, members, 2) if _is_safe(members, degree))
+
+
+def _is_safe(members: int, degree: int) -> bool:
+    least, others = _part_of(degree + 1, 2 / 3), members - 1
+
+    def rare(kind: int, found: int, bits: int) -> bool:
+        """Whether of `kind` members hardly any one's neighbours count so many: the odds, exactly, below 2^-bits."""
+        ways = sum(
+            math.comb(kind, n) * math.comb(others - kind, degree - n) for n in range(found, min(kind, degree) + 1)
+        )
+        return members * ways << bits < math.comb(others, degree)
+
+    learns, lost = least - 1, degree + 2 - least
+    return rare(members // 5, learns, 64) and rare(members // 3, learns, 25) and rare(members // 10, lost, 20)
 
 
 def threshold_of(members: int, *, part: float = 2 / 3) -> int:
     """How many of a member's holders it takes: ⌊part · holders⌋ + 1."""
-    return math.floor(part * (degree_of(members) + 1) + 1e-9) + 1
+    return _part_of(degree_of(members) + 1, part)
+
+
+def _part_of(holders: int, part: float) -> int:
+    return math.floor(part * holders + 1e-9) + 1
 
 
 # -- who says so, and what only two know -----------------------------------------------------------------------------
@@ -316,11 +357,16 @@ def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, 
     """
     insist(worker in roster, f"{worker} is not on the roster.")
     try:
-        Ed25519PublicKey.from_public_bytes(roster[worker]).verify(signature, signed)
+        _verify(roster[worker], signature, signed)
     except (InvalidSignature, ValueError):
         raise Refused(
             f"{worker}'s signature is wrong: its key is not the roster's, or model, plan, roster or attempt differ."
         ) from None
+
+
+@lru_cache(maxsize=65_536)  # a hundred hosted workers look at the same hundred signatures
+def _verify(key: bytes, signature: bytes, signed: bytes) -> None:
+    Ed25519PublicKey.from_public_bytes(key).verify(signature, signed)
 
 
 _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))

@@ -92,13 +92,14 @@ class Masking:
         if self._settled:
             return _again(self._settled, settled, "cohort")
         self._check(settled, metrics)
-        ours, me = pact.Pact(self._context, settled), self._member.name
+        ours, me = pact.pact_of(self._context, settled), self._member.name
         holders = ours.holders(me)
         secrets = self._secret, self._mask_key.private_bytes_raw()
         dealt = (split(secret, len(holders), settled.threshold, self._draw) for secret in secrets)
         mine = dict(zip(holders, zip(*dealt, strict=True), strict=True))
         self._held[me] = mine[me]
-        sealed = (ours.seal(self._seal_key, me, to, b"".join(mine[to])) for to in ours.neighbours(me))
+        self._common = {name: ours.common(self._seal_key, name) for name in ours.neighbours(me)}
+        sealed = (ours.seal(common, me, to, b"".join(mine[to])) for to, common in self._common.items())
         self._pact = ours
         self._settled = settled, pact.Shares(tuple(sealed), ours.commitment(me, self._secret))
         return self._settled[1]
@@ -143,7 +144,7 @@ class Masking:
         least = max(pact.COHORT_MIN, ours.settled.threshold)
         insist(len(sealed) + 1 >= least, f"{len(sealed) + 1} holders have dealt where {least} are needed.")
         for name, each in sealed.items():
-            shares = ours.unseal(self._seal_key, name, me, each)
+            shares = ours.unseal(self._common[name], name, me, each)
             if len(shares) == 2 * SHARE_BYTES:
                 self._held[name] = shares[:SHARE_BYTES], shares[SHARE_BYTES:]
         masks = [ours.pair_mask(self._mask_key, me, name, bits) for name in sealed]
@@ -194,16 +195,17 @@ class Masking:
         if not self._vowed:
             raise Refused("shares are asked for before this worker has vowed who has finished.")
         finishers, ours = self._vowed[0], self._pact
+        statement = ours.finishers(finishers)
         insist(len(reveal.vows) == len(finishers.workers), "there is not one vow for each finisher.")
         vows = [(name, vow) for name, vow in zip(finishers.workers, reveal.vows, strict=True) if vow]
         insist(len(vows) >= ours.quorum, f"{len(vows)} have vowed where {ours.quorum} are needed.")
         for name, vow in vows:
-            pact.check_signature(self._member.roster, name, vow, ours.finishers(finishers))
+            pact.check_signature(self._member.roster, name, vow, statement)
         opened = (
             self._held[name][name not in finishers.workers] if name in self._held else b""
             for name in ours.holders(self._member.name)
         )
-        return Answer(ours.finishers(finishers).hex(), pact.Opened(tuple(opened)))
+        return Answer(statement.hex(), pact.Opened(tuple(opened)))
 
 
 def _again(before: tuple[object, _Given], asked: object, what: str) -> _Given:

@@ -18,11 +18,11 @@ operator's roster and signed survivors. What differs from the papers:
   dealers, call the honest ones among them lost, and have its update. In a complete graph the quorum prevents it.
 
 Whom it takes. A coordinator that lies learns one worker's update only with more than a third of a complete graph's
-members; beyond 64, with colluders among the holders of its secrets for all but one of the threshold. `degree_of` gives
-as many neighbours as it takes, at the default threshold, for the odds that any member has so many to be below 2^-64 if
-a fifth of all collude, and 2^-25 if a third does (union bound over hypergeometric neighbourhoods); a coordinator that
-tries many cohorts does a little better, for it chooses whose adverts it shows. The odds that a tenth of all, dropping
-out, end an attempt are below 2^-20.
+members; beyond 64, with colluders among the holders of its secrets for all but one of the threshold. `degree_of`
+gives as many neighbours as it takes, at the default threshold, for the odds that any member has so many to be below
+2^-64 if a fifth of all collude, and 2^-25 if a third does (union bound over hypergeometric neighbourhoods); a
+coordinator that tries many cohorts does a little better, for it chooses whose adverts it shows. The odds that a
+tenth of all, dropping out, end an attempt are below 2^-20.
 """
 
 import math

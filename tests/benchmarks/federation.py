@@ -20,6 +20,7 @@ import numpy as np
 
 from broker import rabbit, topology
 from broker.errors import RunEnded
+from broker.federation import Federation, Party, definitions
 from broker.files import read_version
 from broker.folder import BROKER, free_ports
 from broker.pinned import draw_keys
@@ -148,20 +149,20 @@ def init(learner: Path | str, run: Path, *options: str) -> None:
 
 
 SPARE = 3
-RIGHTS = {"coordinator": (".*",) * 3}
-WORKERS_RIGHTS = ("^$", r"^fluffle\.up$", r"^fluffle\.(down|control)\.NAME$")
 
 
 def invite(node: Node, row: Row, by: Authority, broker: str) -> None:
     """Do what an operator does: users with their rights, queues, and an invitation for everyone."""
     workers = [f"w{number}" for number in range(1, row.workers + 1)]
-    for name in ("coordinator", *workers):
+    parties = {name: Party("") for name in ("coordinator", *workers)}
+    held = definitions(Federation("fluffle", ("localhost",), 5671, "https://localhost:15671", True, parties, {}))
+    for may in held["permissions"]:
+        name = may["user"]
         role = "worker" if name in workers else "coordinator"
         by.invite(name, broker, role=role).write(node.folder.parent / f"{name}.fluffle")
         node.ctl("add_user", name, "for a moment")
         node.ctl("clear_password", name)
-        rights = RIGHTS.get(name, WORKERS_RIGHTS)
-        node.ctl("set_permissions", name, *(right.replace("NAME", name) for right in rights))
+        node.ctl("set_permissions", name, may["configure"], may["write"], may["read"])
     asyncio.run(declare(node.url, workers))
 
 

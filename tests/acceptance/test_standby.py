@@ -1,11 +1,17 @@
 """Two real coordinators of one run: the second waits, takes over, and the first can do no harm any more."""
 
+import contextlib
+import fcntl
+import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from coordinator.claim import LOCK
 from tests.acceptance.federation import Federation
 
 pytestmark = pytest.mark.timeout(180)
@@ -32,6 +38,20 @@ def second(f: Federation) -> None:
     f.until((f.run / "epoch").exists)  # its log has lines of the run before
     f.start("second", "coordinator", str(f.run), *PLAN)
     f.until(lambda: "standing by until it is gone" in f.log("second"))
+
+
+def stop(coordinator: subprocess.Popen[bytes], run: Path) -> None:
+    """Stop a coordinator, but not while it writes: until it goes on or is ended, nobody else may then."""
+    with (run / LOCK).open("a") as lock:
+        for _ in range(100):
+            coordinator.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, coordinator.pid, os.WSTOPPED)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            coordinator.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+    pytest.fail("the coordinator never lets go of its run")
 
 
 def assert_whole(f: Federation, bits: bytes) -> None:
@@ -72,7 +92,7 @@ def test_a_coordinator_that_was_stopped_and_has_been_followed_ends_and_does_no_h
     second(f)
     f.until(lambda: len(f.rounds()) >= 2)
     first = f.processes["coordinator"]
-    first.send_signal(signal.SIGSTOP)
+    stop(first, f.run)
     stopped_at = time.monotonic()
     made = len(f.rounds())
     try:

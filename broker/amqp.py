@@ -21,7 +21,7 @@ from pamqp.heartbeat import Heartbeat
 from broker import frames
 from broker.channels import CLOSE_S, Channel, Refused
 from broker.errors import BrokerRefused, LinkError, WireError
-from broker.frames import CHUNK_BYTES, Inflow, Inlet, Outflow, Spares
+from broker.frames import Inflow, Inlet, Spares
 from broker.invitation import Access
 from broker.messages import Buffer
 
@@ -31,7 +31,6 @@ CONNECT_S = 10.0
 FRAME_BYTES_MAX = 4 * 1024 * 1024
 """The largest frames we take, if the broker likes them so large; unless it was told to, it stays at 128 KiB."""
 CHANNELS_MAX = 2047
-UNSENT_BYTES = 4 * CHUNK_BYTES  # encrypted, while the socket is full
 SILENCES_MAX = 2.5  # heartbeats that may be missing
 CAPABILITIES = {
     "authentication_failure_close": True, "basic.nack": True, "connection.blocked": True,
@@ -113,8 +112,7 @@ class Connection(asyncio.BufferedProtocol):
         self._inlet = Inlet(self)
         self._transport: asyncio.Transport | None = None
         self._kept: dict[int, list[Channel]] = {}  # prefetch → channels that nobody uses
-        self._outflow = Outflow()
-        self._secret = self._full = False  # whether what leaves is encrypted, and is to wait
+        self._outgoing: list[Buffer] = []
         self._channels: dict[int, Channel] = {0: Channel(self, 0)}
         self._now = asyncio.get_running_loop().time
         self._read_at = self._wrote_at = self._now()
@@ -192,19 +190,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def write(self, pieces: Iterable[Buffer]) -> None:
         """Send these bytes, one after another; they must not change until the broker has confirmed them."""
-        if not self._outflow:  # what is written in one turn of the loop leaves in one call of the system
+        if not self._outgoing:  # what is written in one turn of the loop leaves in one call of the system
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outflow.put(pieces)
+        self._outgoing.extend(pieces)
 
     def _flush(self) -> None:
-        if self._transport is None or not self.alive:
-            self._outflow.all()
-            return
-        self._wrote_at = self._now()
-        if not self._secret:
-            self._transport.writelines(self._outflow.all())
-        while self._outflow and not self._full:  # a message that is encrypted as a whole is copied three times
-            self._transport.write(self._outflow.chunk())
+        pieces, self._outgoing = self._outgoing, []
+        if self._transport is not None and self.alive:
+            self._wrote_at = self._now()
+            self._transport.writelines(pieces)
 
     def forget(self, number: int) -> None:
         """A channel is closed on both sides."""
@@ -232,17 +226,6 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is open."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's says so without inheriting
-        self._secret = transport.get_extra_info("sslcontext") is not None
-        self._transport.set_write_buffer_limits(high=UNSENT_BYTES)
-
-    def pause_writing(self) -> None:
-        """The socket takes no more for now."""
-        self._full = True
-
-    def resume_writing(self) -> None:
-        """It does again."""
-        self._full = False
-        self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed."""

@@ -8,7 +8,6 @@ frame is received right into the message that it belongs to.
 """
 
 import struct
-from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +26,6 @@ SCRATCH_BYTES = 256 * 1024  # whatever is not a body must fit here; RabbitMQ's l
 GULP_BYTES = 64 * 1024
 AHEAD_BYTES = 16 * 1024  # while a body is under way: what is read with the end of a frame is copied, so not much is
 DIRECT_BYTES = 32 * 1024
-CHUNK_BYTES = 64 * 1024  # four of TLS's records
 SPARES_MAX = 16
 
 _HEAD = struct.Struct(">BHI")
@@ -307,37 +305,6 @@ def body(channel: int, pieces: Iterable[Buffer], size: int, frame_bytes: int) ->
             yield part
     if left:
         yield b"\xce"
-
-
-class Outflow:
-    """Bytes that wait to be sent, in pieces one after another."""
-
-    def __init__(self) -> None:
-        self._pieces: deque[Buffer] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._pieces)
-
-    def put(self, pieces: Iterable[Buffer]) -> None:
-        """More of them."""
-        self._pieces.extend(pieces)
-
-    def all(self) -> list[Buffer]:
-        """All pieces, as they are."""
-        pieces = [*self._pieces]
-        self._pieces.clear()
-        return pieces
-
-    def chunk(self) -> Buffer:
-        """The next CHUNK_BYTES, or all that is left: small pieces become one, of a large one a part is looked at."""
-        taken, room = list[Buffer](), CHUNK_BYTES
-        while self._pieces and room:
-            piece = memoryview(self._pieces.popleft())
-            if len(piece) > room:
-                self._pieces.appendleft(piece[room:])
-            taken.append(piece[:room])
-            room -= len(taken[-1])
-        return taken[0] if len(taken) == 1 else b"".join(taken)
 
 
 def settle(channel: int, tag: int, *, done: bool) -> bytes:

@@ -278,21 +278,3 @@ def test_whose_message_it_is_is_found_among_all_other_properties(given_: dict[st
 @given(st.binary(max_size=80), st.booleans())
 def test_a_header_that_lies_names_nobody_or_somebody_and_harms_none(noise: bytes, flagged: bool) -> None:
     assert isinstance(frames.user(bytes(12) + (b"\xff\xf0" if flagged else b"") + noise), str)
-
-
-@given(st.lists(st.integers(0, 3 * frames.CHUNK_BYTES), max_size=9), st.integers(0, 9))
-def test_what_waits_leaves_in_chunks_with_every_byte_in_its_place(sizes: list[int], later: int) -> None:
-    whole = bytes(range(251)) * (sum(sizes) // 251 + 1)
-    pieces = [whole[sum(sizes[:n]) : sum(sizes[: n + 1])] for n in range(len(sizes))]
-    outflow, chunks = frames.Outflow(), list[bytes]()
-    outflow.put(pieces[:later])
-    while outflow:
-        chunks.append(bytes(outflow.chunk()))
-        outflow.put(pieces[later:])
-        later = len(pieces)
-    outflow.put(pieces[later:])
-    rest = b"".join(outflow.all())
-    assert not outflow
-    assert b"".join(chunks) + rest == whole[: sum(sizes)]
-    assert all(len(chunk) == frames.CHUNK_BYTES for chunk in chunks[1:-1])
-    assert all(len(chunk) <= frames.CHUNK_BYTES for chunk in chunks)

@@ -282,7 +282,7 @@ class Pact:
         return HKDF(SHA256(), 32, salt=self.transcript, info=digest(*info)).derive(secret)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # a graph of 10,000 is some 20 MB
 def pact_of(context_: bytes, settled: Settled) -> Pact:
     """What follows, worked out once for all who are hosted together and were shown the same."""
     return Pact(context_, settled)
@@ -364,7 +364,7 @@ def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, 
         ) from None
 
 
-@lru_cache(maxsize=65_536)  # a hundred hosted workers look at the same hundred signatures
+@lru_cache(maxsize=8192)  # a hundred hosted workers look at the same hundred signatures; 4 MB at the most
 def _verify(key: bytes, signature: bytes, signed: bytes) -> None:
     Ed25519PublicKey.from_public_bytes(key).verify(signature, signed)
 

@@ -150,17 +150,20 @@ class Post:
     async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str], *, seen: set[str]) -> int:
         """Send a version to these workers, as one copy to the broker; how many bytes that was.
 
-        Who has `seen` the roster of a secure task is told its digest alone.
+        Who has `seen` the roster of a secure task is told its digest alone; of another task there is nothing to see.
 
         Raises:
             Unroutable: none of them has a queue.
             LinkError: the broker did not take it.
         """
         keys, sent = tuple(workers), 0
-        bare = replace(task, secure=task.secure and replace(task.secure, shown=b""))
-        for head in (task, bare):
-            header = encode(head)
-            for batch in batches(tuple(key for key in keys if (key in seen) is (head is bare))):
+        heads = [(task, tuple(key for key in keys if key not in seen))]
+        if task.secure:
+            bare = replace(task, secure=replace(task.secure, shown=b""))
+            heads.append((bare, tuple(key for key in keys if key in seen)))
+        for head, told in heads:
+            header = encode(head) if told else b""
+            for batch in batches(told):
                 with contextlib.suppress(Unroutable):  # others may be there; if nobody is, the parts say so
                     # not persistent: without its parts it is worth nothing
                     await self.link.publish(Outgoing(topology.DOWN, batch, header, Lane.DOWN, persistent=False))

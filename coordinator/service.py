@@ -378,7 +378,8 @@ class Coordinator:
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:
         try:
-            return await self.post.send_task(task, data, workers, seen={w for w in workers if self.desk.holds(w)})
+            seen = {worker for worker in workers if self.desk.holds(worker)} if task.secure else set[str]()
+            return await self.post.send_task(task, data, workers, seen=seen)
         except Unroutable:  # their queues are gone; they declare them again when they return
             if self.desk.open:
                 for worker in workers:

@@ -101,6 +101,7 @@ class Outbox:
         self._tell = tell
         self._rest = rest
         self._sent: list[Sent] = []
+        self._refusal: Refusal | None = None  # the last, until its round is over or another task is here
 
     @property
     def tasks(self) -> list[Task]:
@@ -139,6 +140,7 @@ class Outbox:
 
     def hurry(self, task: Task) -> None:
         """The next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
+        self._refusal = None
         for sent in self._sent:
             if sent.task.of == task.of and sent.task.work == task.work:
                 self._give_up(sent, "it is asked for anew, from other weights")
@@ -156,7 +158,9 @@ class Outbox:
                 sent.news.set()
 
     def hear(self, message: Answer | Closed | Call) -> None:
-        """What has become of an update."""
+        """What has become of an update, or of a round."""
+        if isinstance(message, Closed) and self._refusal and self._refusal.of == message.of:
+            self._refusal = None
         for sent in self._sent:
             if sent.task.of != message.of or sent.done.delta is None:
                 continue
@@ -175,7 +179,14 @@ class Outbox:
         """
         self._tell(f"{task.of} refused: {reason}", logging.WARNING)
         self._owner.note("refused", task.of, reason=reason)
-        await self._try_to_say(Refusal(task.of, self._worker, reason[:TEXT_MAX], declined))
+        self._refusal = Refusal(task.of, self._worker, reason[:TEXT_MAX], declined)
+        await self._try_to_say(self._refusal)
+
+    async def refuse_again(self, run: str) -> None:
+        """The inbox of a run may be a new one: say again what was refused, unless something of it is on its way."""
+        refusal = self._refusal
+        if refusal and refusal.of.run == run and refusal.of not in (task.of for task in self.tasks):
+            await self._try_to_say(refusal)
 
     # -- one of them --------------------------------------------------------------------------------------------
 

@@ -373,6 +373,7 @@ class Worker:
         if isinstance(message, Resumed):
             self._tell(f"the run {run} is taken up again")
             self._outbox.ask_again(run)
+            self._start(self._outbox.refuse_again(run))
             self._start(self._say_hello())
             return
         self._outbox.hear(message)

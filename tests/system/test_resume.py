@@ -13,7 +13,7 @@ import pytest
 from broker import topology
 from broker.errors import RunEnded
 from broker.link import Delivery, Outgoing
-from broker.messages import Answer, Claim, Part, Score, Task, Update
+from broker.messages import Answer, Claim, Part, Refusal, Score, Task, Update
 from coordinator.journal import Journal
 from coordinator.service import Coordinator
 from coordinator.snapshot import FILE, Snapshot
@@ -435,3 +435,28 @@ async def test_an_update_that_was_lost_with_the_inbox_is_said_again_when_its_tur
         assert [line["attempt"] for line in fed.lines("round")] == [1]
         assert fed.weights() == expected(fed.store.plan, [NAMES])
         assert [number for train, number in fed.places["b"].lesson.done if train] == [1]
+
+
+async def test_a_refusal_that_was_lost_with_the_inbox_is_said_again_and_its_round_waits_for_nobody(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, rounds=1, quorum=2) as fed:
+        said: list[Refusal] = []
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(message, Refusal) and isinstance(what, Outgoing):
+                said.append(message)
+                if len(said) == 1:
+                    fed.broker.delete(topology.inbox_queue("test"))
+
+        fed.hook = look
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        fed.places["b"].lesson.fails = "a disk is full"
+        await fed.end()  # within 20 s; its deadline is minutes away
+        assert said[:2] == [said[0]] * 2
+        assert {each.of.attempt for each in said[2:]} <= {0}  # the last version is not scored either
+        assert fed.lines("round")[0]["refused"] == {"b": "a disk is full"}
+        assert fed.counted() == [["a", "c"]]

@@ -101,7 +101,7 @@ class Outbox:
         self._tell = tell
         self._rest = rest
         self._sent: list[Sent] = []
-        self._refusal: Refusal | None = None  # the last, until its round is over or another task is here
+        self._refusal: Refusal | None = None  # the last, until another task is here
 
     @property
     def tasks(self) -> list[Task]:
@@ -158,9 +158,7 @@ class Outbox:
                 sent.news.set()
 
     def hear(self, message: Answer | Closed | Call) -> None:
-        """What has become of an update, or of a round."""
-        if isinstance(message, Closed) and self._refusal and self._refusal.of == message.of:
-            self._refusal = None
+        """What has become of an update."""
         for sent in self._sent:
             if sent.task.of != message.of or sent.done.delta is None:
                 continue
@@ -184,9 +182,9 @@ class Outbox:
 
     async def refuse_again(self, run: str) -> None:
         """The inbox of a run may be a new one: say again what was refused, unless something of it is on its way."""
-        refusal = self._refusal
-        if refusal and refusal.of.run == run and refusal.of not in (task.of for task in self.tasks):
-            await self._try_to_say(refusal)
+        last = self._refusal
+        if last and last.of.run == run and last.of not in (task.of for task in self.tasks):
+            await self._try_to_say(last)
 
     # -- one of them --------------------------------------------------------------------------------------------
 

@@ -20,6 +20,10 @@ class Node(node.Node):
             os.killpg(broker, signal.SIGKILL)
             self._keeper.wait(2 * STOP_S)
 
+    def settle(self) -> None:
+        """Wait until what was declared is on disk. While Mnesia dumps its log, as after a start, it is not yet."""
+        self.ctl("eval", "mnesia:system_info(is_running) =:= yes andalso mnesia:dump_log().")
+
     def restart(self) -> None:
         """Stop what still runs and start again: same URL, same data."""
         self.stop()

@@ -97,8 +97,7 @@ async def test_a_killed_broker_comes_back_with_its_url_and_its_durable_messages(
             await channel.declare_queue("letters", durable=True)
             letter = aio_pika.Message(b"kept", delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
             await channel.default_exchange.publish(letter, "letters")
-        # A queue declared while Mnesia dumps its log, as after a start, is on disk only once it has: within seconds.
-        node.ctl("eval", "mnesia:system_info(is_running) =:= yes andalso mnesia:dump_log().")
+        node.settle()
         node.kill()
         assert status(node.folder) is None
         assert processes_with(str(node.folder)) == []

@@ -209,6 +209,7 @@ async def test_persistent_messages_survive_a_broker_that_is_killed(tmp_path: Pat
         await link.declare(direct(queue("a")))
         await link.publish(to("a", b"kept"))
         await link.publish(Outgoing("post", ("a",), b"lost", persistent=False))
+        await asyncio.to_thread(node.settle)
         async with link.consume("a") as deliveries:
             assert [(await anext(deliveries)).body for _ in range(2)] == [b"kept", b"lost"]
             node.kill()

@@ -56,7 +56,7 @@ MAY_IMPORT_AMQP = {
 }  # fmt: skip
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 400
-ALL_LINES_MAX = 12_270  # 10,000 is the aim, and was kept before identities, TLS, secure sums and privacy came
+ALL_LINES_MAX = 12_170  # 10,000 is the aim, and was kept before identities, TLS, secure sums and privacy came
 ARGUMENTS_MAX = 6
 # asyncio hands bytes only to what descends from its own word for protocols
 PARENTS = {"Exception", "Protocol", "Enum", "NamedTuple", "asyncio.Protocol", "asyncio.BufferedProtocol"}
@@ -266,12 +266,12 @@ def test_no_file_is_longer_than_an_evening() -> None:
 
 
 def lines_of_code(source: Source) -> int:
-    """As line counters have it: without blank lines, comments and docstrings."""
+    """As line counters have it: without blank lines, comments and docstrings, those of constants included."""
     said = {
         number
         for node in ast.walk(source.tree)
-        if isinstance(node, ast.Module | ast.ClassDef | Function) and ast.get_docstring(node)
-        for number in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for number in range(node.lineno, (node.end_lineno or 0) + 1)
     }
     lines = ((number, line.strip()) for number, line in enumerate(source.text.splitlines(), 1))
     return sum(number not in said and bool(line) and not line.startswith("#") for number, line in lines)

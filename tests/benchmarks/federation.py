@@ -25,6 +25,7 @@ from broker.files import read_version
 from broker.folder import BROKER, free_ports
 from broker.pinned import draw_keys
 from broker.processes import holder
+from tests.benchmarks import dropouts
 from tests.benchmarks.pump import pump
 from tests.benchmarks.rows import WARMUP, Row
 from tests.benchmarks.troupe import Troupe, cpu_s, offspring, peak_bytes, troupe
@@ -129,6 +130,8 @@ def federate(row: Row, folder: Path, *, tls: bool = False) -> Figures:
             company.until(lambda: company.running["coordinator"].poll() == 0, end)
         check(run / "versions" / f"{row.all_rounds:06d}.safetensors", row)
         lines = rounds_of(run / "history.jsonl")
+        if row.secure:
+            check_sums(lines, row)
         return Figures(
             periods=periods([line["at"] for line in lines]),
             down_bytes=lines[-1]["bytes_down"] * row.workers,
@@ -153,7 +156,7 @@ SPARE = 3
 
 def invite(node: Node, row: Row, by: Authority, broker: str) -> None:
     """Do what an operator does: users with their rights, queues, and an invitation for everyone."""
-    workers = [f"w{number}" for number in range(1, row.workers + 1)]
+    workers = row.names
     parties = {name: Party("") for name in ("coordinator", *workers)}
     held = definitions(Federation("fluffle", ("localhost",), 5671, "https://localhost:15671", True, parties, {}))
     for may in held["permissions"]:
@@ -180,12 +183,14 @@ def start(company: Troupe, row: Row, learner: Path, run: Path) -> None:
         file = company.folder / f"{name}.fluffle"
         return ("--invite", str(file)) if file.exists() else ()
 
+    dropping = (sys.executable, "-P", dropouts.__file__, ",".join(row.names), str(row.lost))
+    work = (*(dropping if row.lost else FLUFFLE), "worker", str(learner))
     for number, share in enumerate(row.shares, 1):
         name = f"w{number}"
         many = ("--many", str(share)) if row.hosts < row.workers else ()
         place = ("--name", name, "--data", str(company.folder / "curtain"), "--state", str(company.folder / name))
-        company.start(name, *FLUFFLE, "worker", str(learner), *place, *many, *invited(name), *member)
-    everyone = ("--cohort", str(row.workers), "--quorum", str(row.workers), "--gather-s", GATHER_S)
+        company.start(name, *work, *place, *many, *invited(name), *member)
+    everyone = ("--cohort", str(row.workers), "--quorum", str(row.workers - row.lost), "--gather-s", GATHER_S)
     # in secure rounds nobody scores the last version, and so nothing holds the run up until it is looked at
     rounds = row.all_rounds + (SPARE if row.secure else 0)
     words = ("coordinator", str(run), "--rounds", str(rounds), *everyone, *invited("coordinator"), *plan)
@@ -194,10 +199,7 @@ def start(company: Troupe, row: Row, learner: Path, run: Path) -> None:
 
 def secrets_of(row: Row, keys: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Options of the coordinator, and of each worker; everyone has a key and knows the others'."""
-    shares = enumerate(row.shares, 1)
-    hosted = [f"w{number}-{each}" for number, share in shares for each in range(1, share + 1)]
-    names = hosted if row.hosts < row.workers else [f"w{number}" for number in range(1, row.workers + 1)]
-    roster = ("--roster", str(draw_keys(keys, names)))
+    roster = ("--roster", str(draw_keys(keys, row.names)))
     # ones everywhere have this norm
     clip = ("--clip", str(math.ceil(math.sqrt(row.parameters)) + 1), "--examples-max", "1")
     return ("--privacy", "secure", *clip, *roster), (*roster, "--identity", str(keys / "{name}.key"))
@@ -207,6 +209,22 @@ def check(version: Path, row: Row) -> None:
     _, weights, _ = read_version(version)
     if not (np.frombuffer(weights, np.float32) == row.all_rounds).all():
         raise RunEnded("the last version does not hold what was learned")
+
+
+def check_sums(lines: list[dict[str, Any]], row: Row) -> None:
+    """Whether in each round all had dealt, those who were to drop out did so then, and all others are in the sum.
+
+    Raises:
+        RunEnded: it was not so, and the row measures something else than it says.
+    """
+    for line in lines:
+        dropping = dropouts.dropping(row.names, row.lost, line["round"])
+        gone, left = line["secure"].get("gone"), line["secure"].get("of", ())
+        if gone != dict.fromkeys(dropping, dropouts.WHY) or {*left} != {*row.names} - {*dropping}:
+            raise RunEnded(
+                f"round {line['round']} has {len(left)} updates in its sum and has lost {gone}, where it was to "
+                f"lose {row.lost} of {row.workers} after they had dealt"
+            )
 
 
 Samples = list[tuple[int, dict[str, float]]]

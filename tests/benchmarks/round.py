@@ -136,7 +136,10 @@ def machine() -> dict[str, Any]:
 def options(words: list[str] | None) -> argparse.Namespace:
     asked = argparse.ArgumentParser(description="Measure what a round costs on this machine.")
     asked.add_argument(
-        "--rows", default="default", help="WORKERSxPARAMETERS[@HOSTS], with commas: default,2x250M,64x1M@8"
+        "--rows",
+        default="default",
+        help="WORKERSxPARAMETERS[@HOSTS][+secure[-LOST]], with commas: default,2x250M,64x1M@8,100x0.2M@4+secure-10; "
+        "+secure adds up in secret, and LOST workers drop out of each round after they have dealt their shares",
     )
     asked.add_argument("--rounds", type=int, help=f"rounds that count, after {WARMUP} others; else by the row's size")
     asked.add_argument("--json", type=Path, default=FIGURES, metavar="FILE", help=f"all figures ({FIGURES})")

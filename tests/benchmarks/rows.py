@@ -24,7 +24,7 @@ WORKER_PARAMETERS = 100_000
 class Row:
     """What one row measures; `rounds` are those that count. `hosts` processes share the workers among them.
 
-    `secure`: updates are only added up in secret.
+    `secure`: updates are only added up in secret; `lost` workers, others each time, drop out of every sum.
     """
 
     label: str
@@ -33,6 +33,7 @@ class Row:
     hosts: int
     rounds: int
     secure: bool = False
+    lost: int = 0
 
     @property
     def all_rounds(self) -> int:
@@ -45,12 +46,21 @@ class Row:
         each, more = divmod(self.workers, self.hosts)
         return [each + (n < more) for n in range(self.hosts)]
 
+    @property
+    def names(self) -> list[str]:
+        """Of all workers, those of the first host first."""
+        if self.hosts == self.workers:
+            return [f"w{number}" for number in range(1, self.workers + 1)]
+        shares = enumerate(self.shares, 1)
+        return [f"w{number}-{each}" for number, share in shares for each in range(1, share + 1)]
+
 
 def rows_of(text: str, rounds: int | None = None) -> list[Row]:
     """`2xtoy,4x1M,64x1M@8` as rows; `default` stands for those of DEFAULT.
 
     Args:
-        text: WORKERSxPARAMETERS or WORKERSxPARAMETERS@HOSTS, with commas; `+secure` behind one adds up in secret.
+        text: WORKERSxPARAMETERS or WORKERSxPARAMETERS@HOSTS, with commas; `+secure` behind one adds up in secret, and
+            with `+secure-10` ten workers drop out of each round after they have dealt their shares.
         rounds: for every row; without, each has as many as its size leaves time for.
 
     Raises:
@@ -62,7 +72,7 @@ def rows_of(text: str, rounds: int | None = None) -> list[Row]:
 
 
 def row_of(word: str, rounds: int | None) -> Row:
-    found = re.fullmatch(r"(\d+)x(?:toy|(\d+(?:\.\d+)?)([kMG]?))(?:@(\d+))?(\+secure)?", word)
+    found = re.fullmatch(r"(\d+)x(?:toy|(\d+(?:\.\d+)?)([kMG]?))(?:@(\d+))?(?:(\+secure)(?:-(\d+))?)?", word)
     if found is None:
         raise ValueError(f"{word!r} is not a row: write WORKERSxPARAMETERS, as in 4x1M, 2xtoy or 64x1M@4")
     workers = int(found[1])
@@ -70,7 +80,11 @@ def row_of(word: str, rounds: int | None) -> Row:
     hosts = int(found[4]) if found[4] else workers if workers <= ALONE_MAX else HOSTS
     if not 1 <= hosts <= workers or parameters < 1:
         raise ValueError(f"{word!r} cannot be measured: it takes a parameter, and from 1 to {workers} hosts")
+    lost, losable = int(found[6] or 0), workers - (2 * workers // 3 + 1)
+    if lost > losable:
+        raise ValueError(f"{word!r} cannot be measured: of {workers} workers at most {losable} may drop out of a sum")
     fitting = round(ROW_PARAMETERS / (workers * (parameters + WORKER_PARAMETERS)))
-    label = word.partition("@")[0].partition("+")[0].replace("x", " × ") + (" secure" if found[5] else "")
+    how = " secure" * bool(found[5]) + f", {lost} lost" * bool(lost)
+    label = word.partition("@")[0].partition("+")[0].replace("x", " × ") + how
     most = rounds or min(ROUNDS_MAX, max(ROUNDS_MIN, fitting))
-    return Row(label, workers, parameters, hosts, most, secure=bool(found[5]))
+    return Row(label, workers, parameters, hosts, most, secure=bool(found[5]), lost=lost)

@@ -44,7 +44,7 @@ def _lines(rows: list[Measured]) -> Iterator[tuple[str, Iterable[str]]]:
 
     yield "worker processes", each(lambda r: str(r["hosts"]) + (" hosts" if r["hosts"] < r["workers"] else ""))
     yield "rounds counted", each(lambda r: str(r["seconds"]["counted"]))
-    if any(row.get("lost") for row in rows):
+    if any(row["lost"] for row in rows):
         yield "workers lost a round", each(lambda r: str(r["lost"]))
     yield "seconds a round, median", each(lambda r: _s(r["seconds"]))
     yield "  min to max", each(lambda r: _span(r["seconds"]))

@@ -1,6 +1,7 @@
 """Every message travels unchanged, nothing else gets in, and PROTOCOL.md says the same as the code."""
 
 import importlib
+import math
 import re
 import types
 from dataclasses import fields, is_dataclass
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from broker import messages
+from broker import messages, pact
 from broker.errors import WireError
 from broker.fields import NAME, Within
 from broker.messages import (
@@ -473,6 +474,24 @@ def test_the_dtypes_of_the_page_are_those_that_travel() -> None:
     told = re.search(r"These dtypes travel\s+\(bytes\s+an\s+item\):([^.]+)\.", PAGE)
     assert told
     assert {name: int(size) for name, size in re.findall(r"`(\w+)`\s+(\d)", told[1])} == ITEM_BYTES
+
+
+def test_the_neighbours_of_the_page_are_those_of_the_graph() -> None:
+    def is_as_the_page_wants(n: int, d: int) -> bool:
+        def ways(k: int, m: int) -> int:
+            return sum(math.comb(k, i) * math.comb(n - 1 - k, d - i) for i in range(m, min(k, d) + 1))
+
+        t, all_ways = 2 * (d + 1) // 3 + 1, math.comb(n - 1, d)
+        learned = max(n * 2**64 * ways(n // 5, t - 1), n * 2**25 * ways(n // 3, t - 1))
+        return max(learned, n * 2**20 * ways(n // 10, d + 2 - t)) < all_ways
+
+    told = re.search(r"Of (\d+) members\s+each has (\d+) neighbours((?:, of \d+ \d+)+)\.", PAGE)
+    assert told
+    for members, degree in [told.groups()[:2], *re.findall(r"of (\d+) (\d+)", told[3])]:
+        assert pact.degree_of(int(members)) == int(degree)
+    for members in (65, 66, 99, 100, 257, 1000):
+        degree = pact.degree_of(members)
+        assert [d for d in range(2, degree + 1, 2) if is_as_the_page_wants(members, d)] == [degree]
 
 
 def test_the_page_names_the_version_that_the_code_speaks() -> None:

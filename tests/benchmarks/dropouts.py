@@ -40,9 +40,9 @@ def main(names: list[str], lost: int) -> None:
 
     def heed_or_drop_out(talk: Talk, call: Call) -> bool:
         news, step = heed(talk, call), talk.said
-        masked = isinstance(step, Step) and isinstance(step.says, Masked)
-        if masked and step.worker in dropping(names, lost, call.of.round):
-            talk.said = None
+        its_turn = step is not None and step.worker in dropping(names, lost, call.of.round)
+        if its_turn and isinstance(step, Step) and isinstance(step.says, Masked):
+            talk.said = None  # or it would be said all the same, to the first who asks
             raise Refused(WHY)
         return news
 

@@ -9,7 +9,8 @@ as well read its memory.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache, reduce
+from functools import lru_cache
+from operator import mul
 
 PRIME = 2**256 + 297
 SECRET_BYTES, SHARE_BYTES = 32, 33
@@ -17,17 +18,27 @@ _DRAW_BYTES = 48  # reduced modulo p, so many are uniform but for 2^-127
 
 
 def split(secret: bytes, shares: int, threshold: int, draw: Callable[[int], bytes]) -> list[bytes]:
-    """Shares of 33 bytes for x = 1, 2, …; `draw(n)` gives n secret random bytes."""
+    """Shares of 33 bytes for x = 1, 2, …; `draw(n)` gives n secret random bytes.
+
+    Drawn are the first threshold − 1 shares: with the secret they determine the polynomial, as its coefficients would.
+    """
     assert len(secret) == SECRET_BYTES
     assert 1 <= threshold <= shares
-    drawn = (draw(_DRAW_BYTES) for _ in range(threshold - 1))
-    # the polynomial's coefficients, that of the highest power first
-    coefficients = [int.from_bytes(each, "big") % PRIME for each in (*drawn, secret)]
+    drawn = draw(_DRAW_BYTES * (threshold - 1))
+    places = range(0, len(drawn), _DRAW_BYTES)
+    first = [int.from_bytes(drawn[at : at + _DRAW_BYTES], "big") % PRIME for at in places]
+    values = int.from_bytes(secret, "big"), *first
+    beyond = (sum(map(mul, factors, values)) % PRIME for factors in _beyond(threshold, shares))
+    return [y.to_bytes(SHARE_BYTES, "big") for y in (*first, *beyond)]
 
-    def at(x: int) -> int:
-        return reduce(lambda value, coefficient: (value * x + coefficient) % PRIME, coefficients, 0)
 
-    return [at(x).to_bytes(SHARE_BYTES, "big") for x in range(1, shares + 1)]
+@lru_cache(maxsize=256)
+def _beyond(known: int, shares: int) -> tuple[tuple[int, ...], ...]:
+    """For x = known, …, shares: Lagrange's factors of the values at 0, 1, …, known − 1, which are small and whole."""
+    return tuple(
+        tuple((-1) ** (known - 1 - i) * math.comb(x, i) * math.comb(x - 1 - i, known - 1 - i) for i in range(known))
+        for x in range(known, shares + 1)
+    )
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes | None:

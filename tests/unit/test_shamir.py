@@ -52,8 +52,7 @@ def test_one_share_fewer_than_the_threshold_says_nothing_in_a_field_small_enough
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def throwing(*numbers: int) -> Callable[[int], bytes]:
-        left = iter(numbers)
-        return lambda size: next(left).to_bytes(size, "big")
+        return lambda size: b"".join(number.to_bytes(size // len(numbers), "big") for number in numbers)
 
     monkeypatch.setattr(shamir, "PRIME", 7)
     for seen in combinations(range(4), 2):

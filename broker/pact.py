@@ -176,7 +176,17 @@ def digest(*fields: bytes | str | int) -> bytes:
 
 def roster_digest(roster: Mapping[str, bytes]) -> bytes:
     """Names and keys of a roster in 32 bytes, whatever its version and whoever has signed it."""
-    return digest(*(part for name in sorted(roster) for part in (name, roster[name])))
+    return _roster_digest(frozenset(roster.items()))
+
+
+@lru_cache(maxsize=4)  # those who are hosted together mostly have the same
+def _roster_digest(roster: frozenset[tuple[str, bytes]]) -> bytes:
+    return digest(*(part for each in sorted(roster) for part in each))
+
+
+@lru_cache(maxsize=16)
+def _names_digest(names: tuple[str, ...]) -> bytes:
+    return digest(*names)
 
 
 def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, roster: Mapping[str, bytes]) -> bytes:
@@ -210,7 +220,7 @@ class Pact:
         self.keys = {advert.worker: advert.keys for advert in settled.adverts}
         self.quorum = 2 * len(self.keys) // 3 + 1
         self.complete = degree_of(len(self.keys)) == len(self.keys) - 1
-        said = digest(*settled.workers), digest(settled.signed), digest(*settled.metrics)
+        said = _names_digest(settled.workers), digest(settled.signed), digest(*settled.metrics)
         self.transcript = digest(context_, settled.threshold, *said)
         # Harary's graph over an order that nobody chooses: on a ring, the nearest on both sides
         ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
@@ -232,11 +242,11 @@ class Pact:
 
     def dealers(self, worker: str, dealers: Container[str]) -> bytes:
         """What a worker signs when it has masked against those of its neighbours that are among the dealers."""
-        return self._said("dealers", worker, *(n for n in self._near[worker] if n in dealers))
+        return self._said("dealers", worker, *filter(dealers.__contains__, self._near[worker]))
 
     def finishers(self, finishers: Finishers) -> bytes:
         """What a worker signs when it vows."""
-        return digest(self.transcript, "finishers", digest(*finishers.workers), digest(*finishers.lost))
+        return digest(self.transcript, "finishers", _names_digest(finishers.workers), _names_digest(finishers.lost))
 
     def pair_mask(self, key: X25519PrivateKey, me: str, other: str, bits: int) -> Mask:
         """What `me`, whose mask key this is, adds against `other`; `other` adds the same with the other sign.
@@ -257,29 +267,33 @@ class Pact:
         """A hash of the self mask's secret, which says nothing of 32 random bytes."""
         return digest(self.transcript, "commitment", worker, secret)
 
-    def common(self, key: X25519PrivateKey, other: str) -> bytes:
-        """What seals between the owner of a sealing key and `other`, in both directions.
+    def common(self, key: X25519PrivateKey, me: str, other: str) -> ChaCha20Poly1305:
+        """What seals between `me`, whose sealing key this is, and `other`, in both directions.
 
         Raises:
             Refused: the other's key is not usable.
         """
-        return _shared(key, self.keys[other][32:], other)
+        shared = _shared(key, self.keys[other][32:], other)
+        return ChaCha20Poly1305(self._derive(shared, "seal", min(me, other), max(me, other)))
 
-    def seal(self, common: bytes, me: str, to: str, shares: bytes) -> bytes:
-        """Shares that only `to` can open. A direction has a key of its own, which seals once: hence no nonce."""
-        cipher = ChaCha20Poly1305(self._derive(common, "seal", me, to))
-        return cipher.encrypt(bytes(12), shares, None)
+    def seal(self, common: ChaCha20Poly1305, me: str, to: str, shares: bytes) -> bytes:
+        """Shares that only `to` can open. A direction has a nonce of its own, under which only once is sealed."""
+        return common.encrypt(_nonce(me, to), shares, None)
 
-    def unseal(self, common: bytes, sender: str, me: str, sealed: bytes) -> bytes:
+    def unseal(self, common: ChaCha20Poly1305, sender: str, me: str, sealed: bytes) -> bytes:
         """What `sender` has sealed for `me`; empty if that is not so."""
-        cipher = ChaCha20Poly1305(self._derive(common, "seal", sender, me))
         try:
-            return cipher.decrypt(bytes(12), sealed, None)
+            return common.decrypt(_nonce(sender, me), sealed, None)
         except InvalidTag:
             return b""
 
     def _derive(self, secret: bytes, *info: str | int) -> bytes:
-        return HKDF(SHA256(), 32, salt=self.transcript, info=digest(*info)).derive(secret)
+        told = " ".join(map(str, info)).encode()  # there is no space in a name
+        return HKDF(SHA256(), 32, salt=self.transcript, info=told).derive(secret)
+
+
+def _nonce(sender: str, to: str) -> bytes:
+    return bytes([sender < to]) * 12
 
 
 @lru_cache(maxsize=2)  # a graph of 10,000 is some 20 MB
@@ -339,6 +353,23 @@ def check_advert(context_: bytes, advert: Advert, roster: Mapping[str, bytes]) -
     check_signature(roster, advert.worker, advert.signature, digest(context_, "advert", advert.worker, advert.keys))
 
 
+@lru_cache(maxsize=2)
+def check_cohort(context_: bytes, settled: Settled, roster: frozenset[tuple[str, bytes]]) -> None:
+    """Whether a cohort is one of names and keys on the roster, each for this context and each once, sorted.
+
+    It is looked at once for all who are hosted together and were shown the same.
+
+    Raises:
+        Refused: it is not.
+    """
+    names, adverts, known = list(settled.workers), settled.adverts, dict(roster)
+    keys = {key for advert in adverts for key in (advert.keys[:32], advert.keys[32:])}
+    insist(names == sorted(set(names)), "the cohort is not sorted, or names a worker twice.")
+    insist(len(keys) == 2 * len(names), "two of the cohort's keys are equal.")
+    for advert in adverts:
+        check_advert(context_, advert, known)
+
+
 def check_keys(advert: Advert) -> None:
     """Whether the keys give secrets: of a few special ones, all know what comes out.
 
@@ -355,7 +386,8 @@ def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, 
     Raises:
         Refused: it is not on the roster, or has not.
     """
-    insist(worker in roster, f"{worker} is not on the roster.")
+    if worker not in roster:
+        raise Refused(f"{worker} is not on the roster.")
     try:
         _verify(roster[worker], signature, signed)
     except (InvalidSignature, ValueError):

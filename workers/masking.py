@@ -93,12 +93,13 @@ class Masking:
             return _again(self._settled, settled, "cohort")
         self._check(settled, metrics)
         ours, me = pact.pact_of(self._context, settled), self._member.name
+        insist(ours.keys.get(me) == self.advert.keys, "this worker's advert is missing from the cohort, or is another.")
         holders = ours.holders(me)
         secrets = self._secret, self._mask_key.private_bytes_raw()
         dealt = (split(secret, len(holders), settled.threshold, self._draw) for secret in secrets)
         mine = dict(zip(holders, zip(*dealt, strict=True), strict=True))
         self._held[me] = mine[me]
-        self._common = {name: ours.common(self._seal_key, name) for name in ours.neighbours(me)}
+        self._common = {name: ours.common(self._seal_key, me, name) for name in ours.neighbours(me)}
         sealed = (ours.seal(common, me, to, b"".join(mine[to])) for to, common in self._common.items())
         self._pact = ours
         self._settled = settled, pact.Shares(tuple(sealed), ours.commitment(me, self._secret))
@@ -106,22 +107,17 @@ class Masking:
 
     def _check(self, settled: pact.Settled, metrics: Collection[str]) -> None:
         """Refuse a cohort that this worker must not be part of."""
-        member, adverts, names = self._member, settled.adverts, list(settled.workers)
-        keys = {key for advert in adverts for key in (advert.keys[:32], advert.keys[32:])}
+        member, names = self._member, settled.workers
         least, most = max(pact.COHORT_MIN, member.cohort_min), pact.COHORT_MAX
         wanted = pact.threshold_of(len(names), part=member.threshold_min)
         insist(len(names) >= least, f"the cohort has {len(names)} members, and this worker wants {least} or more.")
         insist(len(names) <= most, f"the cohort has {len(names)} members, over the limit of {most}.")
         insist(len(settled.signed) == pact.SIGNED_BYTES * len(names), "the cohort has not one advert for each name.")
-        insist(names == sorted(set(names)), "the cohort is not sorted, or names a worker twice.")
-        insist(self.advert in adverts, "this worker's advert is missing from the cohort, or is another.")
-        insist(len(keys) == 2 * len(names), "two of the cohort's keys are equal.")
         insist(wanted <= settled.threshold, f"the threshold is {settled.threshold}; this worker wants {wanted}.")
         insist(settled.threshold <= pact.degree_of(len(names)) + 1, "the threshold is above the number of holders.")
         for name in settled.metrics:
             insist(name in metrics, f"this worker has no metric {name[:40]!r}: the sum would hold that of few.")
-        for advert in adverts:
-            pact.check_advert(self._context, advert, member.roster)
+        pact.check_cohort(self._context, settled, frozenset(member.roster.items()))
 
     def mask(self, dealt: pact.Dealt, words: Words) -> pact.Masked:
         """C: hide the words of this worker's update, in place; once.

@@ -477,8 +477,12 @@ def test_workers_that_were_shown_another_model_add_noise() -> None:
     apply(yours, [its.pair_mask(other._mask_key, "w-003", "w-000", 32)])
     assert (mine + yours).any()
     assert abs(chi_square(mine + yours)) < 5
-    sealed = its.seal(its.common(other._seal_key, "w-000"), "w-003", "w-000", b"shares")
-    assert theirs.unseal(theirs.common(parley.workers["w-000"]._seal_key, "w-003"), "w-003", "w-000", sealed) == b""
+    common = its.common(other._seal_key, "w-003", "w-000")
+    sealed = its.seal(common, "w-003", "w-000", b"shares")
+    assert its.unseal(common, "w-003", "w-000", sealed) == b"shares"
+    assert its.unseal(common, "w-000", "w-003", sealed) == b"", "what was sealed in one direction opens in the other"
+    common = theirs.common(parley.workers["w-000"]._seal_key, "w-000", "w-003")
+    assert theirs.unseal(common, "w-003", "w-000", sealed) == b""
     same = np.zeros(size, np.uint32)
     apply(same, [theirs.pair_mask(other._mask_key, "w-003", "w-000", 32)])
     assert not (mine + same).any()  # as it is where both have the same model

@@ -7,10 +7,12 @@ of the worker meanwhile: it goes on with the next task.
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -35,7 +37,8 @@ AGAIN_S = 5.0
 """How long after a publish that was given up the next one is begun, unless there is a reason before."""
 SENT_MAX = 2
 """Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
-
+_THREADS = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "secret")
+"""In which all who are hosted together reckon in secret: more would take cores and Python's lock from each other."""
 
 Start = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
@@ -295,7 +298,7 @@ class Outbox:
     async def _partake(self, sent: Sent, what: Callable[[], bool | None]) -> bool:
         """Whether there is anything new to say in a secure sum, and no reason not to."""
         try:
-            return bool(await asyncio.to_thread(what))
+            return bool(await asyncio.get_running_loop().run_in_executor(_THREADS, what))
         except (Refused, WireError, LearnerFailed, UsageError) as problem:
             await self.refuse(sent.task, str(problem))
             return False

@@ -28,7 +28,7 @@ tenth of all, dropping out, end an attempt are below 2^-20.
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import sha256
 from typing import Annotated
 
@@ -57,7 +57,7 @@ COMPLETE_MAX = 64
 
 Draw = Callable[[int], bytes]
 """So many secret random bytes: `secrets.token_bytes`, or what a test can repeat."""
-Name = Annotated[str, NAME]
+Name = Annotated[str, NAME]  # in which there is no space: names with spaces between them are one field of a digest
 Digest = Annotated[bytes, Within(32, 32)]
 Signature = Annotated[bytes, Within(64, 64)]
 Sealed = Annotated[bytes, Within(0, 82)]
@@ -184,11 +184,6 @@ def _roster_digest(roster: frozenset[tuple[str, bytes]]) -> bytes:
     return digest(*(part for each in sorted(roster) for part in each))
 
 
-@lru_cache(maxsize=16)
-def _names_digest(names: tuple[str, ...]) -> bytes:
-    return digest(*names)
-
-
 def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, roster: Mapping[str, bytes]) -> bytes:
     """What all keys and signatures of an attempt bind, in 32 bytes.
 
@@ -220,7 +215,7 @@ class Pact:
         self.keys = {advert.worker: advert.keys for advert in settled.adverts}
         self.quorum = 2 * len(self.keys) // 3 + 1
         self.complete = degree_of(len(self.keys)) == len(self.keys) - 1
-        said = _names_digest(settled.workers), digest(settled.signed), digest(*settled.metrics)
+        said = " ".join(settled.workers), settled.signed, digest(*settled.metrics)
         self.transcript = digest(context_, settled.threshold, *said)
         # Harary's graph over an order that nobody chooses: on a ring, the nearest on both sides
         ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
@@ -230,7 +225,6 @@ class Pact:
             name: tuple(sorted(set(near[at - half : at + half + 1]))) for at, name in enumerate(ring, len(ring))
         }
         self._near = {name: tuple(n for n in held if n != name) for name, held in self._holders.items()}
-        self._said = lru_cache(maxsize=4 * len(ring))(partial(digest, self.transcript))  # neighbours look at the same
 
     def holders(self, worker: str) -> tuple[str, ...]:
         """Who has a share of a member's secrets: its neighbours and itself, sorted; the first has x = 1."""
@@ -242,11 +236,11 @@ class Pact:
 
     def dealers(self, worker: str, dealers: Container[str]) -> bytes:
         """What a worker signs when it has masked against those of its neighbours that are among the dealers."""
-        return self._said("dealers", worker, *filter(dealers.__contains__, self._near[worker]))
+        return digest(self.transcript, "dealers", worker, " ".join(filter(dealers.__contains__, self._near[worker])))
 
     def finishers(self, finishers: Finishers) -> bytes:
         """What a worker signs when it vows."""
-        return digest(self.transcript, "finishers", _names_digest(finishers.workers), _names_digest(finishers.lost))
+        return digest(self.transcript, "finishers", " ".join(finishers.workers), " ".join(finishers.lost))
 
     def pair_mask(self, key: X25519PrivateKey, me: str, other: str, bits: int) -> Mask:
         """What `me`, whose mask key this is, adds against `other`; `other` adds the same with the other sign.
@@ -278,22 +272,17 @@ class Pact:
 
     def seal(self, common: ChaCha20Poly1305, me: str, to: str, shares: bytes) -> bytes:
         """Shares that only `to` can open. A direction has a nonce of its own, under which only once is sealed."""
-        return common.encrypt(_nonce(me, to), shares, None)
+        return common.encrypt(bytes([me < to]) * 12, shares, None)
 
     def unseal(self, common: ChaCha20Poly1305, sender: str, me: str, sealed: bytes) -> bytes:
         """What `sender` has sealed for `me`; empty if that is not so."""
         try:
-            return common.decrypt(_nonce(sender, me), sealed, None)
+            return common.decrypt(bytes([sender < me]) * 12, sealed, None)
         except InvalidTag:
             return b""
 
     def _derive(self, secret: bytes, *info: str | int) -> bytes:
-        told = " ".join(map(str, info)).encode()  # there is no space in a name
-        return HKDF(SHA256(), 32, salt=self.transcript, info=told).derive(secret)
-
-
-def _nonce(sender: str, to: str) -> bytes:
-    return bytes([sender < to]) * 12
+        return HKDF(SHA256(), 32, salt=self.transcript, info=" ".join(map(str, info)).encode()).derive(secret)
 
 
 @lru_cache(maxsize=2)  # a graph of 10,000 is some 20 MB
@@ -355,16 +344,14 @@ def check_advert(context_: bytes, advert: Advert, roster: Mapping[str, bytes]) -
 
 @lru_cache(maxsize=2)
 def check_cohort(context_: bytes, settled: Settled, roster: frozenset[tuple[str, bytes]]) -> None:
-    """Whether a cohort is one of names and keys on the roster, each for this context and each once, sorted.
-
-    It is looked at once for all who are hosted together and were shown the same.
+    """`check_advert` of a whole cohort, sorted and without equal keys; once for all who are hosted together.
 
     Raises:
-        Refused: it is not.
+        Refused: it is not so.
     """
-    names, adverts, known = list(settled.workers), settled.adverts, dict(roster)
+    names, adverts, known = settled.workers, settled.adverts, dict(roster)
     keys = {key for advert in adverts for key in (advert.keys[:32], advert.keys[32:])}
-    insist(names == sorted(set(names)), "the cohort is not sorted, or names a worker twice.")
+    insist([*names] == sorted({*names}), "the cohort is not sorted, or names a worker twice.")
     insist(len(keys) == 2 * len(names), "two of the cohort's keys are equal.")
     for advert in adverts:
         check_advert(context_, advert, known)
@@ -386,8 +373,7 @@ def check_signature(roster: Mapping[str, bytes], worker: str, signature: bytes, 
     Raises:
         Refused: it is not on the roster, or has not.
     """
-    if worker not in roster:
-        raise Refused(f"{worker} is not on the roster.")
+    insist(worker in roster, f"{worker} is not on the roster.")
     try:
         _verify(roster[worker], signature, signed)
     except (InvalidSignature, ValueError):

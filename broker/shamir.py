@@ -20,7 +20,7 @@ _DRAW_BYTES = 48  # reduced modulo p, so many are uniform but for 2^-127
 def split(secret: bytes, shares: int, threshold: int, draw: Callable[[int], bytes]) -> list[bytes]:
     """Shares of 33 bytes for x = 1, 2, …; `draw(n)` gives n secret random bytes.
 
-    Drawn are the first threshold − 1 shares: with the secret they determine the polynomial, as its coefficients would.
+    The first threshold − 1 shares are drawn: with the secret they determine the polynomial, as coefficients would.
     """
     assert len(secret) == SECRET_BYTES
     assert 1 <= threshold <= shares

@@ -127,8 +127,6 @@ def told(line: Line) -> tuple[str, ...]:
 def plain(fact: Any) -> Any:
     """A fact as it may stand in a line: bounded, and nothing in it that a terminal would obey."""
     if isinstance(fact, str):
-        if len(fact) <= TEXT_MAX and fact.isprintable():
-            return fact
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in fact[:TEXT_MAX])
         return shown[:TEXT_MAX]
     if isinstance(fact, Mapping):

@@ -93,7 +93,8 @@ class Masking:
             return _again(self._settled, settled, "cohort")
         self._check(settled, metrics)
         ours, me = pact.pact_of(self._context, settled), self._member.name
-        insist(ours.keys.get(me) == self.advert.keys, "this worker's advert is missing from the cohort, or is another.")
+        there = ours.keys.get(me) == self.advert.keys
+        insist(there, "this worker's advert is missing from the cohort, or is another.")
         holders = ours.holders(me)
         secrets = self._secret, self._mask_key.private_bytes_raw()
         dealt = (split(secret, len(holders), settled.threshold, self._draw) for secret in secrets)

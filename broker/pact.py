@@ -176,12 +176,7 @@ def digest(*fields: bytes | str | int) -> bytes:
 
 def roster_digest(roster: Mapping[str, bytes]) -> bytes:
     """Names and keys of a roster in 32 bytes, whatever its version and whoever has signed it."""
-    return _roster_digest(frozenset(roster.items()))
-
-
-@lru_cache(maxsize=4)  # those who are hosted together mostly have the same
-def _roster_digest(roster: frozenset[tuple[str, bytes]]) -> bytes:
-    return digest(*(part for each in sorted(roster) for part in each))
+    return digest(*(part for name in sorted(roster) for part in (name, roster[name])))
 
 
 def context(run: str, round_: int, attempt: int, *, model: bytes, plan: bytes, roster: Mapping[str, bytes]) -> bytes:

@@ -25,32 +25,23 @@ def split(secret: bytes, shares: int, threshold: int, draw: Callable[[int], byte
     assert len(secret) == SECRET_BYTES
     assert 1 <= threshold <= shares
     drawn = draw(_DRAW_BYTES * (threshold - 1))
-    places = range(0, len(drawn), _DRAW_BYTES)
-    first = [int.from_bytes(drawn[at : at + _DRAW_BYTES], "big") % PRIME for at in places]
-    values = int.from_bytes(secret, "big"), *first
-    beyond = (sum(map(mul, factors, values)) % PRIME for factors in _beyond(threshold, shares))
-    return [y.to_bytes(SHARE_BYTES, "big") for y in (*first, *beyond)]
-
-
-@lru_cache(maxsize=256)
-def _beyond(known: int, shares: int) -> tuple[tuple[int, ...], ...]:
-    """For x = known, …, shares: Lagrange's factors of the values at 0, 1, …, known − 1, which are small and whole."""
-    return tuple(
-        tuple((-1) ** (known - 1 - i) * math.comb(x, i) * math.comb(x - 1 - i, known - 1 - i) for i in range(known))
-        for x in range(known, shares + 1)
-    )
+    pieces = (drawn[at : at + _DRAW_BYTES] for at in range(0, len(drawn), _DRAW_BYTES))
+    known = [int.from_bytes(each, "big") % PRIME for each in (secret, *pieces)]  # at 0, 1, …, threshold − 1
+    factors = (_factors(tuple(range(threshold)), x) for x in range(threshold, shares + 1))
+    beyond = (sum(map(mul, each, known)) % PRIME for each in factors)
+    return [y.to_bytes(SHARE_BYTES, "big") for y in (*known[1:], *beyond)]
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes | None:
     """The secret of exactly as many shares (x → share) as the threshold; None where there is no such secret."""
-    factors = _at_zero(tuple(shares))
-    found = sum(f * int.from_bytes(s, "big") for f, s in zip(factors, shares.values(), strict=True)) % PRIME
+    found = sum(map(mul, _factors(tuple(shares), 0), (int.from_bytes(s, "big") for s in shares.values()))) % PRIME
     return found.to_bytes(SECRET_BYTES, "big") if found < 2 ** (8 * SECRET_BYTES) else None
 
 
-@lru_cache(maxsize=256)
-def _at_zero(xs: tuple[int, ...]) -> tuple[int, ...]:
-    """Lagrange's factors: Π x_j / (x_j − x_i) over all j ≠ i."""
+@lru_cache(maxsize=1024)
+def _factors(xs: tuple[int, ...], at: int) -> tuple[int, ...]:
+    """Lagrange's: Π (x_j − at) / (x_j − x_i) over all j ≠ i, for each x_i."""
     others = {x: [other for other in xs if other != x] for x in xs}
     below = (math.prod(other - x for other in others[x]) for x in xs)
-    return tuple(math.prod(others[x]) * pow(b, -1, PRIME) % PRIME for x, b in zip(xs, below, strict=True))
+    above = (math.prod(other - at for other in others[x]) for x in xs)
+    return tuple(a * pow(b, -1, PRIME) % PRIME for a, b in zip(above, below, strict=True))

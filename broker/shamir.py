@@ -38,10 +38,11 @@ def combine(shares: Mapping[int, bytes]) -> bytes | None:
     return found.to_bytes(SECRET_BYTES, "big") if found < 2 ** (8 * SECRET_BYTES) else None
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _factors(xs: tuple[int, ...], at: int) -> tuple[int, ...]:
-    """Lagrange's: Π (x_j − at) / (x_j − x_i) over all j ≠ i, for each x_i."""
-    others = {x: [other for other in xs if other != x] for x in xs}
-    below = (math.prod(other - x for other in others[x]) for x in xs)
-    above = (math.prod(other - at for other in others[x]) for x in xs)
-    return tuple(a * pow(b, -1, PRIME) % PRIME for a, b in zip(above, below, strict=True))
+    """Lagrange's: Π (x_j − at) / (x_j − x_i) over all j ≠ i, for each x_i; one inversion serves them all."""
+    above = math.prod(x - at for x in xs)
+    below = [math.prod(other - x for other in xs if other != x) for x in xs]
+    multiple = math.lcm(*below)
+    inverse = pow(multiple, -1, PRIME)
+    return tuple(above // (x - at) * (multiple // b) * inverse % PRIME for x, b in zip(xs, below, strict=True))

@@ -304,6 +304,15 @@ def test_a_worker_deals_no_shares_to_a_cohort_with(name: str) -> None:
     parley.workers["w-000"].shares(settled, ["loss"])  # what is right is answered all the same
 
 
+def test_a_cohort_that_is_right_for_one_is_looked_at_anew_by_whoever_has_another_roster() -> None:
+    parley = Parley(4)
+    settled = parley.settle()
+    parley.workers["w-000"].shares(settled, ["loss"])
+    del parley.roster["w-003"]
+    with pytest.raises(Refused, match="w-003 is not on the roster"):
+        parley.workers["w-001"].shares(settled, ["loss"])
+
+
 def test_neither_side_takes_part_in_a_cohort_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     parley = Parley(5)
     settled = parley.settle()

@@ -20,7 +20,7 @@ from broker.errors import (
     UsageError,
     WireError,
 )
-from broker.link import Delivery, Lane, Link, Outgoing, publish_parts, read
+from broker.link import Delivery, Lane, Link, Outgoing, heard, publish_parts
 from broker.messages import Claim, Goodbye, Hello, Message, Payload, Ready, Refusal, Score, Step, Update, encode
 from broker.parts import Aim, split
 from workers.spool import Slot, Spool
@@ -194,7 +194,7 @@ class Post:
                     again()
                     async for delivery in deliveries:
                         try:
-                            message = read(delivery)
+                            message = heard(bytes(delivery.body))
                         except WireError as problem:
                             self._tell(f"refused what came from the coordinator: {problem}", logging.WARNING)
                         else:

@@ -154,10 +154,11 @@ class Post:
         Raises:
             LinkError: the broker did not take it within SAY_S.
         """
-        key = topology.inbox_key(message.of.run, self.worker)
+        key, lasting = topology.inbox_key(message.of.run, self.worker), not isinstance(message, Ready | Step)
+        said = Outgoing(topology.UP, (key,), encode(message), persistent=lasting)  # else it is said again, if need be
         try:
             with self._allowed():
-                await self._link.publish(Outgoing(topology.UP, (key,), encode(message)), within_s=SAY_S)
+                await self._link.publish(said, within_s=SAY_S)
         except Unroutable:
             self._tell(f"the run {message.of.run} has no coordinator any more", logging.INFO)
 

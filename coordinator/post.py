@@ -173,7 +173,8 @@ class Post:
 
     async def tell(self, workers: Iterable[str], message: Answer | Closed | Resumed | Call) -> None:
         """Send a small message to these workers. One that cannot be reached will hear it by asking again."""
-        body, lasting = encode(replace(message, epoch=self.epoch)), not isinstance(message, Call)  # asked for again
+        # a call that is lost with the broker is asked for again, by the answer to the one before
+        body, lasting = encode(replace(message, epoch=self.epoch)), not isinstance(message, Call)
         for batch in batches(tuple(workers)):
             try:
                 await self.link.publish(Outgoing(topology.CONTROL, batch, body, persistent=lasting))

@@ -154,8 +154,9 @@ class Post:
         Raises:
             LinkError: the broker did not take it within SAY_S.
         """
+        # what is said in a sum and lost with the broker is said again when we listen again
         key, lasting = topology.inbox_key(message.of.run, self.worker), not isinstance(message, Ready | Step)
-        said = Outgoing(topology.UP, (key,), encode(message), persistent=lasting)  # else it is said again, if need be
+        said = Outgoing(topology.UP, (key,), encode(message), persistent=lasting)
         try:
             with self._allowed():
                 await self._link.publish(said, within_s=SAY_S)

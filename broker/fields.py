@@ -4,11 +4,13 @@ Knows annotations: plain types, `Literal`, unions, tuples, maps, other dataclass
 not know what any field means, nor how a map is packed.
 """
 
-import math
 import re
+import sys
 import types
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from broker.errors import WireError
@@ -16,6 +18,9 @@ from broker.errors import WireError
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # spliced into routing keys and, later, broker rights
 NAME_RULE = "1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
 _BYTES = bytes | bytearray | memoryview
+_NUMBERS = (int, float)
+Check = Callable[[Any, str], Any]
+"""Gives a value as it is wanted, or raises WireError naming where it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +45,14 @@ def legible(text: str) -> str:
     return "".join(seen).replace("\n", "\n        ")
 
 
+def shown(of: Any) -> dict[str, Any]:
+    """A dataclass as the map that `build` takes; its values are not copied, as they are by `asdict`."""
+    return {each.name: getattr(of, each.name) for each in fields(of)}
+
+
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+def _checks(kind: Any) -> dict[str, Check]:
+    return {name: _check(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
 def build(kind: Any, raw: dict[str, Any], where: str) -> Any:
@@ -51,73 +61,77 @@ def build(kind: Any, raw: dict[str, Any], where: str) -> Any:
     Raises:
         WireError: a field is missing, unknown, of the wrong type or out of bounds; `where` is named.
     """
-    hints = _hints(kind)
-    unknown = [name for name in raw if name not in hints]
-    missing = [f.name for f in fields(kind) if f.name not in raw]
-    if unknown or missing:
-        names = f"an unknown field {unknown[0][:40]!r}" if unknown else f"no field {missing[0]!r}"
+    checks = _checks(kind)
+    if raw.keys() != checks.keys():
+        odd = [name for name in raw if name not in checks] or [name for name in checks if name not in raw]
+        names = f"an unknown field {odd[0][:40]!r}" if odd[0] in raw else f"no field {odd[0]!r}"
         raise WireError(f"{where} has {names}.")
-    return kind(**{name: _check(hints[name], value, f"{where}.{name}") for name, value in raw.items()})
+    return kind(**{name: checks[name](value, f"{where}.{name}") for name, value in raw.items()})
 
 
-def _check(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotation `hint` wants it, or WireError naming `where`."""
-    origin = get_origin(hint)
+@cache
+def _check(hint: Any) -> Check:
+    """What an annotation asks for, found once: a message may hold thousands of values of the same."""
+    origin, of = get_origin(hint), get_args(hint)
+    listed, mapped = partial(_check_plain, (list,)), partial(_check_plain, (dict,))
     if origin is Annotated:
-        plain, *rules = get_args(hint)
-        checked = _check(plain, value, where)
-        for rule in rules:
-            _keep(rule, checked, where)
-        return checked
+        check = _check(of[0])
+        for rule in of[1:]:
+            check = partial(_check_within if isinstance(rule, Within) else _check_name, check, rule)
+        return check
     if origin is Literal:
-        if isinstance(value, str) and value in get_args(hint):
-            return value
-        raise WireError(f"{where} must be one of {', '.join(get_args(hint))}.")
-    if hint == _BYTES and isinstance(value, bytes | memoryview):
-        return value
+        return partial(_check_literal, of)
+    if hint == _BYTES:
+        return partial(_check_plain, (bytes, memoryview))
     if origin in (Union, types.UnionType):
-        return _check_union(get_args(hint), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_check(get_args(hint)[0], item, where) for item in value)
-    if origin is dict and isinstance(value, dict):
-        key_hint, value_hint = get_args(hint)
-        return {_check(key_hint, k, where): _check(value_hint, v, where) for k, v in value.items()}
-    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return build(hint, value, where)
-    return _check_plain(hint, value, where)
+        return partial(_check_union, type(None) in of, [*map(_check, of)])
+    if origin is tuple:
+        item = _check(of[0])
+        return lambda value, where: tuple([item(each, where) for each in listed(value, where)])
+    if origin is dict:
+        key, item = map(_check, of)
+        return lambda value, where: {key(k, where): item(v, where) for k, v in mapped(value, where).items()}
+    if is_dataclass(hint):
+        return lambda value, where: build(hint, mapped(value, where), where)
+    return _check_float if hint is float else partial(_check_plain, (hint,))
 
 
-def _check_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in options:
+def _check_name(check: Check, rule: re.Pattern[str], value: Any, where: str) -> Any:
+    if rule.fullmatch(check(value, where)) is None:
+        raise WireError(f"{where} must be {NAME_RULE}.")
+    return value
+
+
+def _check_within(check: Check, rule: Within, value: Any, where: str) -> Any:
+    checked = check(value, where)
+    measured = checked if type(checked) in _NUMBERS else len(checked)
+    if not rule.low <= measured <= rule.high:
+        raise WireError(f"{where} must be within {rule.low:g} and {rule.high:g}.")
+    return checked
+
+
+def _check_literal(options: tuple[str, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, str) or value not in options:
+        raise WireError(f"{where} must be one of {', '.join(options)}.")
+    return value
+
+
+def _check_union(optional: bool, checks: list[Check], value: Any, where: str) -> Any:
+    if value is None and optional:
         return None
-    last = WireError(f"{where} has the wrong type.")
-    for option in options:
-        try:
-            return _check(option, value, where)
-        except WireError as problem:
-            last = problem
-    raise last
+    for check in checks[:-1]:
+        with suppress(WireError):
+            return check(value, where)
+    return checks[-1](value, where)
 
 
-def _check_plain(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise WireError(f"{where} must be a finite number.")
-        return number
-    if hint in (bool, int, str, bytes) and type(value) is hint:
+def _check_float(value: Any, where: str) -> Any:
+    if not abs(_check_plain(_NUMBERS, value, where)) <= sys.float_info.max:
+        raise WireError(f"{where} must be a finite number.")
+    return float(value)
+
+
+def _check_plain(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if type(value) in kinds:
         return value
     raise WireError(f"{where} has the wrong type.")
-
-
-def _keep(rule: Any, value: Any, where: str) -> None:
-    if isinstance(rule, re.Pattern):
-        if rule.fullmatch(value) is None:
-            raise WireError(f"{where} must be {NAME_RULE}.")
-    elif isinstance(rule, Within):
-        measured = value if isinstance(value, int | float) else len(value)
-        if not rule.low <= measured <= rule.high:
-            raise WireError(f"{where} must be within {rule.low:g} and {rule.high:g}.")

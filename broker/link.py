@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Protocol
 
 from broker.errors import LinkError
@@ -189,6 +190,10 @@ def read(delivery: Delivery) -> Message:
         WireError: see `messages.decode`.
     """
     return delivery.part or decode(delivery.body)
+
+
+heard = lru_cache(maxsize=4)(decode)
+"""A message of a control queue: those who are hosted together are told the same, in which nothing can change."""
 
 
 async def publish_parts(

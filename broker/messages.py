@@ -7,14 +7,14 @@ The decoder trusts nothing: msgpack under limits, then every field against the d
 """
 
 import struct
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import msgpack
 
 from broker import pact
 from broker.errors import WireError
-from broker.fields import NAME, Within, build, in_short
+from broker.fields import NAME, Within, build, in_short, shown
 from broker.tensors import TENSORS_MAX, Layout, TensorSpec
 
 PROTOCOL = 1
@@ -306,7 +306,8 @@ def encode(message: Message) -> bytes:
         return b"".join(encode_part(message))
     kind = type(message).__name__.lower()
     # a learner's traceback may name a file whose name is not Unicode
-    packed: bytes = msgpack.packb({"v": PROTOCOL, "kind": kind, **asdict(message)}, unicode_errors="replace")
+    whole = {"v": PROTOCOL, "kind": kind} | shown(message)
+    packed: bytes = msgpack.packb(whole, default=shown, unicode_errors="replace")
     if len(packed) > MESSAGE_BYTES_MAX:
         raise WireError(f"a {kind} of {len(packed)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
     return packed

@@ -173,10 +173,11 @@ class Post:
 
     async def tell(self, workers: Iterable[str], message: Answer | Closed | Resumed | Call) -> None:
         """Send a small message to these workers. One that cannot be reached will hear it by asking again."""
-        message = replace(message, epoch=self.epoch)
+        # a call that is lost with the broker is asked for again, by the answer to the one before
+        body, lasting = encode(replace(message, epoch=self.epoch)), not isinstance(message, Call)
         for batch in batches(tuple(workers)):
             try:
-                await self.link.publish(Outgoing(topology.CONTROL, batch, encode(message)))
+                await self.link.publish(Outgoing(topology.CONTROL, batch, body, persistent=lasting))
             except LinkError as problem:
                 log.debug("could not tell %d workers: %s", len(batch), problem)
 

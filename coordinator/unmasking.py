@@ -167,6 +167,7 @@ class Unmasking:
         lost = tuple(sorted(self._shares.keys() - self._masked.keys()))
         dealers = () if self.pact.complete else tuple(self._masked[name].dealers for name in done)
         self._finishers = pact.Finishers(done, lost, dealers)
+        self._vowed = self.pact.finishers(self._finishers)  # what each of them is to sign
         self._enter("vows", self._masked, self._vows)
         return self._finishers
 
@@ -177,7 +178,7 @@ class Unmasking:
         if _said(self._vows, worker, vow):
             return False
         self._at("vows", worker)
-        pact.check_signature(self._roster, worker, vow.signature, self.pact.finishers(self._finishers))
+        pact.check_signature(self._roster, worker, vow.signature, self._vowed)
         self._vows[worker] = vow
         return True
 

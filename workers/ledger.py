@@ -9,9 +9,11 @@ No coordinator can write here: of what it says only short texts are told, with w
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,8 @@ class Ledger:
             LearnerFailed: the disk is full or not writable.
         """
         line = {"event": event, "at": round(time.time(), 3)} | {name: plain(fact) for name, fact in facts.items()}
-        with self._disk():
-            if not self.path.exists():
-                self.path.touch(mode=0o600)
-            with self.path.open("ab+") as file:
-                self._chain.append(file, line)
+        with self._disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
+            self._chain.append(file, line)
 
     def keep(self) -> None:
         """See to it that what was written stays written. Takes as long as the disk does; call it in a thread.
@@ -127,7 +126,9 @@ def told(line: Line) -> tuple[str, ...]:
 def plain(fact: Any) -> Any:
     """A fact as it may stand in a line: bounded, and nothing in it that a terminal would obey."""
     if isinstance(fact, str):
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in fact[:TEXT_MAX])
+        shown = fact[:TEXT_MAX]
+        if not shown.isprintable():
+            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
         return shown[:TEXT_MAX]
     if isinstance(fact, Mapping):
         return {plain(name): plain(value) for name, value in [*fact.items()][:ENTRIES_MAX]}

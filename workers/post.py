@@ -20,7 +20,7 @@ from broker.errors import (
     UsageError,
     WireError,
 )
-from broker.link import Delivery, Lane, Link, Outgoing, publish_parts, read
+from broker.link import Delivery, Lane, Link, Outgoing, heard, publish_parts
 from broker.messages import Claim, Goodbye, Hello, Message, Payload, Ready, Refusal, Score, Step, Update, encode
 from broker.parts import Aim, split
 from workers.spool import Slot, Spool
@@ -154,10 +154,12 @@ class Post:
         Raises:
             LinkError: the broker did not take it within SAY_S.
         """
-        key = topology.inbox_key(message.of.run, self.worker)
+        # what is said in a sum and lost with the broker is said again when we listen again
+        key, lasting = topology.inbox_key(message.of.run, self.worker), not isinstance(message, Ready | Step)
+        said = Outgoing(topology.UP, (key,), encode(message), persistent=lasting)
         try:
             with self._allowed():
-                await self._link.publish(Outgoing(topology.UP, (key,), encode(message)), within_s=SAY_S)
+                await self._link.publish(said, within_s=SAY_S)
         except Unroutable:
             self._tell(f"the run {message.of.run} has no coordinator any more", logging.INFO)
 
@@ -194,7 +196,7 @@ class Post:
                     again()
                     async for delivery in deliveries:
                         try:
-                            message = read(delivery)
+                            message = heard(bytes(delivery.body))
                         except WireError as problem:
                             self._tell(f"refused what came from the coordinator: {problem}", logging.WARNING)
                         else:

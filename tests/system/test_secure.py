@@ -290,6 +290,28 @@ async def test_a_coordinator_that_dies_when(tmp_path: Path, point: str) -> None:
         assert [[number for train, number in place.lesson.done if train] for place in places] == [[1, 2, 3]] * 3
 
 
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_broker_that_is_started_anew_when(tmp_path: Path, point: str) -> None:
+    """What is said in a sum does not survive that: all of it is said again, and the same sum goes on."""
+    async with federation(tmp_path, **SECURE, rounds=2) as fed:
+        lost = list[int]()
+
+        def look(what: Outgoing | Delivery) -> None:
+            if not lost and POINTS[point](what):
+                lost.append(1)
+                fed.broker.pause()
+                fed.broker.forget()
+                fed.broker.resume()
+
+        fed.hook = look
+        places = [fed.join(name) for name in THREE]
+        await fed.end()
+        assert lost
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 2)
+        assert [line["secure"]["sum"] for line in fed.lines("round")] == [1, 1]
+        assert [[number for train, number in place.lesson.done if train] for place in places] == [[1, 2]] * 3
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("owner", "method"), [(Vault, "keep"), (Vault, "add"), (Journal, "release"), (Store, "draft"), (Store, "seal")]

@@ -4,7 +4,7 @@ import importlib
 import math
 import re
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from broker import messages, pact
 from broker.errors import WireError
 from broker.fields import NAME, Within
+from broker.link import heard
 from broker.messages import (
     COLLECTIONS_MAX,
     KINDS,
@@ -153,6 +154,16 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 MESSAGES = st.sampled_from(sorted(KINDS)).flatmap(lambda kind: values(KINDS[kind]))
+
+
+def test_what_many_are_told_is_decoded_once_for_all_who_are_hosted_together_and_nothing_in_it_can_change() -> None:
+    told = [message for message in ONE_OF_EACH if isinstance(message, Answer | Closed | Resumed | Call)]
+    assert len(told) == 4
+    for message in told:
+        again = replace(message, epoch=9)
+        assert heard(encode(message)) is heard(bytes(bytearray(encode(message))))
+        assert heard(encode(message)) == message != heard(encode(again)) == again
+        hash(heard(encode(message)))  # there is no dict nor list in it
 
 
 def test_there_is_one_of_each_kind() -> None:

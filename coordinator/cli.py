@@ -127,7 +127,10 @@ def coordinator(
         def begin(link: Link) -> Coroutine[None, None, None]:
             return service.Coordinator(store, link, drains=drains, keys=keys).serve(forced=forced)
 
-        daemon.run(lambda stop: _serve(store, connect, stop, begin))
+        try:
+            daemon.run(lambda stop: _serve(store, connect, stop, begin))
+        finally:
+            store.tidy()  # no thread writes any more
 
 
 async def _serve(

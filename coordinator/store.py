@@ -206,6 +206,11 @@ class Store:
         self.journal = Journal(self.folder, self._write)  # as whoever acted before has left it
         return epoch
 
+    def tidy(self) -> None:
+        """Leave no version behind that we have begun and not made safe: whoever goes on makes it again."""
+        for left in (self.folder / VERSIONS).glob(f".*{self._tag}.new"):
+            left.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def _acting(self) -> Iterator[None]:
         """Change the run, if that is still ours to do.

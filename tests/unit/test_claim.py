@@ -102,6 +102,18 @@ def test_two_never_write_the_same_draft(folder: Path) -> None:
     assert latter.load(1)[1] == theirs == ZERO
 
 
+def test_who_ends_takes_its_own_drafts_away_and_no_other(folder: Path) -> None:
+    former, latter = Store.open(folder), Store.open(folder)
+    former.begin_epoch()
+    latter.begin_epoch()
+    latter.draft(1, LAYOUT, in_order([ZERO]))
+    former.draft(1, LAYOUT, in_order([ONE]))
+    former.tidy()
+    assert len([*folder.rglob(".*.new")]) == 1
+    latter.seal(1)
+    assert latter.load(1)[1] == ZERO
+
+
 # -- waiting --------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ def model():
     return made
 
 def data(source):
-    print("loading", source)
+    print(f"loading {source}")
     return float(Path(source).read_text())
 
 def train(model, data, settings):
@@ -68,10 +68,11 @@ def test_hosted_workers_are_as_many_workers_each_with_its_own_data(federation: F
             assert "FileNotFoundError" in line["refused"]["w-7"]
         seen |= set(line["cohort"])
     assert len(seen) > 8
-    loads = [line.rpartition("/")[2] for line in f.log("host").splitlines() if line.startswith("loading")]
-    assert all(loads.count(f"{index}-of-{MANY}") == 1 for index in range(1, MANY + 1) if index != 7)
     assert f.kill("host", signal.SIGTERM) == 0
     assert "12 workers have left" in f.log("host")
+    loads = [line.rpartition("/")[2] for line in f.log("host").splitlines() if line.startswith("loading")]
+    for name in seen - {"w-7"}:  # dice may have passed others over
+        assert loads.count(f"{name.removeprefix('w-')}-of-{MANY}") == 1
     assert list(Path(f.folder / "state").rglob("*.models")) == []
 
 

@@ -14,7 +14,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from hashlib import sha256
 
 import numpy as np
 
@@ -70,7 +69,7 @@ class Secrecy:
         """A secure sum begins; not the first of this attempt (`again`), or the one that was released goes on."""
         of = here.round.of
         serial, released = self._store.journal.next_sum(of.round) if again else (1, False)
-        model = await asyncio.to_thread(lambda: sha256(here.weights).digest())
+        model = await asyncio.to_thread(pact.model_digest, here.weights)
         # a serial is told apart within its attempt only
         bound = context(of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=self._keys)
         least, part = self._plan.least, self._plan.threshold

@@ -15,7 +15,6 @@ import random
 import secrets
 from collections.abc import Coroutine
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any, TypeVar
 
 from broker.changes import apply_change
@@ -23,6 +22,7 @@ from broker.errors import Declined, LearnerFailed, LinkError, UsageError, WireEr
 from broker.formats import FORMATS, Format
 from broker.link import Delivery, first_of, read
 from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
+from broker.pact import model_digest
 from broker.parts import Aimed
 from broker.tensors import Layout
 from workers.jobs import Arrival, Job, is_same
@@ -319,7 +319,7 @@ class Worker:
                 if work.owes:
                     await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
                 owed = self._residuals.of(task.of) if work.owes else None
-                model = await asyncio.to_thread(lambda: sha256(weights.data).digest()) if task.secure else b""
+                model = await asyncio.to_thread(model_digest, weights.data) if task.secure else b""
                 done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
                 done = replace(done, model=model)
                 if train and private:

@@ -12,7 +12,6 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,7 +38,7 @@ from broker.messages import (
     decode,
     encode,
 )
-from broker.pact import check_advert, context, roster_digest
+from broker.pact import check_advert, context, model_digest, roster_digest
 from broker.parts import Assembly, split
 from broker.pinned import Roster, public_of
 from broker.tensors import Layout, TensorSpec
@@ -529,7 +528,7 @@ async def test_a_roster_that_lies_costs_its_task_and_is_trained_for_by_nobody(
         async def get_honest_keys(number: int, shown: bytes) -> None:
             asked = secret(number, named(KEYS, shown))
             await false.send(asked, *parts(asked))
-            ready, model = await false.hear(Ready), sha256(start_weights()).digest()
+            ready, model = await false.hear(Ready), model_digest(memoryview(start_weights()))
             bound = context(RUN, number, 1 << 32 | 1, model=model, plan=asked.terms, roster=KEYS)
             check_advert(bound, ready.advert, KEYS)
             await false.tell(Closed(asked.of, "thank you"))

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import numpy as np
 
 from broker import pact
-from broker.errors import Aborted, Refused, WireError
+from broker.errors import Aborted, Refused, WireError, insist
 from broker.messages import Answer, Attempt, Call, Ready, Resumed, Secure, Step, Task, Update
 from broker.pact import SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.pinned import Roster as Keys
@@ -261,7 +261,8 @@ class Secrecy:
         core, worker = secret.core, step.worker
         match step.says:
             case Masked():  # it counts when its words are added
-                if (news := core.expects(worker)) and secret.coming.get(worker) != step:
+                insist(secret.coming.get(worker, step) == step, f"{worker} has said something else before.")
+                if (news := core.expects(worker)) and worker not in secret.coming:
                     self._expect(here, secret, step)
                 return news
             case Shares():

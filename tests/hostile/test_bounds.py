@@ -1,0 +1,47 @@
+"""What a stranger may repeat without end: memory, time and the log stay bounded, whatever is said and how often."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+from broker import topology
+from broker.link import Delivery, Outgoing
+from broker.messages import Step, encode
+from broker.pact import Masked
+from tests.memory import MemoryLink
+from tests.system.rig import SECURE, federation, read, secure_expected
+
+FIVE = ("a", "b", "c", "d", "e")
+
+
+async def test_who_says_that_other_masked_words_are_there_again_and_again_is_not_waited_for_each_time(
+    tmp_path: Path,
+) -> None:
+    """One of a secure cohort announces words without number, none of which are there: the others' are added."""
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=5, quorum=4) as fed:
+        for name in FIVE:
+            fed.join(name)
+        voice, most, lied = MemoryLink(fed.broker), 0, False
+
+        async def lie(what: Outgoing | Delivery) -> None:
+            nonlocal most, lied
+            if fed.coordinator:
+                most = max(most, fed.coordinator.desk.uploads.qsize())
+            message = None if isinstance(what, Outgoing) or what.key.startswith("upload") else read(what)
+            if lied or not isinstance(message, Step) or not isinstance(message.says, Masked):
+                return
+            lied, payload = True, message.payload
+            assert payload
+            for number in range(50):
+                said = replace(message, worker="e", payload=replace(payload, id=f"none/{number}"))
+                key = topology.inbox_key(said.of.run, "e")
+                await voice.publish(Outgoing(topology.UP, (key,), encode(said)))
+
+        fed.hook = lie
+        await fed.end()
+        assert lied
+        assert most <= len(FIVE)
+        assert fed.lines("abandoned") == []
+        assert fed.counted() == [list("abcd")]
+        assert fed.weights() == secure_expected(fed.store.plan, [FIVE[:4]])
+        await voice.close()

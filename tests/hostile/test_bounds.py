@@ -1,6 +1,5 @@
 """What a stranger may repeat without end: memory, time and the log stay bounded, whatever is said and how often."""
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 

@@ -25,6 +25,7 @@ from broker.messages import (
     PART_BYTES_MIN,
     Answer,
     Attempt,
+    Call,
     Claim,
     Closed,
     Message,
@@ -58,7 +59,7 @@ from tests.system.rig import (
 )
 from workers.ledger import SUFFIX
 from workers.masking import Member
-from workers.outbox import SENT_MAX
+from workers.outbox import CALLS_MAX, SENT_MAX
 from workers.spool import HELD_MAX
 from workers.work import task_seed
 
@@ -477,6 +478,24 @@ async def test_an_update_that_is_wanted_again_and_again_is_sent_again_and_again(
         await false.take_update(LIE)
         await false.get_honest_work()
         assert false.place.lesson.done == [(True, 1), (True, 2)]
+
+
+async def test_calls_to_sums_that_nobody_makes_do_not_pile_up(tmp_path: Path) -> None:
+    """A coordinator calls to one secure sum after another, with an update that is in none."""
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (fed, false):
+        await false.send(asked, *parts(asked))
+        await false.hear(Update)
+        calls = false.place.worker._outbox._sent[0].calls
+        for number in range(10 * CALLS_MAX):
+            await false.tell(Call(LIE, number))
+        await fed.until(lambda: bool(calls) and calls[-1].serial == 10 * CALLS_MAX - 1)
+        assert len(calls) == CALLS_MAX
+        await false.tell(Closed(LIE, "it has lied enough"))
+        await fed.until(lambda: not false.place.worker._outbox._sent)
+        await false.link.purge(topology.upload_queue(WORKER))
+        await false.link.purge(topology.inbox_queue(RUN))
+        await false.get_honest_work()
 
 
 ROSTER = Roster(KEYS, 1).signed(OPERATOR)  # version 2

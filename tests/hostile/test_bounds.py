@@ -5,7 +5,7 @@ from pathlib import Path
 
 from broker import topology
 from broker.link import Delivery, Outgoing
-from broker.messages import Step, encode
+from broker.messages import Refusal, Step, encode
 from broker.pact import Masked
 from tests.memory import MemoryLink
 from tests.system.rig import SECURE, federation, read, secure_expected
@@ -43,4 +43,31 @@ async def test_who_says_that_other_masked_words_are_there_again_and_again_is_not
         assert fed.lines("abandoned") == []
         assert fed.counted() == [list("abcd")]
         assert fed.weights() == secure_expected(fed.store.plan, [FIVE[:4]])
+        await voice.close()
+
+
+async def test_what_strangers_refuse_and_vow_in_a_secure_sum_is_not_in_the_history(tmp_path: Path) -> None:
+    """Somebody speaks in a secure sum under a hundred names, none of which was asked, and refuses at length."""
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=5, quorum=4) as fed:
+        for name in FIVE:
+            fed.join(name)
+        voice, lied = MemoryLink(fed.broker), False
+
+        async def lie(what: Outgoing | Delivery) -> None:
+            nonlocal lied
+            message = None if isinstance(what, Outgoing) or what.key.startswith("upload") else read(what)
+            if lied or not isinstance(message, Step) or not isinstance(message.says, Masked):
+                return
+            lied = True
+            for number in range(100):
+                name = f"ghost-{number}"
+                for said in (replace(message, worker=name), Refusal(message.of, name, "x" * 4096)):
+                    key = topology.inbox_key(said.of.run, name)
+                    await voice.publish(Outgoing(topology.UP, (key,), encode(said)))
+
+        fed.hook = lie
+        await fed.end()
+        assert lied
+        assert fed.counted() == [[*FIVE]]
+        assert fed.lines("round")[0]["secure"]["gone"] == {}
         await voice.close()

@@ -85,7 +85,7 @@ def _unwelcome(problem: BaseException | None, access: Access) -> BrokerRefused |
             )
         case WireError():
             return BrokerRefused(f"what listens at {where} is not RabbitMQ: {check}.")
-        case LinkError() | OSError():  # TimeoutError is one
+        case LinkError() | OSError() | UnicodeError():  # TimeoutError is the second; the third: of a host like a..b
             start = "check the network" if access.vouched else "start one with `fluffle broker start`"
             return LinkError(f"no RabbitMQ answers at {where}: {start}, or {check}.")
     return None
@@ -241,7 +241,7 @@ class Connection(asyncio.BufferedProtocol):
         self._read_at = self._now()
         try:
             self._inlet.take(nbytes)
-        except (WireError, PAMQPException, ValueError, IndexError, KeyError) as problem:
+        except (WireError, PAMQPException, ValueError, LookupError, RecursionError) as problem:
             log.debug("%s: %r", self.name, problem)
             for channel in self._channels.values():
                 channel.end(problem if isinstance(problem, WireError) else WireError("what comes is not AMQP."))

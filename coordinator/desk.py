@@ -179,9 +179,8 @@ class Desk:
         if hello.doing == here.round.of:
             here.sent_to[hello.worker] = hello.incarnation
             here.round.claimed.add(hello.worker)
-        if here.sent_to.get(hello.worker) == hello.incarnation:
-            return
-        if hello.worker not in here.returned and here.round.reissue(hello.worker):
+        lost = here.sent_to.get(hello.worker) != hello.incarnation and hello.worker not in here.returned
+        if lost and here.round.reissue(hello.worker):
             log.info("%s is back and has lost its task: sending it again", hello.worker)
             here.returned.add(hello.worker)
 

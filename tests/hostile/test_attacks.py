@@ -272,7 +272,7 @@ async def test_a_thousand_names_that_claim_a_task_leave_nothing_behind(tmp_path:
 async def test_names_that_come_go_and_claim_a_task_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody is here under one name after another, each for a moment, and says that it is at work and has the task."""
+    """Somebody is here under one name after another, each for a moment, and says that it has the task."""
     monkeypatch.setattr(coordinator.desk, "WORKERS_MAX", 20)
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
         assert fed.coordinator

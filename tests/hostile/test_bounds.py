@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from broker import topology
+from broker import frames, topology
+from broker.amqp import Connection
 from broker.link import Delivery, Outgoing
 from broker.messages import Refusal, Step, encode
 from broker.pact import Masked
@@ -71,3 +72,19 @@ async def test_what_strangers_refuse_and_vow_in_a_secure_sum_is_not_in_the_histo
         assert fed.counted() == [[*FIVE]]
         assert fed.lines("round")[0]["secure"]["gone"] == {}
         await voice.close()
+
+
+async def test_tables_in_tables_end_a_connection_and_nothing_else() -> None:
+    """A broker greets with a table in a table in a table …"""
+    inner = b""
+    while len(inner) < 100_000:
+        inner = b"\0F" + len(inner).to_bytes(4, "big") + inner
+    greeting = b"\0\x0a\0\x0a\0\x09" + len(inner).to_bytes(4, "big") + inner + bytes(8)
+    frame = memoryview(frames.method(0, greeting))
+    connection = Connection("test")
+    while frame and connection.alive:
+        room = connection.get_buffer(-1)[: len(frame)]
+        room[:] = frame[: len(room)]
+        connection.buffer_updated(len(room))
+        frame = frame[len(room) :]
+    assert await connection.lost == "what comes is not AMQP"

@@ -1,10 +1,17 @@
 """What a stranger may repeat without end: memory, time and the log stay bounded, whatever is said and how often."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+import pamqp.frame
+import pytest
+from pamqp import commands
+
 from broker import frames, topology
 from broker.amqp import Connection
+from broker.errors import WireError
+from broker.invitation import Access
 from broker.link import Delivery, Outgoing
 from broker.messages import Refusal, Step, encode
 from broker.pact import Masked
@@ -88,3 +95,21 @@ async def test_tables_in_tables_end_a_connection_and_nothing_else() -> None:
         connection.buffer_updated(len(room))
         frame = frame[len(room) :]
     assert await connection.lost == "what comes is not AMQP"
+
+
+@pytest.mark.parametrize("frame_bytes", [1, 8, 4095])
+async def test_a_broker_that_wants_frames_in_which_nothing_fits_is_none(frame_bytes: int) -> None:
+    """No body would ever be cut into such frames to its end."""
+    connection = Connection("test")
+    greeting = asyncio.create_task(connection.greet(Access.at("amqp://127.0.0.1/"), 0))
+    await asyncio.sleep(0)
+    for said in (commands.Connection.Start(), commands.Connection.Tune(0, frame_bytes, 0)):
+        frame = pamqp.frame.marshal(said, 0)
+        connection.get_buffer(-1)[: len(frame)] = frame
+        connection.buffer_updated(len(frame))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    async with asyncio.timeout(5.0):
+        with pytest.raises(WireError, match="is not AMQP"):
+            await greeting
+    connection.abort("the end")

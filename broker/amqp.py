@@ -28,8 +28,9 @@ from broker.messages import Buffer
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
-FRAME_BYTES_MAX = 4 * 1024 * 1024
-"""The largest frames we take, if the broker likes them so large; unless it was told to, it stays at 128 KiB."""
+FRAME_BYTES_MIN, FRAME_BYTES_MAX = 4096, 4 * 1024 * 1024
+"""Of frames: the least that AMQP knows; and the largest we take, if the broker likes them so large, which stays at
+128 KiB unless it was told to."""
 CHANNELS_MAX = 2047
 SILENCES_MAX = 2.5  # heartbeats that may be missing
 CAPABILITIES = {
@@ -85,7 +86,7 @@ def _unwelcome(problem: BaseException | None, access: Access) -> BrokerRefused |
             )
         case WireError():
             return BrokerRefused(f"what listens at {where} is not RabbitMQ: {check}.")
-        case LinkError() | OSError():  # TimeoutError is one
+        case LinkError() | OSError() | UnicodeError():  # TimeoutError is the second; the third: of a host like a..b
             start = "check the network" if access.vouched else "start one with `fluffle broker start`"
             return LinkError(f"no RabbitMQ answers at {where}: {start}, or {check}.")
     return None
@@ -105,7 +106,7 @@ class Connection(asyncio.BufferedProtocol):
         self.name = name
         self.user = user  # whom the broker vouches for; nobody, if empty
         self.broken: Exception | None = None  # how the transport ended, if not well
-        self.frame_bytes = 4096
+        self.frame_bytes = FRAME_BYTES_MIN
         self._numbers = range(0)  # that channels may have; 0 is the connection's own
         self.spares = Spares()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
@@ -139,7 +140,7 @@ class Connection(asyncio.BufferedProtocol):
         if access.url.query.get("auth") == "EXTERNAL":
             login = ("EXTERNAL", "")
         tune = await zero.ask(commands.Connection.StartOk(about, *login))  # type: ignore[arg-type]  # its FieldTable is invariant
-        if not isinstance(tune, commands.Connection.Tune):
+        if not isinstance(tune, commands.Connection.Tune) or 0 < (tune.frame_max or 0) < FRAME_BYTES_MIN:
             raise WireError("RabbitMQ's greeting is not AMQP 0-9-1.")
         self.frame_bytes = min(tune.frame_max or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
         channels = min(tune.channel_max or CHANNELS_MAX, CHANNELS_MAX)
@@ -241,7 +242,7 @@ class Connection(asyncio.BufferedProtocol):
         self._read_at = self._now()
         try:
             self._inlet.take(nbytes)
-        except (WireError, PAMQPException, ValueError, IndexError, KeyError) as problem:
+        except (WireError, PAMQPException, ValueError, LookupError, RecursionError) as problem:
             log.debug("%s: %r", self.name, problem)
             for channel in self._channels.values():
                 channel.end(problem if isinstance(problem, WireError) else WireError("what comes is not AMQP."))

@@ -86,7 +86,7 @@ def check(data: bytes, name: str = "history", *, remembered: str = "") -> tuple[
     """
     findings: list[Finding] = []
     numbered = [(number, raw, _read(raw)) for number, raw in enumerate(data.split(b"\n"), 1)]
-    before, last, torn = "", 0, b""
+    before, last, torn = "", 0, bytearray()
     whole = not data or data.endswith(b"\n")
     for number, raw, line in numbered[:-1] if whole else numbered:
         if line is None:
@@ -95,9 +95,9 @@ def check(data: bytes, name: str = "history", *, remembered: str = "") -> tuple[
         findings += _between(last, number, torn, line)
         if raw != _canonical(line):
             findings.append(Finding(f"line {number} of the history was changed: it is not written as lines are."))
-        if line[CHAIN] != _chain(_unchained(line), before):
+        if line[CHAIN] != _chain({key: line[key] for key in line if key != CHAIN}, before):
             findings.append(_misplaced(number, last))
-        before, last, torn = line[CHAIN], number, b""
+        before, last, torn = line[CHAIN], number, bytearray()
     if torn:
         findings.append(_left(last, torn, whole=whole))
     if remembered and all(line is None or line[CHAIN] != remembered for _, _, line in numbered):
@@ -114,7 +114,7 @@ def _misplaced(number: int, last: int) -> Finding:
     )
 
 
-def _between(last: int, number: int, torn: bytes, line: Mapping[str, Any]) -> list[Finding]:
+def _between(last: int, number: int, torn: bytearray, line: Mapping[str, Any]) -> list[Finding]:
     """What stands between two lines without being one, and whether the second vouches for it."""
     vouched = line.get(AFTER_TORN)
     if not torn:
@@ -131,7 +131,7 @@ def _between(last: int, number: int, torn: bytes, line: Mapping[str, Any]) -> li
     ]
 
 
-def _left(last: int, torn: bytes, *, whole: bool) -> Finding:
+def _left(last: int, torn: bytearray, *, whole: bool) -> Finding:
     """What stands behind the last line; a line that was torn has no end."""
     where = _lines(last + 1, last + torn.count(b"\n"))
     if whole:
@@ -173,11 +173,7 @@ def _read(raw: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     chained = isinstance(line, dict) and isinstance(line.get(CHAIN), str) and line[CHAIN].isascii()
-    return line if chained else None
-
-
-def _unchained(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key != CHAIN}
+    return line if chained and line[CHAIN].isalnum() else None
 
 
 def _chain(line: Mapping[str, Any], before: str) -> str:

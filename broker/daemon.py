@@ -30,6 +30,13 @@ LOOKS = 4
 """How often the watchdog looks in that time; each look must be in vain, and in time."""
 
 
+LINE_MAX = 5000
+"""Characters of an event in the log at the most."""
+LOG_CHARS, LOG_S = 256 * 1024, 60.0
+"""So many characters one place in the program may log in so many seconds."""
+_logged: dict[tuple[str, int], tuple[float, int]] = {}  # place → since when, and for how many it has room still
+
+
 class StoppedEarly(FluffleError):
     """The daemon was told to stop before its work was done."""
 
@@ -52,9 +59,18 @@ def start_log(*, quiet: bool = False) -> None:
 
 
 def _legible(record: logging.LogRecord) -> bool:
-    """Reasons, names and routing keys are others' words: no escape sequence of theirs may reach a terminal."""
-    record.msg, record.args = legible(record.getMessage()), ()
-    return True
+    """Whether there is room for it. Reasons, names and routing keys are others' words, without number, if they like.
+
+    So no escape sequence of theirs may reach a terminal, and no flood of them fill a disk.
+    """
+    place, now = (record.pathname, record.lineno), time.monotonic()
+    since, room = _logged.get(place, (now, LOG_CHARS))
+    since, room = (since, room) if now < since + LOG_S else (now, LOG_CHARS)
+    if room > 0:
+        said = legible(record.getMessage()[:LINE_MAX])[:LINE_MAX]
+        record.msg, record.args = said + f" … and no more like this for {LOG_S:g} s" * (room <= len(said)), ()
+        _logged[place] = since, room - len(said)
+    return room > 0
 
 
 def die_with(parent: int) -> None:
@@ -89,7 +105,9 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]], *, hang_s: float = HAN
         def told() -> None:
             if stop.is_set():
                 work.cancel()
-                _in(NOW_S, _end_now)
+                timer = threading.Timer(NOW_S, _leave, ("stopped at once.", STOPPED))
+                timer.daemon = True
+                timer.start()
             stop.set()
 
         loop = asyncio.get_running_loop()
@@ -110,16 +128,6 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]], *, hang_s: float = HAN
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(under_signals())
-
-
-def _in(delay_s: float, end: Callable[[], None]) -> None:
-    timer = threading.Timer(delay_s, end)
-    timer.daemon = True
-    timer.start()
-
-
-def _end_now() -> None:
-    _leave("stopped at once.", STOPPED)
 
 
 def _leave(why: str, status: int) -> None:

@@ -36,18 +36,8 @@ _SETTLE = struct.Struct(">BHIHHQBB")
 _FLAGS = struct.Struct(">H")
 _HEADERS, _DELIVERY_MODE, _MESSAGE_ID, _USER_ID = 1 << 13, 1 << 12, 1 << 7, 1 << 4
 _BEFORE_USER_ID = (
-    (15, -1),
-    (14, -1),
-    (13, -4),
-    (12, 1),
-    (11, 1),
-    (10, -1),
-    (9, -1),
-    (8, -1),
-    (7, -1),
-    (6, 8),
-    (5, -1),
-)
+    (15, -1), (14, -1), (13, -4), (12, 1), (11, 1), (10, -1), (9, -1), (8, -1), (7, -1), (6, 8), (5, -1),
+)  # fmt: skip
 """Properties that stand before it, by their flag's bit: how many bytes each has, or (negative) how many say that."""
 
 

@@ -136,9 +136,7 @@ class Invitation:
             SSLError: the certificates or the key are none, or do not belong together.
         """
         context = strict(ssl.create_default_context(cadata=self.ca))
-        with tempfile.NamedTemporaryFile(
-            "w", suffix=".pem"
-        ) as file:  # mode 0600; OpenSSL reads them from a file only
+        with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:  # mode 0600; OpenSSL reads from a file only
             file.write(f"{self.certificate.strip()}\n{self.key.strip()}\n")
             file.flush()
             context.load_cert_chain(file.name, password="")
@@ -209,8 +207,8 @@ class Access:
         url = url.with_password(found.password) if found.password else url.with_query(auth="EXTERNAL")
         try:
             until, context = found.until, found.context()
-        except (ValueError, ssl.SSLError) as problem:
-            said = problem.reason if isinstance(problem, ssl.SSLError) else "no PEM"
+        except (ValueError, TypeError, x509.InvalidVersion, ssl.SSLError) as problem:
+            said = getattr(problem, "reason", None) or "no PEM"
             raise UsageError(
                 f"certificate and key in {file} cannot be used ({said}): ask whoever runs the federation for another."
             ) from None

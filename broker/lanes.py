@@ -13,12 +13,7 @@ from functools import partial
 
 import aio_pika
 from aio_pika.abc import AbstractChannel
-from aiormq.exceptions import (
-    AMQPError,
-    ChannelAccessRefused,
-    ChannelNotFoundEntity,
-    ChannelPreconditionFailed,
-)
+from aiormq.exceptions import AMQPError, ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from broker import amqp
 from broker.amqp import CONNECT_S

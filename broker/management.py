@@ -21,7 +21,6 @@ ANSWER_S = 20.0
 """How long RabbitMQ may take to connect, and again for each answer."""
 PAUSES_S = (0.1, 0.2, 0.4, 0.8)
 """How long before what may be asked twice is asked again."""
-NOT_FOUND = 404
 
 
 def checked(url: str) -> URL:
@@ -78,13 +77,12 @@ class Management:
             BrokerRefused: it says no, or is not to be trusted.
         """
         page = "/api/" + "/".join(quote(part, safe="") for part in path)
-        pauses = iter(PAUSES_S if method != "POST" else ())
-        while True:  # of what goes away meanwhile they say 500 now and then
+        for pause_s in (*(PAUSES_S if method != "POST" else ()), 0.0):
             status, text = self._once(method, page, body)
-            if status < http.client.INTERNAL_SERVER_ERROR or (pause_s := next(pauses, None)) is None:
+            if status < http.client.INTERNAL_SERVER_ERROR:  # of what goes away meanwhile they say it now and then
                 break
             time.sleep(pause_s)
-        if status == NOT_FOUND:
+        if status == http.client.NOT_FOUND:
             return None
         if status >= http.client.BAD_REQUEST:
             said = text.decode(errors="replace")[:300]
@@ -92,7 +90,10 @@ class Management:
                 f"RabbitMQ at {self._where} refuses {method} {page} to user {self._user} ({status}: {said}): "
                 "check --management, and that this user is an administrator."
             )
-        return json.loads(text) if text else True
+        try:
+            return json.loads(text) if text else True
+        except (ValueError, RecursionError):
+            raise BrokerRefused(f"what answers at {self._where} is not RabbitMQ: check --management.") from None
 
     def _once(self, method: str, page: str, body: object) -> tuple[int, bytes]:
         try:
@@ -103,7 +104,7 @@ class Management:
             raise BrokerRefused(
                 f"the management pages at {self._where} are not to be trusted ({problem.reason}): check --management."
             ) from None
-        except (OSError, http.client.HTTPException) as problem:
+        except (OSError, UnicodeError, http.client.HTTPException) as problem:  # the second: of a host like a..b
             raise LinkError(f"RabbitMQ's management pages do not answer at {self._where} ({problem}).") from None
         finally:
             self._connection.close()  # a connection that has been idle may be gone: a new one costs 5 ms

@@ -89,9 +89,11 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int, noise: fl
         least: fewest of them.
 
     Raises:
-        UsageError: no clip, or one that is not finite; the ring is too small for so many workers, examples and noise.
+        UsageError: other words; no clip, or one that is not finite; too small a ring for so many workers, examples
+            and noise.
     """
-    assert bits in (32, 64)
+    if bits not in (32, 64):
+        raise UsageError(f"a ring has words of 32 or 64 bits, not of {bits}.")
     if not 0 < clip < math.inf:
         raise UsageError(f"a secure sum needs a bound of what is added, and clip is {clip:g}: set it above 0.")
     if not 1 <= examples_max <= EXAMPLES_MAX:

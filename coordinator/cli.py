@@ -32,7 +32,7 @@ from coordinator import plan as plans
 from coordinator import replay as replaying
 from coordinator import verify as verifying
 from coordinator.budget import counsel
-from coordinator.store import Store
+from coordinator.store import NOW, Store
 
 log = logging.getLogger(__name__)
 
@@ -161,9 +161,7 @@ def status(
 ) -> None:
     """What has happened in a run, and what is happening; and how long an invitation holds, if there is one."""
     store = Store.open(run)
-    lines, now = store.history(), store.now()
-    if (left_s := now.get("deadline_s")) is not None:  # when that was written
-        now["deadline_s"] = round(left_s - (time.time() - now["at"]), 1)
+    lines, (now, told) = store.history(), _present(store)
     abandoned = history.last_abandoned(lines)
     points, kept = history.curve(lines), list(updates.sizes(run))
     if as_json:
@@ -179,13 +177,13 @@ def status(
     def say(text: str) -> None:
         console.print(legible(text), markup=False, highlight=False)
 
-    console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
+    console.print(f"run [bold]{store.plan.run}[/], learner {escape(legible(store.plan.learner))}")
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
     for said in [*_said_contract(store.plan), *_said_of(invite)]:
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        console.print(legible(said), markup=False, highlight=False, soft_wrap=True)
     if waits := standby.waiting(run):
         say(f"standing by: process {waits['process']} on {waits['machine']}")
-    for said in [*_said_now(now), *_said_last(abandoned), *history.spent(lines)]:
+    for said in [*told, *_said_last(abandoned), *history.spent(lines)]:
         say(said)
     if kept:
         say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
@@ -234,6 +232,17 @@ def _said_before(lines: list[history.Line]) -> Iterator[str]:
             yield f"{of}: {how}: {reason}"
         for worker, rest in line.get("rested", {}).items():
             yield f"{of}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
+
+
+def _present(store: Store) -> tuple[dict[str, Any], list[str]]:
+    """What is happening, as the coordinator has left word; and the same for people."""
+    now = store.now()
+    try:
+        if (left_s := now.get("deadline_s")) is not None:  # when that was written
+            now["deadline_s"] = round(left_s - (time.time() - now["at"]), 1)
+        return now, [*_said_now(now)]
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+        return {}, [f"{store.folder / NOW} does not say what a coordinator writes there"]
 
 
 def _said_now(now: dict[str, Any]) -> Iterator[str]:
@@ -290,7 +299,7 @@ def replay(
         sys.stdout.write(f"version {to} made again {of} is the same, bit for bit\n")
         return
     sys.stdout.write(f"version {to} made again {of} is not the one in {run}:\n")
-    sys.stdout.writelines(f"  {difference}\n" for difference in done.differences)
+    sys.stdout.writelines(f"  {legible(difference)}\n" for difference in done.differences)
     raise typer.Exit(1)
 
 

@@ -26,7 +26,7 @@ from coordinator.keeping import Keeping
 from coordinator.opened import Open
 from coordinator.post import Post
 from coordinator.rooms import Room, forgetting_put, read_lightly
-from coordinator.roster import Roster
+from coordinator.roster import WORKERS_MAX, Roster
 from coordinator.round import Round, Verdict, judge
 from coordinator.store import Store
 
@@ -174,14 +174,13 @@ class Desk:
         if joins:
             log.info("%s is here%s", hello.worker, "" if hello.trains else ", to evaluate")
         here = self.open
-        if here is None:
+        if here is None or not here.round.find(hello.worker):
             return
         if hello.doing == here.round.of:
             here.sent_to[hello.worker] = hello.incarnation
             here.round.claimed.add(hello.worker)
-        if not here.round.find(hello.worker) or here.sent_to.get(hello.worker) == hello.incarnation:
-            return
-        if hello.worker not in here.returned and here.round.reissue(hello.worker):
+        lost = here.sent_to.get(hello.worker) != hello.incarnation and hello.worker not in here.returned
+        if lost and here.round.reissue(hello.worker):
             log.info("%s is back and has lost its task: sending it again", hello.worker)
             here.returned.add(hello.worker)
 
@@ -205,8 +204,11 @@ class Desk:
             case Claim():
                 known = self.roster.has(message.worker)  # names that nobody has would pile up
                 if known and self.open and message.of == self.open.round.of:
-                    self.open.round.claimed.add(message.worker)
+                    if message.worker in self.open.round.cohort:
+                        self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
+                    while len(self._holds) > WORKERS_MAX:  # of names that come and go there may be more than are here
+                        del self._holds[next(iter(self._holds))]
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
                 return
@@ -289,7 +291,7 @@ class Desk:
         if self.open and refusal.of == self.open.round.of:
             withdraw = self.open.round.decline if refusal.declined else self.open.round.withdraw
             withdraw(refusal.worker, refusal.reason)
-            if self.open.secret:
+            if self.open.secret and refusal.worker in self.open.round.cohort:
                 self.open.secret.gone.setdefault(refusal.worker, refusal.reason)
         elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
             self.final.setdefault(refusal.worker, {})

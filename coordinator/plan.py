@@ -19,16 +19,7 @@ from broker import wording
 from broker.errors import UsageError
 from broker.fields import NAME
 from broker.formats import KEEP
-from broker.messages import (
-    CLIP_MAX,
-    EXAMPLES_MAX,
-    KEY_MAX,
-    MAP_MAX,
-    PART_BYTES_MAX,
-    PART_BYTES_MIN,
-    TEXT_MAX,
-    Noise,
-)
+from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX, Noise
 from broker.pact import COHORT_MAX, COHORT_MIN
 from broker.parts import PART_BYTES
 from broker.ring import Ring, ring_of

@@ -199,7 +199,8 @@ class Round:
 
     def lose(self, worker: str) -> None:
         """The worker's lease has ended, or it has left; it may come back."""
-        self._lost.add(worker)
+        if worker in self.cohort:
+            self._lost.add(worker)
 
     def is_away(self, worker: str) -> bool:
         """Whether the worker was here, and its lease has ended or it has left."""

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import numpy as np
 
 from broker import pact
-from broker.errors import Aborted, Refused, WireError
+from broker.errors import Aborted, Refused, WireError, insist
 from broker.messages import Answer, Attempt, Call, Ready, Resumed, Secure, Step, Task, Update
 from broker.pact import SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.pinned import Roster as Keys
@@ -210,7 +210,8 @@ class Secrecy:
                 await self._desk.post.tell([worker], call)
         except Refused as problem:
             log.warning("%s: %s said what does not count: %s", of, worker, problem)
-            secret.gone.setdefault(worker, str(problem))
+            if worker in here.round.cohort:  # of strangers there may be many
+                secret.gone.setdefault(worker, str(problem))
             here.round.withdraw(worker, str(problem))  # unless it is ready, so that nobody waits for it
             if worker in here.round.refused:
                 await self._desk.post.tell([worker], Answer(of, "invalid", str(problem)))
@@ -261,7 +262,8 @@ class Secrecy:
         core, worker = secret.core, step.worker
         match step.says:
             case Masked():  # it counts when its words are added
-                if (news := core.expects(worker)) and secret.coming.get(worker) != step:
+                insist(secret.coming.get(worker, step) == step, f"{worker} has said something else before.")
+                if (news := core.expects(worker)) and worker not in secret.coming:
                     self._expect(here, secret, step)
                 return news
             case Shares():

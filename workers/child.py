@@ -203,7 +203,8 @@ class Pupil:
             return None
         if "data" in where:
             return memoryview(bytearray(where["data"])) if where["data"] else None
-        if where["file"] not in self._files:  # which is there as long as the daemon, and so are its pages
+        if where["file"] not in self._files:  # which is there as long as the daemon wants it, and so are its pages
+            self._files = {name: mapped for name, mapped in self._files.items() if Path(name).exists()}
             with Path(where["file"]).open("r+b") as file:
                 self._files[where["file"]] = mmap.mmap(file.fileno(), 0)
         return memoryview(self._files[where["file"]])[where["at"] : where["at"] + where["size"]]

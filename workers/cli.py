@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -190,11 +191,10 @@ def try_(
     report = try_learner(learner, data, settings=parse_settings(settings), threads=threads)
     console, table = Console(), _shown(report)
     if access:
-        table.add_row("invited", access.said)
+        table.add_row("invited", escape(access.said))
     console.print(table)
-    warnings = [*report.warnings, *filter(None, [access.expiry() if access else ""])]
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    for warning in filter(None, [*report.warnings, access.expiry() if access else ""]):
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if not report.warnings:
         console.print("[green]fine[/]: this learner is ready for a federation.")
 
@@ -275,7 +275,7 @@ def evaluate(
 
 
 def _metrics(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "nothing"
+    return escape(", ".join(f"{name} {value:.4g}" for name, value in metrics.items())) or "nothing"
 
 
 def _name_of_machine() -> str:

@@ -10,16 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from broker import topology
-from broker.errors import (
-    BrokerRefused,
-    GaveUp,
-    Lacking,
-    LinkError,
-    QueueInUse,
-    Unroutable,
-    UsageError,
-    WireError,
-)
+from broker.errors import BrokerRefused, GaveUp, Lacking, LinkError, QueueInUse, Unroutable, UsageError, WireError
 from broker.link import Delivery, Lane, Link, Outgoing, heard, publish_parts
 from broker.messages import Claim, Goodbye, Hello, Message, Payload, Ready, Refusal, Score, Step, Update, encode
 from broker.parts import Aim, split

@@ -30,6 +30,8 @@ FILE_BYTES = 64 * 1024 * 1024
 """How large a file of several slots may become: a thousand workers must not need a thousand open files."""
 HELD_MAX = 2
 """How many versions stay here for many workers, who may have different ones; for a worker alone it is one."""
+SIZES_MAX = 8
+"""Of so many sizes there is room that nobody uses; a coordinator may ask for an update of another one each time."""
 PAGE_BYTES = mmap.PAGESIZE
 SUFFIX = ".models"
 
@@ -142,8 +144,9 @@ class Spool:
         """
         if size_bytes <= SMALL_BYTES:
             return Slot(memoryview(bytearray(size_bytes)))
-        free = self._free.setdefault(size_bytes, [])
+        free = self._free[size_bytes] = self._free.pop(size_bytes, [])  # the last to be taken is the last there
         if not free:
+            self._forget_sizes()
             self._make_file(size_bytes, free)
         path, mapped, at = free.pop()
         return self._slot(path, mapped, Place(path.name, at, size_bytes, b""))
@@ -199,6 +202,15 @@ class Spool:
     def _put_back(self, size_bytes: int, room: tuple[Path, mmap.mmap, int]) -> None:
         self.in_use -= 1
         self._free.setdefault(size_bytes, []).append(room)
+
+    def _forget_sizes(self) -> None:
+        """Remove the files of sizes that were not wanted for long, as far as nobody uses them."""
+        for size_bytes, rooms in [*self._free.items()][:-SIZES_MAX]:
+            if len(rooms) == self._slots.get(size_bytes, 0):
+                for path in {path for path, _, _ in rooms}:
+                    path.unlink(missing_ok=True)
+                del self._free[size_bytes]
+                self._slots.pop(size_bytes, None)
 
     def _make_file(self, size_bytes: int, free: list[tuple[Path, mmap.mmap, int]]) -> None:
         """As many slots more as there are already, so that many need few files and a few no more than they use."""

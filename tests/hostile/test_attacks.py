@@ -9,7 +9,10 @@ import dataclasses
 import logging
 import math
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -266,6 +269,28 @@ async def test_a_thousand_names_that_claim_a_task_leave_nothing_behind(tmp_path:
         assert fed.coordinator.desk._holds.keys() <= {*HONEST, LIAR}
 
 
+async def test_names_that_come_go_and_claim_a_task_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody is here under one name after another, each for a moment, and says that it has the task."""
+    monkeypatch.setattr(coordinator.desk, "WORKERS_MAX", 20)
+    async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
+        assert fed.coordinator
+        desk = fed.coordinator.desk
+        assert desk.open
+        here, long = desk.open, "x" * 4096
+        for number in range(60):
+            name = f"ghost-{number}"
+            await liar.hello(worker=name, incarnation=long, lease_s=0.01, doing=OF)
+            await fed.until(lambda name=name: fed.incarnation(name) == long)  # type: ignore[misc]
+            await liar.say(Claim(OF, name, long), topology.inbox_key(RUN, name))
+        await fed.until(lambda: {*fed.here()} == {*HONEST, LIAR})
+        assert {*here.sent_to, *here.round.claimed, *here.round._lost} <= {*HONEST, LIAR}
+        assert len(desk._holds) <= 20
+        await liar.leave()
+        only_the_honest(fed)
+
+
 async def test_a_thousand_strangers_cost_no_question_to_the_broker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,20 +504,46 @@ async def test_metrics_named_like_markup_do_not_break_status(tmp_path: Path) -> 
         assert "\x1b" not in shown
 
 
-def test_log_lines_hold_nothing_that_moves_a_cursor_or_looks_like_another_line(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Whatever a worker, a coordinator or a broker says, and be it a routing key, is one line of the log."""
+@contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """As a daemon logs."""
     before = logging.getLogger().handlers[:]
     try:
         daemon.start_log()
-        logging.getLogger("x").warning("%s refused: %s", "a.\x1b[2J", f"{ESCAPE}\n12:00:00 round 9 closed")
-        said = capsys.readouterr().err
+        yield
     finally:
         for each in logging.getLogger().handlers[:]:
             logging.getLogger().removeHandler(each)
         for each in before:
             logging.getLogger().addHandler(each)
+
+
+def test_a_flood_of_reasons_does_not_fill_the_disk_with_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody says a thousand things at length that are logged; what else is logged is there, and later all is."""
+    now = 100.0
+    monkeypatch.setattr("broker.daemon.time", SimpleNamespace(monotonic=lambda: now))
+    with logging_to_stderr():
+        for number in range(1001):
+            now += number // 1000 * daemon.LOG_S
+            logging.getLogger("x").warning("%s refused: %s", number, "\x1b" * 4096)
+        logging.getLogger("x").warning("round 9 closed")
+    *flood, last, other = capsys.readouterr().err.splitlines()
+    assert sum(map(len, flood)) < daemon.LOG_CHARS + 2 * daemon.LINE_MAX
+    assert flood[0][9:].startswith("0 refused")
+    assert flood[-1].endswith(" … and no more like this for 60 s")
+    assert last[9:].startswith("1000 refused")
+    assert other[9:] == "round 9 closed"
+
+
+def test_log_lines_hold_nothing_that_moves_a_cursor_or_looks_like_another_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever a worker, a coordinator or a broker says, and be it a routing key, is one line of the log."""
+    with logging_to_stderr():
+        logging.getLogger("x").warning("%s refused: %s", "a.\x1b[2J", f"{ESCAPE}\n12:00:00 round 9 closed")
+    said = capsys.readouterr().err
     first, second = said.splitlines()
     assert "a.\\x1b[2J refused: \\x1b]0;owned\\x07" in first
     assert second == "        12:00:00 round 9 closed"

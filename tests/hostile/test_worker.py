@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -25,9 +25,11 @@ from broker.messages import (
     PART_BYTES_MIN,
     Answer,
     Attempt,
+    Call,
     Claim,
     Closed,
     Message,
+    Noise,
     Part,
     Payload,
     Ready,
@@ -58,7 +60,7 @@ from tests.system.rig import (
 )
 from workers.ledger import SUFFIX
 from workers.masking import Member
-from workers.outbox import SENT_MAX
+from workers.outbox import CALLS_MAX, SENT_MAX
 from workers.spool import HELD_MAX
 from workers.work import task_seed
 
@@ -477,6 +479,53 @@ async def test_an_update_that_is_wanted_again_and_again_is_sent_again_and_again(
         await false.take_update(LIE)
         await false.get_honest_work()
         assert false.place.lesson.done == [(True, 1), (True, 2)]
+
+
+NOISE = Noise("sum", 0.5, 60.0, 1e-5, 1e6, 3)
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ({"secure": Secure(33, 3)}, "a ring has words of 32 or 64 bits, not of 33."),
+        ({"clip": 5e-324, "noise": NOISE}, "has no room for 3 workers with noise 0.5"),
+        ({"clip": 1e-9, "noise": dataclasses.replace(NOISE, multiplier=5e-324)}, "has no room for 3 workers"),
+        ({"clip": 1e-300, "noise": dataclasses.replace(NOISE, multiplier=1e-9)}, "has no room for 3 workers"),
+    ],
+    ids=["bits", "clip", "noise", "both"],
+)
+async def test_a_secure_task_that_nobody_can_reckon_with_is_refused(
+    tmp_path: Path, lie: dict[str, object], said: str
+) -> None:
+    """A coordinator asks for words of another size, or with noise beyond all numbers."""
+    member = Member(WORKER, IDENTITIES[WORKER], KEYS)
+    usual: dict[str, Any] = {"clip": 60.0, "examples_max": 1, "secure": Secure(64, 3, roster_digest(KEYS))}
+    async with a_worker(tmp_path, member=member) as (_, false):
+        asked = task(LIE, **{**usual, **lie})
+        await false.send(asked, *parts(asked))
+        assert said in (await false.hear(Refusal)).reason
+        honest = task(HONEST, **usual)
+        await false.send(honest, *parts(honest))
+        await false.hear(Ready)
+        await false.tell(Closed(HONEST, "thank you"))
+
+
+async def test_calls_to_sums_that_nobody_makes_do_not_pile_up(tmp_path: Path) -> None:
+    """A coordinator calls to one secure sum after another, with an update that is in none."""
+    asked = task(LIE)
+    async with a_worker(tmp_path) as (fed, false):
+        await false.send(asked, *parts(asked))
+        await false.hear(Update)
+        calls = false.place.worker._outbox._sent[0].calls
+        for number in range(10 * CALLS_MAX):
+            await false.tell(Call(LIE, number))
+        await fed.until(lambda: bool(calls) and calls[-1].serial == 10 * CALLS_MAX - 1)
+        assert len(calls) == CALLS_MAX
+        await false.tell(Closed(LIE, "it has lied enough"))
+        await fed.until(lambda: not false.place.worker._outbox._sent)
+        await false.link.purge(topology.upload_queue(WORKER))
+        await false.link.purge(topology.inbox_queue(RUN))
+        await false.get_honest_work()
 
 
 ROSTER = Roster(KEYS, 1).signed(OPERATOR)  # version 2

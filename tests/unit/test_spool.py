@@ -180,3 +180,19 @@ def test_the_newest_versions_are_held_and_older_ones_are_not(spool: Spool) -> No
     assert [each.weights is not None for each in held] == [False, False, True, True]
     assert spool.in_use == spools.HELD_MAX
     assert spool.expect(payload("p3")) is held[3].landing(), "whoever is sent it late finds it"
+
+
+def test_models_of_ever_other_sizes_do_not_pile_up(spool: Spool) -> None:
+    """A coordinator asks for an update of another length each time; what is in use stays where it is."""
+    held = [spool.take(LARGE), spool.take(LARGE)]
+    for slot in held:
+        slot.data[:] = b"x" * LARGE
+    del slot, held[1]  # there is room left of this size
+    for number in range(1, 50):
+        several = [spool.take(LARGE + number) for _ in range(3)]
+        assert all(other.file for other in several)
+        del several
+    assert sum(file.stat().st_size for file in spool.folder.iterdir()) < (spools.SIZES_MAX + 1) * 4 * 2 * LARGE
+    assert held[0].data == b"x" * LARGE
+    place = held[0].file
+    assert spool.take(LARGE).file != place

@@ -135,7 +135,8 @@ def fit(clip: float, noise: float, *, least: int, most: int, ring_bits: int) -> 
     """
     room = 2 ** (ring_bits - 1) - 1 - most  # one of each worker is for rounding
     scale = room / (clip * (most + TAIL * noise * math.sqrt(most / least)))
-    bits = math.floor(math.log2(noise * clip * scale / math.sqrt(least))) if scale > 0 else 0
+    steps = noise * clip * scale / math.sqrt(least)
+    bits = math.floor(math.log2(steps)) if steps > 0 else 0
     if bits < BITS_MIN:
         remedy = "lower the cohort" if ring_bits == 64 else "set ring_bits to 64, lower the cohort"
         raise UsageError(

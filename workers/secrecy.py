@@ -23,8 +23,10 @@ from workers.masking import Masking, Member
 from workers.spool import Slot
 from workers.work import Done, Who
 
+NOISE_MIN = 1e-9
+"""Less is none: its cost is beyond all numbers."""
 Pay = Callable[[Task, Form], None]
-"""Pays for the release of a sum with noise of which an update is a part, once a round."""
+"""Pays for the release of a sum with noise of which an update is a part."""
 
 
 class Note(Protocol):
@@ -52,9 +54,11 @@ def check(task: Task, who: Who) -> None:
                 "updates of this run are only added up in secret: that takes an invitation with a key for it, or "
                 "--roster and --identity."
             )
+        if task.format != "float32":  # words that stand for other things in each update would not hide each other
+            raise LearnerFailed(f"updates are added up in secret as float32 only, and the task says {task.format}.")
         ring_for(task)
     if task.noise and who.trains:
-        shared, private = task.noise.of == "sum", task.noise.multiplier > 0
+        shared, private = task.noise.of == "sum", task.noise.multiplier > NOISE_MIN
         if not private or (shared and (task.secure is None or task.noise.least < pact.COHORT_MIN)):
             raise LearnerFailed("the noise that this task asks for hides nobody.")
 
@@ -279,7 +283,7 @@ class Talk:
         slot = self._secrecy.room(form.layout.size_bytes)
         words = encode(form, done.delta.data, examples=done.examples, metrics=self._metrics, into=slot.data)
         if grain := form.ring.grain:
-            self._secrecy.pay(self._task, form)  # from here on enough of the others can open the sum
+            self._secrecy.pay(self._task, form)  # from here on enough of the others can open this sum
             add_discrete(secrets.token_bytes(KEY_BYTES), grain.bits, form.signed(words)[: form.floats])
         masked = masking.mask(dealt, words)
         called = f"{self._task.payload.id}/{self._secrecy.member.name}/{self._serial}-{secrets.token_hex(4)}"

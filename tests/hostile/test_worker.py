@@ -28,6 +28,7 @@ from broker.messages import (
     Claim,
     Closed,
     Message,
+    Noise,
     Part,
     Payload,
     Ready,
@@ -542,3 +543,33 @@ async def test_a_roster_that_lies_costs_its_task_and_is_trained_for_by_nobody(
             await fed.until(lambda: false.place.worker._incarnation not in ("", before))
         await get_honest_keys(3, b"")
         assert false.place.lesson.done == [(True, 1), (True, 3)]
+
+
+TINY = {"clip": 1e-320, "examples_max": 1}
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ({"format": "top-k", "keep": 1.0}, "added up in secret as float32 only, and the task says top-k"),
+        ({"format": "int8"}, "added up in secret as float32 only, and the task says int8"),
+        ({"secure": Secure(48, 3, roster_digest(KEYS))}, "the words of a secure sum have 32 or 64 bits, not 48"),
+        ({"clip": 0.0}, "and clip is 0: set it above 0"),
+        (TINY | {"noise": Noise("sum", 1.0, 1e-320, 1e-5, 8.0, 3)}, "and clip is 9.99989e-321: set it above 0"),
+        ({"examples_max": 1, "noise": Noise("sum", 5e-324, 60.0, 1e-5, 8.0, 3)}, "has no room for 3 workers"),
+        ({"noise": Noise("row", 1e-300, 60.0, 1e-5, 8.0)}, "hides nobody"),
+    ],
+)
+async def test_a_secret_task_whose_sum_would_hide_nothing_or_cannot_be_is_refused(
+    tmp_path: Path, lie: dict[str, object], said: str
+) -> None:
+    """In `top-k` words stand for other things with each `keep`: where others have zeros, one could be read."""
+    async with a_worker(tmp_path, member=Member(WORKER, IDENTITIES[WORKER], KEYS)) as (_, false):
+        usual = {"clip": 60.0, "examples_max": 64, "secure": Secure(32, 3, roster_digest(KEYS))}
+        lies, honest = task(LIE, **{**usual, **lie}), task(HONEST, **usual)
+        await false.send(lies, *parts(lies))
+        assert said in (await false.hear(Refusal)).reason
+        await false.send(honest, *parts(honest))
+        assert (await false.hear(Ready)).of == HONEST
+        await false.tell(Closed(HONEST, "thank you"))
+        assert false.place.lesson.done == [(True, 2)]

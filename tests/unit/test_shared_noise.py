@@ -4,6 +4,7 @@ import math
 import secrets
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.system.rig import IDENTITIES, KEYS
 from workers.masking import Member
 from workers.policy import Asked, Policy
 from workers.secrecy import Secrecy, Talk, check
+from workers.spending import Spending
 from workers.spool import Slot
 from workers.work import Done, Who
 
@@ -189,6 +191,48 @@ def test_a_worker_helps_to_reveal_no_sum_of_fewer_than_its_noise_was_made_for(tm
             company.say(name, finishers)
         assert company.talks[name].said is None
     assert company.noted == ["refused"] * 4
+
+
+def test_a_worker_pays_for_each_sum_that_it_is_in_for_others_can_reveal_that_without_it(tmp_path: Path) -> None:
+    """A coordinator that lies has two sums of one round, with `a` in both, and asks it for no share in either."""
+    names = "abcdefg"
+    company = Company(tmp_path, names, replace(TASK, noise=replace(SUM, budget=1e3)))
+    roster, spending = {name: KEYS[name] for name in names}, Spending(tmp_path, "a")
+    owner = cast(Any, SimpleNamespace(policy=Policy(), note=lambda *_, **__: None))
+    for name, talk in company.talks.items():
+        pay = spending.share if name == "a" else lambda *_: None
+        talk._secrecy.pay = lambda task, form, pay=pay: pay(task, form, owner)  # type: ignore[misc]
+    revealed, form, of = [], Form(ring(), MODEL), TASK.of
+    for serial, members in ((2, "abcd"), (3, "aefg")):
+        talks = {name: company.talks[name] for name in members}
+
+        def say(name: str, what: Any, serial: int = serial) -> Any:
+            company.talks[name].heed(Call(of, serial, what))
+            return cast(Step, company.talks[name].said).says
+
+        bound = pact.context(
+            of.run, of.round, of.attempt << 32 | serial, model=bytes(32), plan=company.task.terms, roster=roster
+        )
+        core = Unmasking(bound, roster)
+        for talk in talks.values():
+            talk.heed(Call(of, serial))
+            core.advert(cast(Ready, talk.said).advert)
+        settled = core.settle()
+        for name in members:
+            core.shares(name, say(name, settled))
+        for name, dealt in core.deal(form).items():
+            masked, words = say(name, dealt), talks[name].words
+            core.masked(name, np.frombuffer(cast(Slot, words).data, form.ring.dtype), masked)
+        finishers = core.finishers()
+        for name in members[1:]:
+            core.vow(name, say(name, finishers))
+        reveal = core.reveal()
+        for name in members[1:]:
+            core.opened(name, say(name, reveal))
+        revealed.append(core.result())
+    assert len(revealed) == 2
+    ((released,),) = spending._read().values()
+    assert released.times == 2
 
 
 # -- what is refused before -----------------------------------------------------------------------------------------

@@ -112,11 +112,7 @@ class Spending:
         spent[run] = [kind._replace(times=times) for kind, times in together.items()]
         try:
             here = epsilon(spent[run], noise.delta)
-            in_all = (
-                here
-                if len(spent) == 1
-                else epsilon([each for kinds in spent.values() for each in kinds], noise.delta)
-            )
+            in_all = epsilon([each for kinds in spent.values() for each in kinds], noise.delta)
         except UsageError as problem:
             raise LearnerFailed(str(problem)) from None
         for found, most, whose in ((here, noise.budget, "the plan"), (in_all, self.most, "the owner of the data")):

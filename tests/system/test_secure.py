@@ -144,6 +144,35 @@ async def test_a_worker_that_is_started_anew_in_the_midst_of_a_sum_is_in_the_nex
         assert fed.weights() == secure_expected(fed.store.plan, [THREE])
 
 
+@pytest.mark.parametrize("rules", ["cohort_min = 4", "nonsense"])
+async def test_the_owners_rules_hold_for_what_a_worker_has_finished_before_it_was_started_anew(
+    tmp_path: Path, rules: str
+) -> None:
+    """Of four that were asked, one cannot: `a` is in no sum of three, though no task has come since its start."""
+    (tmp_path / "policy.toml").write_text("cohort_min = 4")
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=4, quorum=3) as fed:
+        begun, dealt = list[asyncio.Task[None]](), list[str]()
+
+        async def anew() -> None:
+            await fed.places["a"].die()
+            (tmp_path / "policy.toml").write_text(rules)
+            fed.join("a", policy=tmp_path / "policy.toml")
+
+        def look(what: Outgoing | Delivery) -> None:
+            if says(what, Advert) == "a" and not begun:
+                begun.append(asyncio.create_task(anew()))
+            dealt.append(says(what, Shares))
+
+        fed.hook = look
+        for name in THREE:
+            fed.join(name, policy=tmp_path / "policy.toml" if name == "a" else None)
+        fed.join("d", member=pinning("d", identity="a"))
+        fed.begin()
+        await fed.until(lambda: bool(fed.lines("abandoned") or fed.lines("round")))
+        assert "a" not in dealt
+        assert not fed.lines("round")
+
+
 async def test_whatever_comes_twice_counts_once(tmp_path: Path) -> None:
     async with federation(tmp_path, **SECURE) as fed:
         link, again = MemoryLink(fed.broker), 0

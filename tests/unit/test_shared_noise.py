@@ -235,6 +235,13 @@ def test_a_worker_pays_for_each_sum_that_it_is_in_for_others_can_reveal_that_wit
     assert released.times == 2
 
 
+def test_a_worker_that_was_started_anew_pays_no_more_than_its_owner_allows(tmp_path: Path) -> None:
+    owner = cast(Any, SimpleNamespace(policy=Policy(epsilon_max=2.0), note=lambda *_, **__: None))
+    task = replace(TASK, noise=replace(SUM, budget=1e3))
+    with pytest.raises(LearnerFailed, match="and the owner of the data allows 2"):
+        Spending(tmp_path, "a").share(task, Form(ring(), MODEL), owner)
+
+
 # -- what is refused before -----------------------------------------------------------------------------------------
 
 

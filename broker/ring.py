@@ -44,8 +44,6 @@ METRIC_MAX = 2.0**16
 """A metric beyond this counts as this."""
 GRID_MAX = 52
 """The grid of `coordinator/aggregation.py`: no finer one would be kept."""
-CLIP_MIN = 1e-30
-"""Of a smaller clip, no step of a float64 would be left."""
 STEPS_MIN = 16
 """So many steps at least lie between zero and the largest delta of a single example."""
 _SLACK = 1 + 2.0**-9  # clipping in float32 ends a little above the clip
@@ -96,7 +94,7 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int, noise: fl
     """
     if bits not in (32, 64):
         raise UsageError(f"the words of a secure sum have 32 or 64 bits, not {bits}.")
-    if not CLIP_MIN <= clip < math.inf:
+    if not 1e-30 <= clip < math.inf:  # in smaller ones float64 could not count
         raise UsageError(f"a secure sum needs a bound of what is added, and clip is {clip:g}: set it above 0.")
     if not 1 <= examples_max <= EXAMPLES_MAX:
         raise UsageError(f"a secure sum needs examples_max within 1 and {EXAMPLES_MAX}, and it is {examples_max}.")

@@ -23,8 +23,6 @@ from workers.masking import Masking, Member
 from workers.spool import Slot
 from workers.work import Done, Who
 
-NOISE_MIN = 1e-9
-"""Less is none: its cost is beyond all numbers."""
 Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part."""
 
@@ -58,7 +56,7 @@ def check(task: Task, who: Who) -> None:
             raise LearnerFailed(f"updates are added up in secret as float32 only, and the task says {task.format}.")
         ring_for(task)
     if task.noise and who.trains:
-        shared, private = task.noise.of == "sum", task.noise.multiplier > NOISE_MIN
+        shared, private = task.noise.of == "sum", task.noise.multiplier > 1e-9  # the cost of less is beyond numbers
         if not private or (shared and (task.secure is None or task.noise.least < pact.COHORT_MIN)):
             raise LearnerFailed("the noise that this task asks for hides nobody.")
 

@@ -25,6 +25,7 @@ from broker.messages import (
     PART_BYTES_MIN,
     Answer,
     Attempt,
+    Call,
     Claim,
     Closed,
     Message,
@@ -59,7 +60,7 @@ from tests.system.rig import (
 )
 from workers.ledger import SUFFIX
 from workers.masking import Member
-from workers.outbox import SENT_MAX
+from workers.outbox import CALLS_MAX, SENT_MAX
 from workers.spool import HELD_MAX
 from workers.work import task_seed
 
@@ -412,6 +413,20 @@ async def test_updates_without_verdicts_do_not_pile_up(tmp_path: Path) -> None:
         await fed.until(lambda: len(false.place.worker._in_hand) <= SENT_MAX)
         assert false.place.worker.spool.in_use <= SENT_MAX + HELD_MAX + 1
         await false.tell(*(Answer(Attempt(RUN, number, 1), "accepted", "thank you") for number in range(1, 6)))
+
+
+async def test_calls_for_secure_sums_do_not_pile_up(tmp_path: Path) -> None:
+    async with a_worker(tmp_path) as (fed, false):
+        false.place.lesson.gate.set()
+        asked = task(LIE)
+        await false.send(asked, *parts(asked))
+        await false.hear(Update)
+        calls = false.place.worker._outbox._sent[0].calls
+        for serial in range(1000):
+            await false.tell(Call(LIE, serial))
+        await fed.until(lambda: bool(calls) and calls[-1].serial == 999)
+        assert len(calls) == CALLS_MAX
+        await false.tell(Closed(LIE, "no more"))
 
 
 async def test_an_upload_for_which_the_queue_has_no_room_is_a_refusal(

@@ -37,8 +37,6 @@ AGAIN_S = 5.0
 """How long after a publish that was given up the next one is begun, unless there is a reason before."""
 SENT_MAX = 2
 """Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
-CALLS_MAX = 16
-"""Calls that may wait to be heeded: more than an honest coordinator has ever said; the oldest are left."""
 _THREADS = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "secret")
 """In which all who are hosted together reckon in secret: more would take cores and Python's lock from each other."""
 
@@ -53,7 +51,7 @@ class Sent:
     done: Done
     payload: Payload | None = None  # as it was named when the update was first said
     over: bool = False
-    calls: deque[Call] = field(default_factory=lambda: deque(maxlen=CALLS_MAX))  # of a secure sum, to be heeded
+    calls: deque[Call] = field(default_factory=lambda: deque(maxlen=16))  # of a secure sum, to be heeded: the last
     unsent: bool = True  # its parts are to be sent, for the first time or again
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
     bell: asyncio.TimerHandle | None = None

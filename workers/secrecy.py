@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from broker import pact
@@ -104,6 +105,7 @@ class Secrecy:
         self.pay = pay
         self._path = folder / f"{member.name}.unmasked"
         self._seen = folder / f"{member.name}.roster"
+        self._alone = Lock()
         self._known = pact.roster_digest(member.roster), member.roster  # or what was shown last, behind its digest
 
     def trust(self, secure: Secure) -> bool:
@@ -160,25 +162,25 @@ class Secrecy:
         return record if of.round <= number else ""
 
     def record(self, of: Attempt, record: str) -> None:
-        """Put an answer down; when this returns it survives a power failure.
+        """Put an answer down, one at a time; when this returns it survives a power failure.
 
         Raises:
+            Alarm: there is another one, perhaps of an attempt that was open at the same time.
             Refused: it cannot be put down.
         """
-        try:
-            write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
-        except OSError as problem:
-            raise Refused(
-                f"{self._path} cannot be written ({problem.strerror}), and nothing is told before."
-            ) from None
+        with self._alone:
+            if self.answered(of) not in ("", record):
+                raise Alarm("this worker has helped to unmask this round: it takes part in no other attempt at it.")
+            try:
+                write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
+            except OSError as problem:
+                raise Refused(f"{self._path} cannot be written ({problem.strerror}): nothing is told.") from None
 
     def _records(self) -> dict[str, tuple[int, str]]:
         try:
             return {run: (number, record) for run, (number, record) in read_record(self._path).items()}
         except (OSError, ValueError, TypeError) as problem:
-            raise Refused(
-                f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known."
-            ) from None
+            raise Refused(f"{self._path} cannot be read ({problem}), and so what was unmasked.") from None
 
 
 class Talk:

@@ -49,10 +49,10 @@ class Spending:
             LearnerFailed: it cannot.
         """
         assert task.noise is not None
-        run, what = task.of.run, self._last.get(task.of.run, [])
-        if task.noise.of == "sum":
-            what = [_cost(task, Form(ring_for(task), model))]
-        self._after(run, task.noise, what)
+        run, masked = task.of.run, task.noise.of == "sum"
+        self._after(
+            run, task.noise, [_cost(task, Form(ring_for(task), model))] if masked else self._last.get(run, [])
+        )
 
     def pay(self, task: Task, done: Done, owner: Owner) -> Done:
         """Pay for what came of a private task, and put it into the ledger; the update then tells its ε, no more.

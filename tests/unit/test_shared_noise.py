@@ -2,6 +2,8 @@
 
 import math
 import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import workers.secrecy
 from broker import pact
-from broker.errors import LearnerFailed, Refused, UsageError
+from broker.errors import Alarm, LearnerFailed, Refused, UsageError
+from broker.files import read_record
 from broker.formats import FORMATS
 from broker.messages import Attempt, Call, Noise, Payload, Ready, Secure, Step, Task
 from broker.noise import add_discrete
@@ -193,6 +197,34 @@ def test_a_worker_helps_to_reveal_no_sum_of_fewer_than_its_noise_was_made_for(tm
     assert company.noted == ["refused"] * 4
 
 
+def say(talk: Talk, serial: int, what: Any) -> Any:
+    """What a worker answers in one of several sums."""
+    talk.heed(Call(talk._task.of, serial, what))
+    return cast(Step, talk.said).says
+
+
+def until_shares_are_asked_for(
+    talks: dict[str, Talk], task: Task, roster: dict[str, bytes], serial: int, *, silent: str = ""
+) -> tuple[Unmasking, pact.Reveal]:
+    """A secure sum of these workers, of whom some do not vow."""
+    of, form = task.of, Form(ring(), MODEL)
+    bound = pact.context(of.run, of.round, of.attempt << 32 | serial, model=bytes(32), plan=task.terms, roster=roster)
+    core = Unmasking(bound, roster)
+    for talk in talks.values():
+        talk.heed(Call(of, serial))
+        core.advert(cast(Ready, talk.said).advert)
+    settled = core.settle()
+    for name, talk in talks.items():
+        core.shares(name, say(talk, serial, settled))
+    for name, dealt in core.deal(form).items():
+        masked, words = say(talks[name], serial, dealt), talks[name].words
+        core.masked(name, np.frombuffer(cast(Slot, words).data, form.ring.dtype), masked)
+    finishers = core.finishers()
+    for name in talks.keys() - {silent}:
+        core.vow(name, say(talks[name], serial, finishers))
+    return core, core.reveal()
+
+
 def test_a_worker_pays_for_each_sum_that_it_is_in_for_others_can_reveal_that_without_it(tmp_path: Path) -> None:
     """A coordinator that lies has two sums of one round, with `a` in both, and asks it for no share in either."""
     names = "abcdefg"
@@ -202,37 +234,52 @@ def test_a_worker_pays_for_each_sum_that_it_is_in_for_others_can_reveal_that_wit
     for name, talk in company.talks.items():
         pay = spending.share if name == "a" else lambda *_: None
         talk._secrecy.pay = lambda task, form, pay=pay: pay(task, form, owner)  # type: ignore[misc]
-    revealed, form, of = [], Form(ring(), MODEL), TASK.of
     for serial, members in ((2, "abcd"), (3, "aefg")):
         talks = {name: company.talks[name] for name in members}
-
-        def say(name: str, what: Any, serial: int = serial) -> Any:
-            company.talks[name].heed(Call(of, serial, what))
-            return cast(Step, company.talks[name].said).says
-
-        bound = pact.context(
-            of.run, of.round, of.attempt << 32 | serial, model=bytes(32), plan=company.task.terms, roster=roster
-        )
-        core = Unmasking(bound, roster)
-        for talk in talks.values():
-            talk.heed(Call(of, serial))
-            core.advert(cast(Ready, talk.said).advert)
-        settled = core.settle()
-        for name in members:
-            core.shares(name, say(name, settled))
-        for name, dealt in core.deal(form).items():
-            masked, words = say(name, dealt), talks[name].words
-            core.masked(name, np.frombuffer(cast(Slot, words).data, form.ring.dtype), masked)
-        finishers = core.finishers()
+        core, reveal = until_shares_are_asked_for(talks, company.task, roster, serial, silent="a")
         for name in members[1:]:
-            core.vow(name, say(name, finishers))
-        reveal = core.reveal()
-        for name in members[1:]:
-            core.opened(name, say(name, reveal))
-        revealed.append(core.result())
-    assert len(revealed) == 2
+            core.opened(name, say(talks[name], serial, reveal))
+        assert core.result().any()
     ((released,),) = spending._read().values()
     assert released.times == 2
+
+
+def test_of_two_attempts_at_a_round_that_are_open_at_once_a_worker_helps_to_unmask_one(tmp_path: Path) -> None:
+    """A coordinator that lies has two sums of the same updates, of five and of four: their difference is the fifth's.
+
+    The second attempt is begun before the first is unmasked, when nothing has been put down yet.
+    """
+    names = "abcde"
+    company = Company(tmp_path, names)
+    roster = {name: KEYS[name] for name in names}
+    again = replace(company.task, of=replace(TASK.of, attempt=2))
+    for talk in company.talks.values():
+        talk._secrecy.pay = lambda *_: None
+    others = {name: Talk(company.talks[name]._secrecy, again, company.talks[name]._done) for name in names[:4]}
+    first, reveal = until_shares_are_asked_for(company.talks, company.task, roster, 2)
+    second, reveal_again = until_shares_are_asked_for(others, again, roster, 2)
+    for name in names:
+        first.opened(name, say(company.talks[name], 2, reveal))
+    for talk in others.values():
+        with pytest.raises(Alarm, match="has helped to unmask this round"):
+            say(talk, 2, reveal_again)
+    assert first.result().any()
+    assert second.waiting == set(others)
+
+
+def test_what_is_put_down_of_two_runs_at_once_is_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrecy = Company(tmp_path, "abc").talks["a"]._secrecy
+
+    def slow(path: Path) -> dict[str, Any]:
+        found = read_record(path)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(workers.secrecy, "read_record", slow)
+    runs = [Attempt(run, 3, 1) for run in ("one", "two")]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(secrecy.record, runs, ("said of one", "said of two")))
+    assert [secrecy.answered(of) for of in runs] == ["said of one", "said of two"]
 
 
 def test_a_worker_that_was_started_anew_pays_no_more_than_its_owner_allows(tmp_path: Path) -> None:

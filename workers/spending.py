@@ -50,9 +50,8 @@ class Spending:
         """
         assert task.noise is not None
         run, masked = task.of.run, task.noise.of == "sum"
-        self._after(
-            run, task.noise, [_cost(task, Form(ring_for(task), model))] if masked else self._last.get(run, [])
-        )
+        what = [_cost(task, Form(ring_for(task), model))] if masked else self._last.get(run, [])
+        self._after(run, task.noise, what)
 
     def pay(self, task: Task, done: Done, owner: Owner) -> Done:
         """Pay for what came of a private task, and put it into the ledger; the update then tells its ε, no more.

@@ -89,12 +89,12 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int, noise: fl
         least: fewest of them.
 
     Raises:
-        UsageError: other words; no clip, or one that is not finite; too small a ring for so many workers, examples
-            and noise.
+        UsageError: no such words; no clip, or one that is not finite; the ring is too small for so many workers,
+            examples and noise.
     """
     if bits not in (32, 64):
-        raise UsageError(f"a ring has words of 32 or 64 bits, not of {bits}.")
-    if not 0 < clip < math.inf:
+        raise UsageError(f"the words of a secure sum have 32 or 64 bits, not {bits}.")
+    if not 1e-30 <= clip < math.inf:  # in smaller ones float64 could not count
         raise UsageError(f"a secure sum needs a bound of what is added, and clip is {clip:g}: set it above 0.")
     if not 1 <= examples_max <= EXAMPLES_MAX:
         raise UsageError(f"a secure sum needs examples_max within 1 and {EXAMPLES_MAX}, and it is {examples_max}.")

@@ -158,7 +158,11 @@ class Secrecy:
         # whoever was cut off may come back, and nobody else can take its place
         waits_s = max(STAGE_S, self._plan.round_s)
         await self._stage(secret, lambda: () if core.enough else core.waiting, waits_s, present=False)
-        total = await asyncio.to_thread(core.result)
+        try:
+            total = await asyncio.to_thread(core.result)
+        except Aborted:  # a share is false, perhaps, and there are others on their way
+            await self._stage(secret, lambda: core.waiting, waits_s, present=False)
+            total = await asyncio.to_thread(core.result)
         into_sums(form, total, len(secret.finished), self._desk.sums)
         seen = counted(form, total)
         for worker in here.round.counted.keys() - set(secret.finished):

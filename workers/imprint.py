@@ -12,11 +12,10 @@ import math
 
 import numpy as np
 
-from broker.tensors import Layout, TensorSpec, view
+from broker.tensors import FLOATS, Layout, TensorSpec, as_float64, view
 
 ROWS_LOOKED_AT = 256
 WIDTH_MIN, WIDTH_MAX = 8, 4096  # of rows; of longer ones the beginning is looked at
-FLOATS = ("float16", "float32", "float64")
 DIGITS = 4  # to which two rows' directions agree
 SHARE = 8  # of the rows, one in so many may repeat another
 
@@ -36,7 +35,7 @@ def _repeats(spec: TensorSpec, layout: Layout, weights: memoryview) -> str:
         return ""
     rows = view(weights[at : at + spec.size_bytes], spec.dtype).reshape(shape[0], width)
     chosen = np.unique(np.linspace(0, shape[0] - 1, min(shape[0], ROWS_LOOKED_AT)).astype(int))
-    looked = rows[chosen, :WIDTH_MAX].astype(np.float64)
+    looked = as_float64(rows[chosen, :WIDTH_MAX], spec.dtype)
     looked = looked[np.abs(looked).max(1) > 0]
     if len(looked) < 3:
         return ""

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from broker.chain import AFTER_TORN, CHAIN, Chain
@@ -34,7 +35,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._chain = Chain()
+        self._chain, self._alone = Chain(), Lock()  # what is done in secret is noted by a thread
         self._named = False  # the folder has the file's name, also after a power failure
 
     def write(self, event: str, **facts: Any) -> None:
@@ -44,7 +45,7 @@ class Ledger:
             LearnerFailed: the disk is full or not writable.
         """
         line = {"event": event, "at": round(time.time(), 3)} | {name: plain(fact) for name, fact in facts.items()}
-        with self._disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
+        with self._alone, self._disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
             self._chain.append(file, line)
 
     def keep(self) -> None:

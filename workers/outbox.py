@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from xxhash import xxh3_64_digest
 
-from broker.errors import LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, UsageError, WireError
+from broker.errors import Declined, LearnerFailed, LinkClosed, LinkError, NoRoom, Refused, UsageError, WireError
 from broker.formats import FORMATS
 from broker.messages import TEXT_MAX, Answer, Attempt, Call, Closed, Payload, Refusal, Score, Task, Update
 from broker.pact import Dealt
@@ -301,8 +301,8 @@ class Outbox:
         """Whether there is anything new to say in a secure sum, and no reason not to."""
         try:
             return bool(await asyncio.get_running_loop().run_in_executor(_THREADS, what))
-        except (Refused, WireError, LearnerFailed, UsageError) as problem:
-            await self.refuse(sent.task, str(problem))
+        except (Declined, Refused, WireError, LearnerFailed, UsageError) as problem:
+            await self.refuse(sent.task, str(problem), declined=isinstance(problem, Declined))
             return False
 
     async def _keep(self, sent: Sent, update: Update) -> None:

@@ -29,7 +29,7 @@ class Owner:
 
     Attributes:
         folder: where the ledger is, among the worker's other files.
-        policy: the rules in force: those of the file when the last task came.
+        policy: the rules in force: those of the file when the last task, or secure sum, came.
         ledger: what has happened.
     """
 
@@ -63,6 +63,15 @@ class Owner:
         )  # fmt: skip
         if why := self.policy.permits(asked, minute=60 * now.hour + now.minute, done_today=self._done_today):
             raise Declined(why)
+
+    def least(self) -> tuple[int, float]:
+        """Of how many a secure sum must be, and how large the part that must help to open a secret.
+
+        Raises:
+            Declined: the policy cannot be read.
+        """
+        self._look()
+        return self.policy.cohort_min, self.policy.threshold_min
 
     def _look(self) -> None:
         """Read the policy again if the file has changed. One that cannot be read allows nothing."""

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from broker import pact
@@ -24,7 +25,7 @@ from workers.spool import Slot
 from workers.work import Done, Who
 
 Pay = Callable[[Task, Form], None]
-"""Pays for the release of a sum with noise of which an update is a part, once a round."""
+"""Pays for the release of a sum with noise of which an update is a part."""
 
 
 class Note(Protocol):
@@ -52,9 +53,11 @@ def check(task: Task, who: Who) -> None:
                 "updates of this run are only added up in secret: that takes an invitation with a key for it, or "
                 "--roster and --identity."
             )
+        if task.format != "float32":  # words that stand for other things in each update would not hide each other
+            raise LearnerFailed(f"updates are added up in secret as float32 only, and the task says {task.format}.")
         ring_for(task)
     if task.noise and who.trains:
-        shared, private = task.noise.of == "sum", task.noise.multiplier > 0
+        shared, private = task.noise.of == "sum", task.noise.multiplier > 1e-9  # the cost of less is beyond numbers
         if not private or (shared and (task.secure is None or task.noise.least < pact.COHORT_MIN)):
             raise LearnerFailed("the noise that this task asks for hides nobody.")
 
@@ -102,6 +105,7 @@ class Secrecy:
         self.pay = pay
         self._path = folder / f"{member.name}.unmasked"
         self._seen = folder / f"{member.name}.roster"
+        self._alone = Lock()
         self._known = pact.roster_digest(member.roster), member.roster  # or what was shown last, behind its digest
 
     def trust(self, secure: Secure) -> bool:
@@ -158,25 +162,25 @@ class Secrecy:
         return record if of.round <= number else ""
 
     def record(self, of: Attempt, record: str) -> None:
-        """Put an answer down; when this returns it survives a power failure.
+        """Put an answer down, one at a time; when this returns it survives a power failure.
 
         Raises:
+            Alarm: there is another one, perhaps of an attempt that was open at the same time.
             Refused: it cannot be put down.
         """
-        try:
-            write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
-        except OSError as problem:
-            raise Refused(
-                f"{self._path} cannot be written ({problem.strerror}), and nothing is told before."
-            ) from None
+        with self._alone:
+            if self.answered(of) not in ("", record):
+                raise Alarm("this worker has helped to unmask this round: it takes part in no other attempt at it.")
+            try:
+                write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
+            except OSError as problem:
+                raise Refused(f"{self._path} cannot be written ({problem.strerror}): nothing is told.") from None
 
     def _records(self) -> dict[str, tuple[int, str]]:
         try:
             return {run: (number, record) for run, (number, record) in read_record(self._path).items()}
         except (OSError, ValueError, TypeError) as problem:
-            raise Refused(
-                f"{self._path} cannot be read ({problem}): which rounds were unmasked is not known."
-            ) from None
+            raise Refused(f"{self._path} cannot be read ({problem}), and so what was unmasked.") from None
 
 
 class Talk:
@@ -279,7 +283,7 @@ class Talk:
         slot = self._secrecy.room(form.layout.size_bytes)
         words = encode(form, done.delta.data, examples=done.examples, metrics=self._metrics, into=slot.data)
         if grain := form.ring.grain:
-            self._secrecy.pay(self._task, form)  # from here on enough of the others can open the sum
+            self._secrecy.pay(self._task, form)  # from here on enough of the others can open this sum
             add_discrete(secrets.token_bytes(KEY_BYTES), grain.bits, form.signed(words)[: form.floats])
         masked = masking.mask(dealt, words)
         called = f"{self._task.payload.id}/{self._secrecy.member.name}/{self._serial}-{secrets.token_hex(4)}"

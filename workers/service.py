@@ -66,8 +66,7 @@ class Worker:
         if who.member:
             self._outbox.secrecy = Secrecy(
                 who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write,
-                least=lambda: (self._owner.policy.cohort_min, self._owner.policy.threshold_min),
-                pay=lambda task, form: self._spending.share(task, form, self._owner),
+                least=self._owner.least, pay=lambda task, form: self._spending.share(task, form, self._owner),
             )  # fmt: skip
         self._incarnation = ""  # empty while we do not listen
         self._arrival: Arrival | None = None

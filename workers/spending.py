@@ -5,8 +5,8 @@ noise is made (`privacy.py`), nor what else becomes of an update.
 
 Spent before it is released: what an update costs is on the disk before its first byte is sent. An update that is
 never counted has cost as much as any, and so has one that had to be trained again: it may have been seen. A masked
-one is only seen in a sum, of which there is one a round: it is paid when its words are about to leave, once a round
-(twice by a worker that is started anew in the midst of it).
+one is paid whenever its words are about to leave, for each sum that it is asked for: others can reveal one without
+this worker's help, and a coordinator that lies may have had that done before it begins another.
 """
 
 import json
@@ -40,7 +40,6 @@ class Spending:
         self._path = folder / f"{worker}.privacy"
         self.most = most
         self._last: dict[str, list[Released]] = {}
-        self._shared: dict[str, int] = {}  # run → the round whose sum is paid
         self._alone = Lock()
 
     def check(self, task: Task, model: Layout) -> None:
@@ -50,9 +49,8 @@ class Spending:
             LearnerFailed: it cannot.
         """
         assert task.noise is not None
-        run, what = task.of.run, self._last.get(task.of.run, [])
-        if task.noise.of == "sum":
-            what = [] if self._shared.get(run) == task.of.round else [_cost(task, Form(ring_for(task), model))]
+        run, masked = task.of.run, task.noise.of == "sum"
+        what = [_cost(task, Form(ring_for(task), model))] if masked else self._last.get(run, [])
         self._after(run, task.noise, what)
 
     def pay(self, task: Task, done: Done, owner: Owner) -> Done:
@@ -71,16 +69,15 @@ class Spending:
         return replace(done, metrics={"epsilon": spent})
 
     def share(self, task: Task, form: Form, owner: Owner) -> None:
-        """Pay for a part in a masked sum with noise, unless that has been done, and put it into the ledger.
+        """Pay for a part in a masked sum with noise, and put it into the ledger.
 
         Raises:
             LearnerFailed: as for `spend`.
         """
         assert task.noise is not None
-        if self._shared.get(task.of.run) != task.of.round:
-            spent = self.spend(task.of.run, task.noise, [_cost(task, form)])
-            self._shared[task.of.run] = task.of.round
-            owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
+        self.most = owner.policy.epsilon_max
+        spent = self.spend(task.of.run, task.noise, [_cost(task, form)])
+        owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
 
     def spend(self, run: str, noise: Noise, released: Sequence[Sequence[float]]) -> float:
         """Pay for an update; the run's ε with it. When this returns it survives a power failure.
@@ -114,11 +111,7 @@ class Spending:
         spent[run] = [kind._replace(times=times) for kind, times in together.items()]
         try:
             here = epsilon(spent[run], noise.delta)
-            in_all = (
-                here
-                if len(spent) == 1
-                else epsilon([each for kinds in spent.values() for each in kinds], noise.delta)
-            )
+            in_all = epsilon([each for kinds in spent.values() for each in kinds], noise.delta)
         except UsageError as problem:
             raise LearnerFailed(str(problem)) from None
         for found, most, whose in ((here, noise.budget, "the plan"), (in_all, self.most, "the owner of the data")):

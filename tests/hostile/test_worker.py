@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 
@@ -415,6 +415,20 @@ async def test_updates_without_verdicts_do_not_pile_up(tmp_path: Path) -> None:
         await false.tell(*(Answer(Attempt(RUN, number, 1), "accepted", "thank you") for number in range(1, 6)))
 
 
+async def test_calls_for_secure_sums_do_not_pile_up(tmp_path: Path) -> None:
+    async with a_worker(tmp_path) as (fed, false):
+        false.place.lesson.gate.set()
+        asked = task(LIE)
+        await false.send(asked, *parts(asked))
+        await false.hear(Update)
+        calls = false.place.worker._outbox._sent[0].calls
+        for serial in range(1000):
+            await false.tell(Call(LIE, serial))
+        await fed.until(lambda: bool(calls) and calls[-1].serial == 999)
+        assert len(calls) == 16
+        await false.tell(Closed(LIE, "no more"))
+
+
 async def test_an_upload_for_which_the_queue_has_no_room_is_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,35 +493,6 @@ async def test_an_update_that_is_wanted_again_and_again_is_sent_again_and_again(
         await false.take_update(LIE)
         await false.get_honest_work()
         assert false.place.lesson.done == [(True, 1), (True, 2)]
-
-
-NOISE = Noise("sum", 0.5, 60.0, 1e-5, 1e6, 3)
-
-
-@pytest.mark.parametrize(
-    ("lie", "said"),
-    [
-        ({"secure": Secure(33, 3)}, "a ring has words of 32 or 64 bits, not of 33."),
-        ({"clip": 5e-324, "noise": NOISE}, "has no room for 3 workers with noise 0.5"),
-        ({"clip": 1e-9, "noise": dataclasses.replace(NOISE, multiplier=5e-324)}, "has no room for 3 workers"),
-        ({"clip": 1e-300, "noise": dataclasses.replace(NOISE, multiplier=1e-9)}, "has no room for 3 workers"),
-    ],
-    ids=["bits", "clip", "noise", "both"],
-)
-async def test_a_secure_task_that_nobody_can_reckon_with_is_refused(
-    tmp_path: Path, lie: dict[str, object], said: str
-) -> None:
-    """A coordinator asks for words of another size, or with noise beyond all numbers."""
-    member = Member(WORKER, IDENTITIES[WORKER], KEYS)
-    usual: dict[str, Any] = {"clip": 60.0, "examples_max": 1, "secure": Secure(64, 3, roster_digest(KEYS))}
-    async with a_worker(tmp_path, member=member) as (_, false):
-        asked = task(LIE, **{**usual, **lie})
-        await false.send(asked, *parts(asked))
-        assert said in (await false.hear(Refusal)).reason
-        honest = task(HONEST, **usual)
-        await false.send(honest, *parts(honest))
-        await false.hear(Ready)
-        await false.tell(Closed(HONEST, "thank you"))
 
 
 async def test_calls_to_sums_that_nobody_makes_do_not_pile_up(tmp_path: Path) -> None:
@@ -591,3 +576,34 @@ async def test_a_roster_that_lies_costs_its_task_and_is_trained_for_by_nobody(
             await fed.until(lambda: false.place.worker._incarnation not in ("", before))
         await get_honest_keys(3, b"")
         assert false.place.lesson.done == [(True, 1), (True, 3)]
+
+
+TINY = {"clip": 1e-320, "examples_max": 1}
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ({"format": "top-k", "keep": 1.0}, "added up in secret as float32 only, and the task says top-k"),
+        ({"format": "int8"}, "added up in secret as float32 only, and the task says int8"),
+        ({"secure": Secure(48, 3, roster_digest(KEYS))}, "the words of a secure sum have 32 or 64 bits, not 48"),
+        ({"clip": 0.0}, "and clip is 0: set it above 0"),
+        (TINY | {"noise": Noise("sum", 1.0, 1e-320, 1e-5, 8.0, 3)}, "and clip is 9.99989e-321: set it above 0"),
+        ({"examples_max": 1, "noise": Noise("sum", 5e-324, 60.0, 1e-5, 8.0, 3)}, "has no room for 3 workers"),
+        (TINY | {"clip": 1e-9, "noise": Noise("sum", 5e-324, 60.0, 1e-5, 8.0, 3)}, "has no room for 3 workers"),
+        ({"noise": Noise("row", 1e-300, 60.0, 1e-5, 8.0)}, "hides nobody"),
+    ],
+)
+async def test_a_secret_task_whose_sum_would_hide_nothing_or_cannot_be_is_refused(
+    tmp_path: Path, lie: dict[str, object], said: str
+) -> None:
+    """In `top-k` words stand for other things with each `keep`: where others have zeros, one could be read."""
+    async with a_worker(tmp_path, member=Member(WORKER, IDENTITIES[WORKER], KEYS)) as (_, false):
+        usual = {"clip": 60.0, "examples_max": 64, "secure": Secure(32, 3, roster_digest(KEYS))}
+        lies, honest = task(LIE, **{**usual, **lie}), task(HONEST, **usual)
+        await false.send(lies, *parts(lies))
+        assert said in (await false.hear(Refusal)).reason
+        await false.send(honest, *parts(honest))
+        assert (await false.hear(Ready)).of == HONEST
+        await false.tell(Closed(HONEST, "thank you"))
+        assert false.place.lesson.done == [(True, 2)]

@@ -47,7 +47,7 @@ from tests.system.rig import (
 )
 from workers import secrecy as worker_secrecy
 from workers.ledger import Ledger
-from workers.masking import Member
+from workers.masking import Masking, Member
 
 THREE = ("a", "b", "c")
 NAMES = ("a", "b", "c", "d", "e")
@@ -144,6 +144,35 @@ async def test_a_worker_that_is_started_anew_in_the_midst_of_a_sum_is_in_the_nex
         assert fed.weights() == secure_expected(fed.store.plan, [THREE])
 
 
+@pytest.mark.parametrize("rules", ["cohort_min = 4", "nonsense"])
+async def test_the_owners_rules_hold_for_what_a_worker_has_finished_before_it_was_started_anew(
+    tmp_path: Path, rules: str
+) -> None:
+    """Of four that were asked, one cannot: `a` is in no sum of three, though no task has come since its start."""
+    (tmp_path / "policy.toml").write_text("cohort_min = 4")
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=4, quorum=3) as fed:
+        begun, dealt = list[asyncio.Task[None]](), list[str]()
+
+        async def anew() -> None:
+            await fed.places["a"].die()
+            (tmp_path / "policy.toml").write_text(rules)
+            fed.join("a", policy=tmp_path / "policy.toml")
+
+        def look(what: Outgoing | Delivery) -> None:
+            if says(what, Advert) == "a" and not begun:
+                begun.append(asyncio.create_task(anew()))
+            dealt.append(says(what, Shares))
+
+        fed.hook = look
+        for name in THREE:
+            fed.join(name, policy=tmp_path / "policy.toml" if name == "a" else None)
+        fed.join("d", member=pinning("d", identity="a"))
+        fed.begin()
+        await fed.until(lambda: bool(fed.lines("abandoned") or fed.lines("round")))
+        assert "a" not in dealt
+        assert not fed.lines("round")
+
+
 async def test_whatever_comes_twice_counts_once(tmp_path: Path) -> None:
     async with federation(tmp_path, **SECURE) as fed:
         link, again = MemoryLink(fed.broker), 0
@@ -220,6 +249,34 @@ async def test_shares_that_are_opened_when_the_sum_is_known_already_are_nobodys_
         assert (line["secure"]["of"], line["secure"]["gone"]) == (list(NAMES[:4]), {})
         assert (line["struck"], line["failed"], line["refused"]) == ({}, {}, {})
     assert "what does not count" not in caplog.text
+
+
+async def test_one_who_opens_false_shares_before_others_open_theirs_spoils_no_sum(tmp_path: Path) -> None:
+    tried, result, answer = asyncio.Event(), Unmasking.result, Masking.answer
+    async with federation(tmp_path, **SECURE, rounds=1, cohort=4, quorum=4) as fed:
+        loop = asyncio.get_running_loop()
+
+        def lie(masking: Masking, reveal: Reveal) -> Any:
+            said = answer(masking, reveal)
+            return said if masking._member.name != "a" else said._replace(opened=Opened((b"\1" * 33,) * 4))
+
+        def try_(core: Unmasking) -> Words:
+            loop.call_soon_threadsafe(tried.set)
+            return result(core)
+
+        async def look(what: Outgoing | Delivery) -> None:
+            step = read(what) if isinstance(what, Outgoing) else None
+            if isinstance(step, Step) and step.worker == "d" and isinstance(step.says, Opened):
+                await asyncio.wait_for(tried.wait(), BOUND_S)  # three are enough, were they all true
+
+        fed.patch.setattr(Masking, "answer", lie)
+        fed.patch.setattr(Unmasking, "result", try_)
+        fed.hook = look
+        for name in NAMES[:4]:
+            fed.join(name)
+        await fed.end()
+        assert fed.counted() == [list(NAMES[:4])]
+        assert fed.weights() == secure_expected(fed.store.plan, [NAMES[:4]])
 
 
 async def test_a_sum_that_is_lost_after_its_release_is_gone_without_and_never_asked_for_again(

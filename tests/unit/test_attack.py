@@ -89,16 +89,18 @@ def raw(model: torch.nn.Module) -> tuple[Layout, memoryview]:
     return layout, memoryview(weights.read(model, layout))
 
 
-def test_a_model_made_for_reading_rows_off_is_suspicious() -> None:
-    assert "point the same way" in suspicion(*raw(imprinted(64, X.mean(1))))
-    scaled = imprinted(64, X.mean(1))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_made_for_reading_rows_off_is_suspicious(dtype: torch.dtype) -> None:
+    assert "point the same way" in suspicion(*raw(imprinted(64, X.mean(1)).to(dtype)))
+    scaled = imprinted(64, X.mean(1)).to(dtype)
     with torch.no_grad():
         scaled[0].weight *= torch.rand(len(scaled[0].weight), 1) + 0.5  # type: ignore[operator,arg-type]
     assert "of 0.weight point the same way" in suspicion(*raw(scaled))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zero", [False, True])
-def test_honest_models_are_not(zero: bool) -> None:
+def test_honest_models_are_not(zero: bool, dtype: torch.dtype) -> None:
     convolutional = torch.nn.Sequential(
         torch.nn.Conv2d(1, 32, 5), torch.nn.BatchNorm2d(32), torch.nn.Flatten(), torch.nn.LazyLinear(300),
         torch.nn.LayerNorm(300), torch.nn.Embedding(50, 16, padding_idx=0),
@@ -108,7 +110,7 @@ def test_honest_models_are_not(zero: bool) -> None:
         if zero:
             for parameter in model.parameters():
                 torch.nn.init.zeros_(parameter)
-        assert suspicion(*raw(model)) == ""
+        assert suspicion(*raw(model.to(dtype))) == ""
 
 
 def test_a_trained_model_is_not_suspicious() -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,12 @@ def test_lines_that_somebody_else_has_written_are_shown_too(line: dict[str, Any]
     assert all(cell.isprintable() for cell in ledger.told(read))
     assert ledger.told(read)[0] == "?"
     assert [*ledger.lines(b'{"event": 1}\n[]\n{"a": 1}\n[[[\n' + b"[" * 100_000)] == []
+
+
+def test_what_several_threads_write_at_once_is_one_chain(tmp_path: Path) -> None:
+    """The event loop notes tasks and verdicts while a thread reckons in secret, and notes what it has revealed."""
+    account = Ledger(tmp_path / "a.ledger")
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: account.write("secure", round=number), range(400)))
+    assert check((tmp_path / "a.ledger").read_bytes(), "ledger")[0] == []
+    assert sorted(line["round"] for line in account.read()) == list(range(400))

@@ -194,6 +194,8 @@ def test_a_metric_out_of_all_bounds_counts_as_the_bound() -> None:
         ({"clip": math.nan}, "clip is nan"),
         ({"clip": math.inf}, "clip is inf"),
         ({"clip": -1.0}, "clip is -1"),
+        ({"clip": 1e-320}, "clip is 9.99989e-321"),
+        ({"bits": 48}, "have 32 or 64 bits, not 48"),
         ({"examples_max": EXAMPLES_MAX}, "too small for 10 workers.*set ring_bits to 64"),
         ({"examples_max": 0}, "examples_max within 1"),
         ({"cohort": ADDENDS_MAX + 1}, "at most 32768 workers"),

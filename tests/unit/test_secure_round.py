@@ -423,6 +423,16 @@ def test_a_worker_never_opens_both_shares_of_one_peer() -> None:
         assert share == (of_key if name == "w-004" else of_self_mask)
 
 
+def test_two_sums_of_the_same_updates_give_away_whoever_is_in_one_of_them_alone() -> None:
+    """What no mask can hide, as SECURITY.md says: another run, or round, of the same version without one worker."""
+    sums = []
+    for count in (5, 4):
+        parley = Parley(count)
+        parley.open(parley.vow(parley.until_vows()))
+        sums.append(parley.core.result())
+    assert (sums[0] - sums[1]).tobytes() == Parley(5).plain["w-004"].tobytes()
+
+
 def test_steps_that_are_left_out_are_not_answered() -> None:
     parley = Parley(4)
     worker = parley.workers["w-000"]

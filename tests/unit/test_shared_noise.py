@@ -2,16 +2,21 @@
 
 import math
 import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import workers.secrecy
 from broker import pact
-from broker.errors import LearnerFailed, Refused, UsageError
+from broker.errors import Alarm, LearnerFailed, Refused, UsageError
+from broker.files import read_record
 from broker.formats import FORMATS
 from broker.messages import Attempt, Call, Noise, Payload, Ready, Secure, Step, Task
 from broker.noise import add_discrete
@@ -26,6 +31,7 @@ from tests.system.rig import IDENTITIES, KEYS
 from workers.masking import Member
 from workers.policy import Asked, Policy
 from workers.secrecy import Secrecy, Talk, check
+from workers.spending import Spending
 from workers.spool import Slot
 from workers.work import Done, Who
 
@@ -189,6 +195,98 @@ def test_a_worker_helps_to_reveal_no_sum_of_fewer_than_its_noise_was_made_for(tm
             company.say(name, finishers)
         assert company.talks[name].said is None
     assert company.noted == ["refused"] * 4
+
+
+def say(talk: Talk, serial: int, what: Any) -> Any:
+    """What a worker answers in one of several sums."""
+    talk.heed(Call(talk._task.of, serial, what))
+    return cast(Step, talk.said).says
+
+
+def until_shares_are_asked_for(
+    talks: dict[str, Talk], task: Task, roster: dict[str, bytes], serial: int, *, silent: str = ""
+) -> tuple[Unmasking, pact.Reveal]:
+    """A secure sum of these workers, of whom some do not vow."""
+    of, form = task.of, Form(ring(), MODEL)
+    bound = pact.context(of.run, of.round, of.attempt << 32 | serial, model=bytes(32), plan=task.terms, roster=roster)
+    core = Unmasking(bound, roster)
+    for talk in talks.values():
+        talk.heed(Call(of, serial))
+        core.advert(cast(Ready, talk.said).advert)
+    settled = core.settle()
+    for name, talk in talks.items():
+        core.shares(name, say(talk, serial, settled))
+    for name, dealt in core.deal(form).items():
+        masked, words = say(talks[name], serial, dealt), talks[name].words
+        core.masked(name, np.frombuffer(cast(Slot, words).data, form.ring.dtype), masked)
+    finishers = core.finishers()
+    for name in talks.keys() - {silent}:
+        core.vow(name, say(talks[name], serial, finishers))
+    return core, core.reveal()
+
+
+def test_a_worker_pays_for_each_sum_that_it_is_in_for_others_can_reveal_that_without_it(tmp_path: Path) -> None:
+    """A coordinator that lies has two sums of one round, with `a` in both, and asks it for no share in either."""
+    names = "abcdefg"
+    company = Company(tmp_path, names, replace(TASK, noise=replace(SUM, budget=1e3)))
+    roster, spending = {name: KEYS[name] for name in names}, Spending(tmp_path, "a")
+    owner = cast(Any, SimpleNamespace(policy=Policy(), note=lambda *_, **__: None))
+    for name, talk in company.talks.items():
+        pay = spending.share if name == "a" else lambda *_: None
+        talk._secrecy.pay = lambda task, form, pay=pay: pay(task, form, owner)  # type: ignore[misc]
+    for serial, members in ((2, "abcd"), (3, "aefg")):
+        talks = {name: company.talks[name] for name in members}
+        core, reveal = until_shares_are_asked_for(talks, company.task, roster, serial, silent="a")
+        for name in members[1:]:
+            core.opened(name, say(talks[name], serial, reveal))
+        assert core.result().any()
+    ((released,),) = spending._read().values()
+    assert released.times == 2
+
+
+def test_of_two_attempts_at_a_round_that_are_open_at_once_a_worker_helps_to_unmask_one(tmp_path: Path) -> None:
+    """A coordinator that lies has two sums of the same updates, of five and of four: their difference is the fifth's.
+
+    The second attempt is begun before the first is unmasked, when nothing has been put down yet.
+    """
+    names = "abcde"
+    company = Company(tmp_path, names)
+    roster = {name: KEYS[name] for name in names}
+    again = replace(company.task, of=replace(TASK.of, attempt=2))
+    for talk in company.talks.values():
+        talk._secrecy.pay = lambda *_: None
+    others = {name: Talk(company.talks[name]._secrecy, again, company.talks[name]._done) for name in names[:4]}
+    first, reveal = until_shares_are_asked_for(company.talks, company.task, roster, 2)
+    second, reveal_again = until_shares_are_asked_for(others, again, roster, 2)
+    for name in names:
+        first.opened(name, say(company.talks[name], 2, reveal))
+    for talk in others.values():
+        with pytest.raises(Alarm, match="has helped to unmask this round"):
+            say(talk, 2, reveal_again)
+    assert first.result().any()
+    assert second.waiting == set(others)
+
+
+def test_what_is_put_down_of_two_runs_at_once_is_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrecy = Company(tmp_path, "abc").talks["a"]._secrecy
+
+    def slow(path: Path) -> dict[str, Any]:
+        found = read_record(path)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(workers.secrecy, "read_record", slow)
+    runs = [Attempt(run, 3, 1) for run in ("one", "two")]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(secrecy.record, runs, ("said of one", "said of two")))
+    assert [secrecy.answered(of) for of in runs] == ["said of one", "said of two"]
+
+
+def test_a_worker_that_was_started_anew_pays_no_more_than_its_owner_allows(tmp_path: Path) -> None:
+    owner = cast(Any, SimpleNamespace(policy=Policy(epsilon_max=2.0), note=lambda *_, **__: None))
+    task = replace(TASK, noise=replace(SUM, budget=1e3))
+    with pytest.raises(LearnerFailed, match="and the owner of the data allows 2"):
+        Spending(tmp_path, "a").share(task, Form(ring(), MODEL), owner)
 
 
 # -- what is refused before -----------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes 
     low, high, others = sorted(sums.bounds), sorted(sums.carried), sorted(sums.largest)
     head = {
         "of": of, "tally": tally, "low": [(chunk, sums.bounds[chunk]) for chunk in low], "high": high,
-        "others": [(start, str(sums.largest[start].dtype), sums.largest[start].nbytes) for start in others],
+        "others": others,
         "sums": [sums.examples, sums.updates, sums.reach],
     }  # fmt: skip
     text = json.dumps(head, allow_nan=False).encode()
@@ -174,8 +174,9 @@ def _filled(of: list[Any], sums: Sums, data: memoryview) -> dict[str, Any]:
     for limb, chunks in ((sums.low, [chunk for chunk, _ in head["low"]]), (sums.high, head["high"])):
         for chunk in chunks:
             limb[_part(chunk)] = np.frombuffer(take(limb[_part(chunk)].nbytes), np.int64)
-    for start, dtype, size_bytes in head["others"]:
-        sums.largest[start] = np.frombuffer(take(size_bytes), np.dtype(dtype)).copy()
+    places = {place.start: place for place in sums.layout.segments}
+    for place in [places[start] for start in head["others"]]:
+        sums.largest[place.start] = np.frombuffer(take(place.stop - place.start), place.dtype).copy()
     if at != len(data) - _DIGEST_BYTES:
         raise ValueError("it is of another model")
     sums.bounds, sums.carried = dict(head["low"]), set(head["high"])

@@ -32,6 +32,7 @@ FOUND = {
         b'{"tries": [{"round": 3, "attempt": 1, "plan": "x", "cohort": ["a"], "until": 1.0, "line": [1]}]}',
     ),
     "sums whose head is nested too deep": ("sums", (100_000).to_bytes(8, "little") + b"[" * 100_000),
+    "sums of a type that only a parser knows": ("sums", b"TYPE"),
     "a history with half a pair of surrogates as its chain": (
         "past",
         b'{"chain": "\\ud800", "event": "round"}\n' * 2,
@@ -65,6 +66,13 @@ def case(data: bytes) -> bytes:
             record["delta"][1:3] = [-1, 4]
         case b"BEYOND":
             record["delta"][1:3] = [2**63, 2**62]
+        case b"TYPE":
+            kind = fuzz.TARGETS["sums"]
+            assert kind.unpack
+            assert kind.pack
+            head = kind.unpack(next(iter(kind.seeds())))
+            head[0]["others"] = [[0, ",09", 8]]
+            return kind.pack(head)
         case b"ROUTING":
             first = next(iter(fuzz.TARGETS["amqp"].seeds()))
             return first.replace(b"inbox.run.ada", b"inbox.run.\xff\xfe\xfd")

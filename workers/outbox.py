@@ -142,12 +142,12 @@ class Outbox:
             await asyncio.wait(works)
 
     def hurry(self, task: Task) -> None:
-        """The next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
+        """A run's next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
         self._refusal = None
         for sent in self._sent:
             if sent.task.of == task.of and sent.task.work == task.work:
                 self._give_up(sent, "it is asked for anew, from other weights")
-            elif sent.bell is None:
+            elif sent.bell is None and sent.task.of.run == task.of.run:
                 why = f"no verdict within {VERDICT_S:.0f} s of the next task"
                 sent.bell = asyncio.get_running_loop().call_later(VERDICT_S, self._give_up, sent, why)
 

@@ -77,12 +77,9 @@ class Journal:
     def resume(self, number: int, plan: str) -> Try | None:
         """The try at a round that was open, if it was asked for what this plan would ask for."""
         found = self._at(number)
-        if not found or not found.cohort:
-            return None
-        if found.plan != plan:
+        if found and found.cohort and found.plan != plan:
             log.warning("round %d was begun under other settings, or for another run: it is begun anew", number)
-            return None
-        return found
+        return found if found and found.cohort and found.plan == plan else None
 
     def begin(self, number: int, plan: str, cohort: tuple[str, ...], until: float) -> int:
         """A new try at a round; its attempt."""

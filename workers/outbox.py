@@ -326,8 +326,8 @@ class Outbox:
         try:
             await self._post.say(message)
         except LinkError as problem:
-            kind = type(message).__name__.lower()
-            self._tell(f"{message.of}: the {kind} could not be sent: {problem}", logging.WARNING)
+            said = f"{message.of}: the {type(message).__name__.lower()} could not be sent: {problem}"
+            self._tell(said, logging.WARNING)
 
     def _heed(self, sent: Sent, answer: Answer) -> None:
         of: Attempt = sent.task.of

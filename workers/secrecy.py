@@ -25,6 +25,7 @@ from workers.work import Done, Who
 
 Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part, once a round."""
+UNMASKED = "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it."
 
 
 class Note(Protocol):

@@ -11,7 +11,7 @@ the number in all that they are sent, and ignore a lower one than they have hear
 
 import contextlib
 import fcntl
-import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +36,14 @@ class Claim:
     def begin(self) -> int:
         """Raise the epoch; it is ours, and that of whoever acted before is over.
 
+        It is as high as the seconds since 1970 at the least: what the file says may be lost, or be an older backup's,
+        and workers would not listen.
+
         Raises:
             OSError: the folder cannot be written.
         """
         with locked(self._folder):
-            self.epoch = read_epoch(self._folder) + 1
+            self.epoch = max(read_epoch(self._folder) + 1, int(time.time()))
             write_whole(self._folder / EPOCH, str(self.epoch).encode())
             self._mark = self._looks()
         return self.epoch
@@ -115,7 +118,6 @@ def beat(folder: Path) -> None:
     """Show whoever waits that somebody acts; may be lost in a crash."""
     with contextlib.suppress(OSError):
         (folder / LOCK).touch()
-        os.utime(folder / LOCK)
 
 
 def last_beat(folder: Path) -> int:

@@ -2,9 +2,9 @@
 
 Knows that file, and which attempts have been used. Does not know how a round goes, nor when it is asked.
 
-Two tries are kept at the most: the open one, and the one before, whose version may not be on the disk yet. Should
-that version be lost, its round is made again by the same attempt, and the open one, which was asked for something
-that never came to be, by another.
+Two tries are kept as a rule: the open one, and the one before, whose version may not be on the disk yet. Should that
+version be lost, its round is made again by the same attempt, or by others, and the open one, which was asked for
+something that never came to be, by another in any case: it is kept, too, until its round comes.
 """
 
 import json
@@ -71,31 +71,29 @@ class Journal:
             pass
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
             log.warning("%s is damaged (%r): a round that was open is begun anew", self._path, problem)
-            self._first = int(
-                time.time()
-            )  # whatever has been used is lower: nothing that comes late is taken for new
+            # whatever has been used is lower: nothing that comes late is taken for new
+            self._first = int(time.time())
 
     def resume(self, number: int, plan: str) -> Try | None:
         """The try at a round that was open, if it was asked for what this plan would ask for."""
         found = self._at(number)
-        if not found or not found.cohort:
-            return None
-        if found.plan != plan:
+        if found and found.cohort and found.plan != plan:
             log.warning("round %d was begun under other settings, or for another run: it is begun anew", number)
-            return None
-        return found
+        return found if found and found.cohort and found.plan == plan else None
 
     def begin(self, number: int, plan: str, cohort: tuple[str, ...], until: float) -> int:
         """A new try at a round; its attempt."""
-        before, last = self._at(number - 1), self._at(number)
+        last = self._at(number)
         attempt = last.attempt + 1 if last else self._first
-        begun = Try(number, attempt, plan, cohort, until)
-        self.tries = [each for each in (before, begun) if each]
+        self._void_after(number)
+        self.tries = [each for each in self.tries if each.round >= number - 1 and each is not last]
+        self.tries.append(Try(number, attempt, plan, cohort, until))
         self._save()
         return attempt
 
     def made(self, line: dict[str, Any]) -> None:
         """The try at the line's round has made its version; `flush` before that is safe, or begin the next one."""
+        self._void_after(line["round"])
         self._change(line["round"], line=line)
 
     def next_sum(self, number: int) -> tuple[int, bool]:
@@ -129,6 +127,10 @@ class Journal:
 
     def _at(self, number: int) -> Try | None:
         return next((each for each in self.tries if each.round == number), None)
+
+    def _void_after(self, number: int) -> None:
+        """A round's version is still to come: tries at later rounds were asked for one that never came to be."""
+        self.tries = [replace(each, cohort=(), line=None) if each.round > number else each for each in self.tries]
 
     def _change(self, number: int, **changes: Any) -> None:
         self.tries = [replace(each, **changes) if each.round == number else each for each in self.tries]

@@ -5,9 +5,8 @@ Knows the plan, names and records. Does not know when a turn begins or ends (`se
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Literal
 
 from broker.link import Delivery
@@ -61,6 +60,7 @@ class Open:
 
     round: Round
     weights: memoryview
+    check: str  # the checksum of these weights
     turn: int = 0
     facts: Facts = field(default_factory=Facts)
     sent_to: dict[str, str] = field(default_factory=dict)  # worker → the incarnation that was sent the task
@@ -72,16 +72,13 @@ class Open:
     called: str = ""  # the payload that this turn's workers are sent
 
     def begin_turn(self) -> None:
-        """The next turn has weights of its own: who was counted before decides them, and is in their name.
-
-        After a restart that may be others than before it.
-        """
+        """The next turn has weights of its own, and after a restart perhaps others than before it."""
         self.turn += 1
-        self.called = named(self.round.of, self.turn, counted=self.round.counted if self.turn > 1 else ())
+        self.called = named(self.round.of, self.turn, self.check)
 
     def is_of_this_turn(self, update: Update) -> bool:
-        """Whether the update was made from the weights of this turn, which in a first turn is beyond doubt."""
-        return self.turn == 1 or update.payload.id.startswith(f"{self.called}/")
+        """Whether the update was made from the weights of this turn."""
+        return update.payload.id.startswith(f"{self.called}/")
 
 
 def asked(plan: Plan, trainers: Sequence[str], number: int) -> list[str]:
@@ -122,7 +119,6 @@ def task_of(plan: Plan, of: Attempt, payload: Payload, *, work: Literal["train",
     )  # fmt: skip
 
 
-def named(of: Attempt, turn: int, *, counted: Iterable[str] = ()) -> str:
-    """The name of a turn's weights, which is never used for other bytes: `counted` has made them what they are."""
-    made = blake2b(",".join(counted).encode(), digest_size=8).hexdigest() if turn > 1 else ""
-    return "/".join([of.run, str(of.round), str(of.attempt), f"{turn}-{made}" if made else str(turn)])
+def named(of: Attempt, turn: int, check: str) -> str:
+    """The name of a turn's weights, never that of others: a folder may be older than what workers remember of it."""
+    return f"{of.run}/{of.round}/{of.attempt}/{turn}-{check}"

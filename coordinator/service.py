@@ -16,7 +16,7 @@ import numpy as np
 
 from broker.changes import encode_change
 from broker.errors import Aborted, LinkError, Unroutable, WireError
-from broker.files import forget
+from broker.files import checksum, forget
 from broker.formats import FORMATS
 from broker.link import Link, first_of
 from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
@@ -56,6 +56,7 @@ class Coordinator:
         self.post = Post(link, self.plan.run, epoch)
         version = store.latest() or 0
         self.layout, self.weights = store.load(version)
+        self._check = checksum(self.weights)
         self.change: memoryview | None = None  # from the version before, as the plan wants it sent
         self.desk = Desk(store, self.post, self.layout, version, drains=drains)
         self.roster = self.desk.roster
@@ -179,7 +180,7 @@ class Coordinator:
 
     def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:
         self._purse.begin(of.round, self.desk.sums)
-        return Open(begun(self.plan, of, cohort), self.weights)
+        return Open(begun(self.plan, of, cohort), self.weights, self._check)
 
     async def _try_round(self, here: Open) -> bool:
         """One attempt at the next version; whether it was made."""
@@ -252,13 +253,14 @@ class Coordinator:
             self.change = encode_change(here.weights, weights, self.layout, FORMATS[plan.down], dice)
             forget(weights)
         forget(here.weights)
+        here.check = checksum(weights)
         return weights
 
     async def _close(self, here: Open, why: str, seconds: float) -> None:
         """The round has made a version. The next one may begin while it is written to the disk."""
         line = history.round_line(here.round, here.facts, why=why, seconds=seconds, at=time.time())
         self.store.journal.made(line)
-        self.weights = here.weights
+        self.weights, self._check = here.weights, here.check
         self.desk.made(here.round)
         await self._drop_uploads(here)
         self._sealing = self._group.create_task(self._seal(here, line, why))
@@ -321,7 +323,7 @@ class Coordinator:
             return
         self._say("scoring", f"version {self.desk.version} is scored by {', '.join(asked)}")
         with contextlib.suppress(LinkError):
-            sent_to = dict.fromkeys(asked, "")
+            sent_to, task = dict.fromkeys(asked, ""), self._task(of, "evaluate", named(of, 0, self._check))
             until = began_at + min(self.plan.round_s, FINAL_S_MAX)
             while time.monotonic() < until:
                 self.desk.lapse(time.monotonic())
@@ -332,7 +334,7 @@ class Coordinator:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
                     sent_to |= owing
-                    await self._send_version(self._task(of, "evaluate", named(of, 0)), self.weights, lost)
+                    await self._send_version(task, self.weights, lost)
                 await self._wait(until=until)
         for worker in filter(self.desk.final.get, evaluators):
             self.store.note(history.score_line(self.desk.version, worker, self.desk.final[worker], at=time.time()))

@@ -77,7 +77,8 @@ def _waited(folder: Path) -> tuple[IO[str], bool]:
             if now - said_at > BEAT_S:
                 said_at = now
                 waits = {"process": os.getpid(), "machine": platform.node(), "at": time.time()}
-                write_whole(folder / WAITS, json.dumps(waits).encode(), durable=False)
+                with contextlib.suppress(OSError):  # another that stands by may be at it; it is for people alone
+                    write_whole(folder / WAITS, json.dumps(waits).encode(), durable=False)
             if (seen := last_beat(folder)) != beat:
                 beat, since = seen, now
             if now - since > STALE_S and (taken := _wrested(folder, beat)):

@@ -144,12 +144,12 @@ class Outbox:
             await asyncio.wait(works)
 
     def hurry(self, task: Task) -> None:
-        """The next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
+        """A run's next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
         self._refusal = None
         for sent in self._sent:
             if sent.task.of == task.of and sent.task.work == task.work:
                 self._give_up(sent, "it is asked for anew, from other weights")
-            elif sent.bell is None:
+            elif sent.bell is None and sent.task.of.run == task.of.run:
                 why = f"no verdict within {VERDICT_S:.0f} s of the next task"
                 sent.bell = asyncio.get_running_loop().call_later(VERDICT_S, self._give_up, sent, why)
 
@@ -328,8 +328,8 @@ class Outbox:
         try:
             await self._post.say(message)
         except LinkError as problem:
-            kind = type(message).__name__.lower()
-            self._tell(f"{message.of}: the {kind} could not be sent: {problem}", logging.WARNING)
+            said = f"{message.of}: the {type(message).__name__.lower()} could not be sent: {problem}"
+            self._tell(said, logging.WARNING)
 
     def _heed(self, sent: Sent, answer: Answer) -> None:
         of: Attempt = sent.task.of

@@ -26,6 +26,7 @@ from workers.work import Done, Who
 
 Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part."""
+UNMASKED = "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it."
 
 
 class Note(Protocol):
@@ -170,7 +171,7 @@ class Secrecy:
         """
         with self._alone:
             if self.answered(of) not in ("", record):
-                raise Alarm("this worker has helped to unmask this round: it takes part in no other attempt at it.")
+                raise Alarm(UNMASKED)
             try:
                 write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
             except OSError as problem:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from broker.changes import apply_change
-from broker.errors import Declined, LearnerFailed, LinkError, UsageError, WireError
+from broker.errors import Declined, LearnerFailed, LinkError, Refused, UsageError, WireError
 from broker.formats import FORMATS, Format
 from broker.link import Delivery, first_of, read
 from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
@@ -30,7 +30,7 @@ from workers.outbox import Outbox
 from workers.owner import Owner
 from workers.post import Post, Shared
 from workers.residuals import Residuals
-from workers.secrecy import Secrecy, check
+from workers.secrecy import UNMASKED, Secrecy, check
 from workers.spending import Spending
 from workers.spool import Held, Landing, Slot
 from workers.training import Seat
@@ -213,7 +213,7 @@ class Worker:
         try:
             self._owner.admit(task, delivery.user, trains=self._trains(task))
             landing = self._room_for(task)
-        except (Declined, LearnerFailed, UsageError) as problem:
+        except (Declined, LearnerFailed, Refused, UsageError) as problem:
             await self._outbox.refuse(task, str(problem), declined=isinstance(problem, Declined))
             await delivery.ack()
             return
@@ -232,11 +232,15 @@ class Worker:
 
         Raises:
             LearnerFailed: it is of another model, or there is no room, or it is not for us.
+            Refused: whether we may take part cannot be known.
             UsageError: the model has names that the format of the change needs.
         """
         check(task, self.who)
-        if task.secure and self._outbox.secrecy and not self._outbox.secrecy.trust(task.secure):
-            return None
+        if task.secure and (secrecy := self._outbox.secrecy):
+            if secrecy.answered(task.of):  # by an attempt that we have in hand no more
+                raise LearnerFailed(UNMASKED)
+            if not secrecy.trust(task.secure):
+                return None
         expected = self.layout if task.down == "full" else FORMATS[task.down].layout(self.layout)
         if differs := self.seat.contract.breach(task, expected, task.payload.layout):
             raise LearnerFailed(differs)
@@ -363,8 +367,7 @@ class Worker:
 
     def _hear(self, message: Message) -> None:
         if not isinstance(message, Answer | Closed | Resumed | Call):
-            kind = type(message).__name__.lower()
-            self._tell(f"a {kind} does not belong into the control queue", logging.WARNING)
+            self._tell(f"a {type(message).__name__.lower()} does not belong into the control queue", logging.WARNING)
             return
         run = message.run if isinstance(message, Resumed) else message.of.run
         if self._outdated(run, message.epoch):

@@ -16,6 +16,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from broker import topology
+from broker.files import checksum
 from broker.link import Outgoing
 from broker.messages import (
     PART_BYTES_MIN,
@@ -32,14 +33,17 @@ from broker.messages import (
 )
 from broker.parts import split
 from broker.tensors import view
+from coordinator.opened import named
 from tests.memory import MemoryLink
-from tests.system.rig import BOUND_S, MODEL, Federation, federation, learned
+from tests.system.rig import BOUND_S, MODEL, Federation, federation, learned, start_weights
 
 HONEST = ("a", "b")
 LIAR = "liar"
 RUN = "test"
 OF = Attempt(RUN, 1, 1)
-PAYLOAD = Payload("of-the-liar", PART_BYTES_MIN, MODEL.specs)
+ASKED = named(OF, 1, checksum(memoryview(start_weights())))
+"""What the weights are called that it was sent."""
+PAYLOAD = Payload(f"{ASKED}/{LIAR}/0", PART_BYTES_MIN, MODEL.specs)
 EXAMPLES, DELTA = 10, learned(1, b"")[1]
 
 

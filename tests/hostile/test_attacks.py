@@ -49,6 +49,7 @@ from coordinator.round import REISSUES_MAX
 from coordinator.store import Store
 from fluffle import app
 from tests.hostile.liar import (
+    ASKED,
     DELTA,
     HONEST,
     LIAR,
@@ -121,6 +122,13 @@ async def verdict_of(liar: Liar, lie: Update) -> tuple[str, str]:
 # -- how far one can move the model -------------------------------------------------------------------------------
 
 
+def called_by(fed: Federation) -> str:
+    """What an honest worker in the liar's place would call its update in the round that is open."""
+    assert fed.coordinator
+    assert fed.coordinator.desk.open
+    return f"{fed.coordinator.desk.open.called}/{LIAR}/0"
+
+
 @pytest.mark.parametrize("name", list(FORMATS))
 async def test_an_update_longer_than_the_plan_allows_is_refused_with_both_numbers(tmp_path: Path, name: str) -> None:
     """A liar does not scale its update down, in whatever format: the others' bits are as if it were not there."""
@@ -128,7 +136,7 @@ async def test_an_update_longer_than_the_plan_allows_is_refused_with_both_number
     settings = {"format": name, "keep": 0.1} if name == "top-k" else {"format": name}
     async with a_liar_among_two(tmp_path, rounds=1, clip=1.0, **settings) as (fed, liar):
         lie = fmt.pack(MODEL, memoryview(delta_of(0.1)), residual=None, dice=np.random.default_rng(1))
-        payload = Payload("of-the-liar", PAYLOAD.part_bytes, fmt.layout(MODEL).specs)
+        payload = Payload(PAYLOAD.id, PAYLOAD.part_bytes, fmt.layout(MODEL).specs)
         await liar.upload(split(payload, lie))
         said, reason = await verdict_of(liar, update(payload=payload))
         found = math.sqrt(squares(fmt.runs(MODEL, lie)))
@@ -211,8 +219,8 @@ async def test_whoever_drives_a_float16_to_its_end_ends_no_round(tmp_path: Path,
     async with a_liar_among_two(tmp_path, rounds=2, cohort=3, quorum=3, down=down) as (fed, liar):
         for number in (1, 2):
             of = Attempt(RUN, number, 1)
-            payload = Payload(f"lie-{number}", PAYLOAD.part_bytes, MODEL.specs)
             await fed.until(lambda of=of: fed.store.now().get("round") == of.round)  # type: ignore[misc]
+            payload = Payload(called_by(fed), PAYLOAD.part_bytes, MODEL.specs)
             await liar.upload(split(payload, memoryview(lie)))
             await liar.say(update(of=of, version=number - 1, examples=EXAMPLES_MAX, payload=payload))
             for place in fed.places.values():
@@ -249,7 +257,7 @@ async def test_an_update_said_again_in_the_next_round_is_late(tmp_path: Path) ->
 async def test_an_update_that_names_anothers_parts_gets_none_of_them(tmp_path: Path) -> None:
     """A liar announces what an honest worker has uploaded as its own: only its own queue is looked into."""
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
-        stolen = f"{RUN}/1/1/1/a/00000000"
+        stolen = f"{ASKED}/a/00000000"
         said, reason = await verdict_of(liar, update(payload=dataclasses.replace(PAYLOAD, id=stolen)))
         assert (said, reason) == ("invalid", "3 of its parts did not come.")
         await liar.leave()
@@ -451,7 +459,7 @@ async def test_a_header_of_twenty_thousand_tensors_is_invalid(tmp_path: Path) ->
     """A liar announces an update of another model, with as many tensors as may be named."""
     specs = tuple(TensorSpec(f"{'t' * 60}{number:06}", "float32", (1,)) for number in range(20_000))
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
-        said, reason = await verdict_of(liar, update(payload=Payload("p", PAYLOAD.part_bytes, specs)))
+        said, reason = await verdict_of(liar, update(payload=Payload(PAYLOAD.id, PAYLOAD.part_bytes, specs)))
         assert said == "invalid"
         assert "is missing" in reason
         await liar.leave()
@@ -623,7 +631,7 @@ async def test_three_updates_that_lie_in_a_run_are_three_strikes_whatever_came_b
             fed.places[name].lesson.gate.set()
         for number in range(1, 6):
             await fed.until(lambda number=number: fed.store.now().get("round") == number)  # type: ignore[misc]
-            payload = dataclasses.replace(PAYLOAD, id=f"x/{number}")
+            payload = dataclasses.replace(PAYLOAD, id=called_by(fed))
             told = update(of=Attempt(RUN, number, 1), version=number - 1, payload=payload)
             pieces = list(split(payload, memoryview(DELTA)))
             await liar.upload(pieces if number % 2 == 0 else [changed(pieces[0], checksum=1)])

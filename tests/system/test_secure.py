@@ -222,6 +222,24 @@ async def test_a_second_unmasking_of_a_round_is_refused_and_the_owner_is_told(
         assert fed.counted() == [list(THREE)]
 
 
+async def test_a_run_put_back_to_before_an_unmasked_round_is_told_why_nobody_takes_part_and_nothing_is_trained(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, **SECURE, rounds=1) as fed:
+        for name in THREE:
+            fed.join(name)
+        shutil.copytree(fed.run, tmp_path / "backup")
+        await fed.end()
+        shutil.rmtree(fed.run)
+        shutil.copytree(tmp_path / "backup", fed.run)
+        fed.begin()
+        await fed.until(lambda: bool(fed.lines("abandoned")))
+        assert dict.fromkeys(THREE, worker_secrecy.UNMASKED) == fed.lines("abandoned")[0]["refused"]
+        assert fed.store.latest() == 0
+        for place in fed.places.values():
+            assert place.lesson.done == [(True, 1)]
+
+
 async def test_shares_that_are_opened_when_the_sum_is_known_already_are_nobodys_fault(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -211,3 +211,43 @@ async def test_an_update_that_is_given_up_is_not_written_down_afterwards(
     await asyncio.wait(works)
     spool.remove()
     assert names == ["a.test.2.1.update", "a.test.3.1.update"]
+
+
+async def test_an_update_waits_for_its_verdict_whatever_another_run_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator of one run is away; that of another, which has the same workers, is not."""
+    monkeypatch.setattr("workers.outbox.VERDICT_S", 0.0)
+
+    class Away:
+        async def upload(self, *_: Any) -> None:
+            pass
+
+        async def say(self, _: Any) -> None:
+            pass
+
+    spool, works = Spool(tmp_path / "spool"), list[asyncio.Task[None]]()
+    outbox = Outbox(
+        "a", cast(Post, Away()), owner=Owner(Who("a", "lesson"), spool.folder),
+        residuals=Residuals(spool.folder, "a"), tell=lambda *_: None, rest=lambda: None,
+    )  # fmt: skip
+
+    def start(work: Any) -> asyncio.Task[None]:
+        works.append(asyncio.create_task(work))
+        return works[-1]
+
+    def task(run: str, number: int) -> Task:
+        called = f"{run}/{number}/1/1"
+        return Task(Attempt(run, number, 1), "train", number - 1, 60.0, 0, {}, Payload(called, 262144, MODEL.specs))
+
+    outbox.put(task("one", 1), Done(1, {}, {}, spool.take(MODEL.size_bytes), 0.0, MODEL), start)
+    outbox.hurry(task("another", 1))
+    await asyncio.wait(works, timeout=0.2)
+    kept = spool.folder / f"a.one.1.1{SUFFIX}"
+    assert kept.exists()
+    assert outbox.tasks == [task("one", 1)]
+    outbox.hurry(task("one", 2))
+    await asyncio.wait(works, timeout=BOUND_S)
+    assert outbox.tasks == []
+    assert not kept.exists()
+    spool.remove()

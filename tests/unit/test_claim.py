@@ -1,10 +1,12 @@
 """Who may act for a run: whoever has begun last, and nobody else, however late the others notice."""
 
 import fcntl
+import itertools
 import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -28,15 +30,32 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_one_that_begins_has_a_higher_number(tmp_path: Path) -> None:
-    assert [Claim(tmp_path).begin() for _ in range(3)] == [1, 2, 3]
-    assert read_epoch(tmp_path) == 3
+    numbers = [Claim(tmp_path).begin() for _ in range(3)]
+    assert numbers == sorted(set(numbers))
+    assert read_epoch(tmp_path) == numbers[-1]
+
+
+def test_a_number_from_an_older_backup_is_not_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = itertools.count(1_000_000, 1_000)
+    monkeypatch.setattr("coordinator.claim.time", SimpleNamespace(time=lambda: next(now_s)), raising=False)
+    backup = Claim(tmp_path).begin()
+    heard = [Claim(tmp_path).begin() for _ in range(3)]
+    for older in (str(backup), "", "7"):
+        (tmp_path / EPOCH).write_text(older)
+        heard.append(Claim(tmp_path).begin())
+    assert heard == sorted(set(heard))
+
+
+def test_a_clock_that_was_put_back_does_not_lower_the_number(tmp_path: Path) -> None:
+    (tmp_path / EPOCH).write_text(str(2**40))
+    assert Claim(tmp_path).begin() == 2**40 + 1
 
 
 @pytest.mark.parametrize("content", ["", "x", "-5", "\x00"])
 def test_a_damaged_number_does_not_keep_anybody_from_beginning(tmp_path: Path, content: str) -> None:
     (tmp_path / EPOCH).write_text(content)
     assert read_epoch(tmp_path) == 0
-    assert Claim(tmp_path).begin() == 1
+    assert Claim(tmp_path).begin() > 0
 
 
 def test_whoever_has_been_followed_may_not_act(tmp_path: Path) -> None:
@@ -206,6 +225,33 @@ def test_whoever_waits_for_a_lock_that_was_replaced_waits_for_the_other_one(
     with standby.turn(folder) as forced:
         assert forced is False
     assert len(looks) == 4
+
+
+def test_several_stand_by_and_none_of_them_ends_because_of_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standby, "BEAT_S", 0.0)
+    monkeypatch.setattr(standby, "LOOK_S", 0.0005)
+    held, ends = (folder / standby.LOCK).open("w"), list[bool | Exception]()
+    fcntl.flock(held, fcntl.LOCK_EX)
+    beat(folder)
+
+    def stand_by() -> None:
+        try:
+            with standby.turn(folder) as forced:
+                ends.append(forced)
+        except UsageError as problem:
+            ends.append(problem)
+
+    waiting = [threading.Thread(target=stand_by) for _ in range(3)]
+    for each in waiting:
+        each.start()
+    waiting[0].join(1.0)
+    assert not ends
+    held.close()
+    for each in waiting:
+        each.join(20)
+    assert ends == [False] * 3
 
 
 def test_who_stands_by_is_shown_while_it_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

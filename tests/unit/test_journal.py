@@ -76,6 +76,33 @@ def test_a_lost_version_is_made_again_by_its_own_try_and_what_was_asked_of_it_by
     assert reopened(tmp_path).resume(2, "plan") == Try(2, 2, "plan", ABC, 0.0)
 
 
+def lost_version_1(folder: Path) -> Journal:
+    """The journal after a crash by which a version was lost that had been sent already."""
+    journal = reopened(folder)
+    journal.begin(1, "plan", ABC, 0.0)
+    journal.made(line(1))
+    journal.begin(2, "plan", ("a", "b"), 0.0)
+    return reopened(folder)
+
+
+def test_what_was_asked_of_a_lost_version_is_remembered_while_its_round_is_tried_again(tmp_path: Path) -> None:
+    lost_version_1(tmp_path).abandon(1)
+    for attempt in (2, 3):
+        assert reopened(tmp_path).begin(1, "plan", ABC, 0.0) == attempt
+        assert reopened(tmp_path).resume(2, "plan") is None
+    again = reopened(tmp_path)
+    again.made(line(1))
+    assert again.begin(2, "plan", ABC, 0.0) == 2
+
+
+def test_what_was_asked_of_a_lost_version_is_not_taken_up_when_its_round_was_made_again(tmp_path: Path) -> None:
+    again = lost_version_1(tmp_path)
+    again.made(line(1))
+    again.flush()  # the version is safe, and the coordinator dies while it waits for workers
+    assert reopened(tmp_path).resume(2, "plan") is None
+    assert reopened(tmp_path).begin(2, "plan", ABC, 0.0) == 2
+
+
 def test_nothing_is_written_twice(tmp_path: Path) -> None:
     written: list[bytes] = []
     journal = Journal(tmp_path, lambda _, data: written.append(data))

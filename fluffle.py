@@ -15,7 +15,7 @@ import broker.roster_cli
 import coordinator.cli
 import workers.attack_cli
 import workers.cli
-from broker.errors import FluffleError
+from broker.errors import FluffleError, UsageError
 from broker.fields import legible
 from broker.options import SettingPairs, parse_settings
 from coordinator import plan as plans
@@ -42,6 +42,11 @@ def main() -> None:
     except FluffleError as problem:
         sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
         sys.exit(problem.status)
+    except OSError as problem:
+        if problem.filename is None:  # of no file: a fault of ours
+            raise
+        sys.stderr.write(f"fluffle: {legible(str(problem.filename))} cannot be used: {problem.strerror}.\n")
+        sys.exit(UsageError.status)
 
 
 def version() -> None:

@@ -179,7 +179,7 @@ def status(
     def say(text: str) -> None:
         console.print(legible(text), markup=False, highlight=False)
 
-    console.print(f"run [bold]{store.plan.run}[/], learner {store.plan.learner}")
+    console.print(f"run [bold]{store.plan.run}[/], learner {escape(legible(store.plan.learner))}")
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
     for said in [*_said_contract(store.plan), *_said_of(invite)]:
         console.print(said, markup=False, highlight=False, soft_wrap=True)
@@ -253,10 +253,9 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
         yield f"  {worker} rests for {rest['rounds']} more rounds{asked}: {rest['why']}"
 
 
-def _said_last(abandoned: history.Line | None) -> Iterator[str]:
-    if abandoned:
-        attempt, number, why = (abandoned.get(key) for key in ("attempt", "round", "why"))
-        yield f"  attempt {attempt} at round {number} was abandoned: {why}"
+def _said_last(last: history.Line | None) -> Iterator[str]:
+    if last:
+        yield f"  attempt {last.get('attempt')} at round {last.get('round')} was abandoned: {last.get('why')}"
 
 
 def verify(

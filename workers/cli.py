@@ -16,13 +16,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from broker import daemon, rabbit
 from broker.chain import check
 from broker.errors import UsageError
-from broker.fields import NAME, NAME_RULE
+from broker.fields import NAME, NAME_RULE, legible
 from broker.files import read_version
 from broker.invitation import Access, Invitation
 from broker.link import Link
@@ -190,11 +191,11 @@ def try_(
     report = try_learner(learner, data, settings=parse_settings(settings), threads=threads)
     console, table = Console(), _shown(report)
     if access:
-        table.add_row("invited", access.said)
+        table.add_row("invited", escape(access.said))
     console.print(table)
     warnings = [*report.warnings, *filter(None, [access.expiry() if access else ""])]
     for warning in warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if not report.warnings:
         console.print("[green]fine[/]: this learner is ready for a federation.")
 
@@ -275,7 +276,7 @@ def evaluate(
 
 
 def _metrics(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "nothing"
+    return escape(legible(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))) or "nothing"
 
 
 def _name_of_machine() -> str:

@@ -11,7 +11,7 @@ the number in all that they are sent, and ignore a lower one than they have hear
 
 import contextlib
 import fcntl
-import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +40,8 @@ class Claim:
             OSError: the folder cannot be written.
         """
         with locked(self._folder):
-            self.epoch = read_epoch(self._folder) + 1
+            # not below the clock: workers remember what a copy of the folder, put back, does not
+            self.epoch = max(read_epoch(self._folder) + 1, int(time.time()))
             write_whole(self._folder / EPOCH, str(self.epoch).encode())
             self._mark = self._looks()
         return self.epoch
@@ -77,11 +78,10 @@ class Claim:
 
     def _looks(self) -> tuple[int, int] | None:
         """What tells one epoch's file from another's: it is never written over, but replaced."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             seen = (self._folder / EPOCH).stat()
-        except FileNotFoundError:
-            return None
-        return seen.st_ino, seen.st_mtime_ns
+            return seen.st_ino, seen.st_mtime_ns
+        return None
 
 
 @contextlib.contextmanager
@@ -115,7 +115,6 @@ def beat(folder: Path) -> None:
     """Show whoever waits that somebody acts; may be lost in a crash."""
     with contextlib.suppress(OSError):
         (folder / LOCK).touch()
-        os.utime(folder / LOCK)
 
 
 def last_beat(folder: Path) -> int:

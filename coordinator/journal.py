@@ -71,9 +71,8 @@ class Journal:
             pass
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
             log.warning("%s is damaged (%r): a round that was open is begun anew", self._path, problem)
-            self._first = int(
-                time.time()
-            )  # whatever has been used is lower: nothing that comes late is taken for new
+            # whatever has been used is lower: nothing that comes late is taken for new
+            self._first = int(time.time())
 
     def resume(self, number: int, plan: str) -> Try | None:
         """The try at a round that was open, if it was asked for what this plan would ask for."""

@@ -1,5 +1,6 @@
 """Mistakes at the command line: one sentence that says what is wrong and what to do, and exit status 2."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -114,6 +115,15 @@ def test_what_others_have_written_is_shown_as_it_is_and_is_no_markup(f: Federati
     assert "[/b]/mine.py" in f.fluffle("status", str(f.run)).replace("\n", "")
     assert r"[/a]\x1b[1m 1" in f.fluffle("try", str(learner), "--data", "x")
     assert r"[/a]\x1b[1m 1" in f.fluffle("evaluate", str(learner), version, "--data", "x")
+
+
+def test_a_learner_that_goes_elsewhere_does_not_take_the_run_with_it(f: Federation) -> None:
+    learner = f.folder / "elsewhere" / "mine.py"
+    learner.parent.mkdir()
+    text = f"import os\nos.chdir({str(learner.parent)!r})\n{NO_DATA}def data(source): ...\n"
+    learner.write_text(text)
+    f.fluffle("init", str(learner), os.path.relpath(f.run))
+    assert (f.run / "plan.toml").exists()
 
 
 def test_every_way_of_not_reaching_a_broker_has_its_sentence(f: Federation) -> None:

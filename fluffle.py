@@ -15,7 +15,7 @@ import broker.roster_cli
 import coordinator.cli
 import workers.attack_cli
 import workers.cli
-from broker.errors import FluffleError
+from broker.errors import FluffleError, UsageError
 from broker.fields import legible
 from broker.options import SettingPairs, parse_settings
 from coordinator import plan as plans
@@ -42,6 +42,11 @@ def main() -> None:
     except FluffleError as problem:
         sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
         sys.exit(problem.status)
+    except OSError as problem:
+        if problem.filename is None:  # of no file: a fault of ours
+            raise
+        sys.stderr.write(f"fluffle: {legible(str(problem.filename))} cannot be used: {problem.strerror}.\n")
+        sys.exit(UsageError.status)
 
 
 def version() -> None:
@@ -64,7 +69,8 @@ def init(
         store = Store.open(run)
         sys.stdout.write(f"{run} holds the run {store.plan.run} already\n")
         return
-    store = make_run(learner, run, {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
+    # as it is called from here: a learner may go elsewhere
+    store = make_run(learner, run.absolute(), {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
     sys.stdout.write(f"{run} is ready: run {store.plan.run}, version 0 is {store.path(0)}\n")
 
 

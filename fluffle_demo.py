@@ -116,7 +116,7 @@ def demo(
         out.print("comparing with each worker alone, and with all data in one place …")
         figures = _figures(store, cast, _compare(store, cast), seconds)
     except KeyboardInterrupt:
-        out.print(f"stopped; what there is of the run is in {folder}/")
+        out.print(f"stopped; what there is of the run is in {escape(str(folder))}/")
         raise typer.Exit(INTERRUPTED) from None
     picture = report.draw(store, figures)
     if as_json:
@@ -312,13 +312,13 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
     out.print(table)
     down, up = figures["bytes_down"] / 1e6, figures["bytes_up"] / 1e6
     out.print(f"{figures['rounds']} rounds in {figures['seconds']:.1f} s; {down:.2f} MB down, {up:.2f} MB up")
-    learner, run, last = store.plan.learner, store.folder, store.latest()
-    source = cast.held_out or next(iter(cast.workers.values()))
+    learner, run, last = escape(store.plan.learner), escape(str(store.folder)), store.path(store.latest() or 0)
+    source = escape(cast.held_out or next(iter(cast.workers.values())))
     out.print(
         f"""
 The run is in [bold]{run}/[/]: plan.toml, versions/, history.jsonl, report.png, log/. Next:
   fluffle status {run}
-  fluffle evaluate {learner} {store.path(last or 0)} --data '{source}'
+  fluffle evaluate {learner} {escape(str(last))} --data '{source}'
   fluffle demo --learner toy --schedule cyclic      the classroom where it began
   fluffle try my_learner.py --data my_data          a learner of your own""",
         soft_wrap=True,

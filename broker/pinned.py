@@ -127,13 +127,10 @@ class Roster:
         """What a file says; whether that is signed, `check` says.
 
         Raises:
-            UsageError: it cannot be read, or is no roster.
+            UsageError: it is no roster.
+            OSError: it cannot be read.
         """
-        try:
-            text = path.read_bytes()
-        except OSError as problem:
-            raise UsageError(f"the roster {path} cannot be read: {problem.strerror}.") from None
-        return cls.parse(text, str(path))
+        return cls.parse(path.read_bytes(), str(path))
 
     @classmethod
     def parse(cls, text: bytes, source: str = "what the coordinator shows") -> "Roster":
@@ -175,13 +172,12 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
 
     Raises:
         UsageError: it is none, or others may read it.
+        OSError: it cannot be read.
     """
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise UsageError(f"others may read the secret key {path}: chmod 600 it.")
         return identity_of(path.read_text().strip())
-    except OSError as problem:
-        raise UsageError(f"the secret key {path} cannot be read: {problem.strerror}.") from None
     except ValueError:
         raise UsageError(f"{path} is not a secret key: `fluffle keygen` makes one.") from None
 
@@ -190,7 +186,8 @@ def draw_identity(path: Path) -> bytes:
     """Draw a secret key into a new file that nobody else may read; the public key.
 
     Raises:
-        UsageError: the file is there already, or cannot be written.
+        UsageError: the file is there already.
+        OSError: it cannot be written.
     """
     seed = secrets.token_hex(KEY_BYTES)
     try:
@@ -198,8 +195,6 @@ def draw_identity(path: Path) -> bytes:
             file.write(seed + "\n")
     except FileExistsError:
         raise UsageError(f"{path} is there already: a key that is in use is not to be written over.") from None
-    except OSError as problem:
-        raise UsageError(f"the secret key {path} cannot be written: {problem.strerror}.") from None
     return public_of(identity_of(seed))
 
 

@@ -9,6 +9,7 @@ the order in which safetensors writes a file, so that a version's file holds the
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ _RANK = {dtype: rank for rank, dtype in enumerate(ITEM_BYTES)}
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 TENSORS_MAX = 20_000
 NAME_LENGTH_MAX = 512
+NAME = re.compile(rf"(?!__metadata__\Z)[^\ud800-\udfff]{{1,{NAME_LENGTH_MAX}}}")  # which safetensors can write
 DIMENSIONS_MAX = 16
 PAYLOAD_BYTES_MAX = 1 << 40
 
@@ -152,8 +154,8 @@ def _canonical(spec: TensorSpec) -> tuple[int, str]:
 def _check_spec(spec: TensorSpec) -> None:
     if spec.dtype not in ITEM_BYTES:
         raise WireError(f"tensor {spec.name[:80]!r} has the dtype {spec.dtype[:40]!r}, which does not travel.")
-    if not 0 < len(spec.name) <= NAME_LENGTH_MAX:
-        raise WireError(f"a tensor's name must have 1 to {NAME_LENGTH_MAX} characters.")
+    if NAME.fullmatch(spec.name) is None:
+        raise WireError(f"a tensor's name must have 1 to {NAME_LENGTH_MAX} characters, and not be __metadata__.")
     if len(spec.shape) > DIMENSIONS_MAX or any(not 0 <= n <= PAYLOAD_BYTES_MAX for n in spec.shape):
         raise WireError(f"tensor {spec.name[:80]!r} has an impossible shape.")
 

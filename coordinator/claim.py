@@ -80,11 +80,10 @@ class Claim:
 
     def _looks(self) -> tuple[int, int] | None:
         """What tells one epoch's file from another's: it is never written over, but replaced."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             seen = (self._folder / EPOCH).stat()
-        except FileNotFoundError:
-            return None
-        return seen.st_ino, seen.st_mtime_ns
+            return seen.st_ino, seen.st_mtime_ns
+        return None
 
 
 @contextlib.contextmanager

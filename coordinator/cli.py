@@ -262,10 +262,9 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
         yield f"  {worker} rests for {rest['rounds']} more rounds{asked}: {rest['why']}"
 
 
-def _said_last(abandoned: history.Line | None) -> Iterator[str]:
-    if abandoned:
-        attempt, number, why = (abandoned.get(key) for key in ("attempt", "round", "why"))
-        yield f"  attempt {attempt} at round {number} was abandoned: {why}"
+def _said_last(last: history.Line | None) -> Iterator[str]:
+    if last:
+        yield f"  attempt {last.get('attempt')} at round {last.get('round')} was abandoned: {last.get('why')}"
 
 
 def verify(

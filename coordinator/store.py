@@ -183,10 +183,8 @@ class Store:
 
     def history(self) -> list[dict[str, Any]]:
         """All lines of the history in order; those that are torn, or say what no line says, are passed over."""
-        try:
-            text = (self.folder / HISTORY).read_text(errors="replace")
-        except FileNotFoundError:
-            return []
+        path = self.folder / HISTORY
+        text = path.read_text(errors="replace") if path.exists() else ""
         lines = []
         for line in text.splitlines():
             with contextlib.suppress(ValueError, RecursionError):

@@ -39,12 +39,7 @@ def verify(folder: Path, *, remembered: str = "") -> tuple[list[Finding], str]:
         if not (folder / plans.FILE).is_file():
             raise
         return [Finding(str(problem))], "nothing else has been looked at"
-    try:
-        data = (folder / HISTORY).read_bytes()
-    except FileNotFoundError:
-        data = b""
-    except OSError as problem:
-        raise UsageError(f"{folder / HISTORY} cannot be read: {problem.strerror}.") from None
+    data = (folder / HISTORY).read_bytes() if (folder / HISTORY).exists() else b""
     findings, last = chain.check(data, remembered=remembered)
     rounds = history.rounds(store.history())
     findings += _versions(store, rounds)

@@ -11,11 +11,13 @@ dies, and, where the kernel cannot, the daemon's closed socket does. What the us
 import mmap
 import os
 import select
+import signal
 import socket
 import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
 from workers import learner, task, weights
-from workers.work import CLOSED, LENGTH_BYTES, Work, framed, layout_of, told
+from workers.work import CLOSED, LENGTH_BYTES, MEANT_FOR_DAEMON, Work, framed, layout_of, told
 
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
@@ -40,6 +42,7 @@ Answer = dict[str, Any]
 def serve(link: socket.socket) -> None:
     """Answer requests until the other side closes the socket, and end the process then."""
     me = os.getpid()
+    _mind_no_signals()
     np.random.seed()  # noqa: NPY002 (numpy's global dice, which a fork has inherited as they were)
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
     pupil = Pupil()
@@ -55,6 +58,22 @@ def serve(link: socket.socket) -> None:
         if os.getpid() != me:
             os._exit(0)  # a copy of this process that the learner has made and let return: it has no say
         _send(link, {**answer, "ready_s": pupil.ready_s})
+
+
+def _mind_no_signals() -> None:
+    """Go on when all of us are told to end, which means the daemon; what the learner starts can still be told to."""
+    for number in MEANT_FOR_DAEMON:
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited, by other programs, too
+    wait = partial(signal.pthread_sigmask, signal.SIG_BLOCK, MEANT_FOR_DAEMON)
+    listen = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, MEANT_FOR_DAEMON)
+    os.register_at_fork(before=wait, after_in_parent=listen, after_in_child=_mind_signals)
+
+
+def _mind_signals() -> None:
+    """In a copy of this process; none is lost that has come meanwhile."""
+    for number in MEANT_FOR_DAEMON:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_DAEMON)
 
 
 def _end_with(link: socket.socket) -> None:

@@ -23,7 +23,7 @@ from rich.text import Text
 from broker import daemon, rabbit
 from broker.chain import check
 from broker.errors import UsageError
-from broker.fields import NAME, NAME_RULE
+from broker.fields import NAME, NAME_RULE, legible
 from broker.files import read_version
 from broker.invitation import Access, Invitation
 from broker.link import Link
@@ -275,7 +275,7 @@ def evaluate(
 
 
 def _metrics(metrics: dict[str, float]) -> str:
-    return escape(", ".join(f"{name} {value:.4g}" for name, value in metrics.items())) or "nothing"
+    return escape(legible(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))) or "nothing"
 
 
 def _name_of_machine() -> str:

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from broker.daemon import die_with
-from workers.work import Ended, framed
+from workers.work import MEANT_FOR_DAEMON, Ended, framed
 
 PR_SET_CHILD_SUBREAPER = 36
 LOG_BYTES, LOG_S = 64 * 1024, 60.0
@@ -47,8 +47,8 @@ def main() -> None:
         torch.optim.SGD([torch.zeros(1)], lr=0.1)  # loads what takes most learners' first task another second
         gc.collect()
         gc.freeze()  # the collector would write to, and so copy, the pages that are shared
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # whoever says it to all of us means the daemon, which tells us
+    for number in MEANT_FOR_DAEMON:
+        signal.signal(number, signal.SIG_IGN)
     Guard(control, int(sys.argv[2])).serve()
 
 

@@ -87,6 +87,7 @@ class Line(asyncio.Protocol):
         self._failed = self._failed or why
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(LearnerFailed(self._failed))
+            self._waiting.exception()  # looked at: whoever waited may have gone, and need not hear of it
 
 
 class Guard:

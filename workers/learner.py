@@ -10,6 +10,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -85,9 +86,9 @@ def told(problem: BaseException) -> str:
 
     The text is valid UTF-8 and has at most 2000 characters.
     """
-    extra = _missing_extra(problem)
-    if extra:
-        return f"it needs {extra[0]}, install it with: pip install 'fluffle[{extra[1]}]'"
+    package = str(getattr(problem, "name", "")).partition(".")[0]
+    if isinstance(problem, ModuleNotFoundError) and package in EXTRAS:
+        return f"it needs {package}, install it with: pip install 'fluffle[{EXTRAS[package]}]'"
     kind = type(problem).__name__ + (" (it ran out of memory)" if out_of_memory(problem) else "")
     try:
         message = " ".join(str(problem).split())
@@ -131,7 +132,8 @@ def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"there is no learner file {str(path)!r}: check the path, seen from {str(Path.cwd())!r}.")
     _let_import_from(path.resolve().parent)
-    name = f"learner_{path.stem}"  # never the name of a module that others import
+    # never the name of another module; its own, if that leads here, so that processes it starts find what it defines
+    name = path.stem if _leads_to(path) else f"learner_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -145,17 +147,16 @@ def _module_of_file(path: Path) -> ModuleType:
     return module
 
 
+def _leads_to(path: Path) -> bool:
+    """Whether whoever imports the file's name gets this file."""
+    with suppress(ImportError, ValueError, TypeError, OSError):  # a name with a dot, a module without a file
+        return path.samefile(getattr(importlib.util.find_spec(path.stem), "origin", ""))
+    return False
+
+
 def _let_import_from(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
-
-
-def _missing_extra(problem: BaseException) -> tuple[str, str] | None:
-    if isinstance(problem, ModuleNotFoundError) and problem.name:
-        package = problem.name.partition(".")[0]
-        if package in EXTRAS:
-            return package, EXTRAS[package]
-    return None
 
 
 def _frames(problem: BaseException) -> list[str]:

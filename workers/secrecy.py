@@ -136,7 +136,7 @@ class Secrecy:
                     f"another, version {seen.version}: it must have the latest from the operator."
                 )
         except OSError as problem:
-            raise LearnerFailed(f"{self._seen} cannot be written ({problem.strerror}).") from None
+            raise LearnerFailed(f"{self._seen} cannot be used ({problem.strerror}).") from None
         self._known = pact.roster_digest(roster.workers), roster.workers
         if self._known[0] != secure.roster:
             raise UsageError("the coordinator shows another roster than the one that its task names.")

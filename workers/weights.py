@@ -38,8 +38,9 @@ def layout_of(model: nn.Module) -> Layout:
             )
         if is_lazy(tensor):
             raise UsageError(f"the model's tensor {name!r} has no shape yet: run one batch through it in model().")
-        if tensor.layout != torch.strided:
-            raise UsageError(f"the model's tensor {name!r} is sparse, and only dense tensors travel.")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "without numbers" if tensor.is_meta else "sparse"
+            raise UsageError(f"the model's tensor {name!r} is {kind}, and only dense tensors travel.")
         specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
     try:
         return Layout.of(specs)

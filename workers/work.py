@@ -5,6 +5,7 @@ of work in these words. Does not know how training is done or where a result is 
 """
 
 import hashlib
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from mmap import mmap
@@ -25,10 +26,13 @@ LEASE_S = 15.0
 LENGTH_BYTES = 4
 CLOSED = 71
 """Exit status of a training process whose socket the learner has closed."""
+MEANT_FOR_DAEMON = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+"""Whoever says these to all of us means the daemon, which tells guard and training process."""
 Ended = Mapping[str, int | bool]
 
 
-_PACKER = msgpack.Packer()  # made beforehand: it must work, too, when the memory is full
+# made beforehand: it must work, too, when the memory is full; and whatever a learner calls its metrics
+_PACKER = msgpack.Packer(unicode_errors="replace")
 
 
 def framed(message: Mapping[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """Mistakes at the command line: one sentence that says what is wrong and what to do, and exit status 2."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -88,6 +89,41 @@ def test_weights_of_another_run_or_learner_are_recognised(f: Federation) -> None
     assert "belongs to the run" in refused(f, "coordinator", str(f.run))
     (f.run / "versions/000000.safetensors").write_bytes(foreign[:50])
     assert "is damaged" in refused(f, "coordinator", str(f.run))
+
+
+def test_a_file_that_cannot_be_used_is_named_whoever_wants_it(f: Federation) -> None:
+    f.fluffle("init", "line", str(f.run))
+    (f.run / "history.jsonl").mkdir()
+    assert "history.jsonl cannot be used: Is a directory." in refused(f, "status", str(f.run))
+    assert "File name too long" in refused(f, "init", "line", str(f.folder / ("x" * 300)))
+    under = f.run / "plan.toml" / "x"
+    for command in (
+        ("broker", "start", "--dir", str(under)),
+        ("broker", "secure", str(under)),
+        ("keygen", str(under)),
+        ("roster", "sign", str(under), "--key", str(under)),
+    ):
+        assert f"{under} cannot be used: Not a directory." in refused(f, *command)
+
+
+def test_what_others_have_written_is_shown_as_it_is_and_is_no_markup(f: Federation) -> None:
+    learner = f.folder / "[" / "b]" / "mine.py"
+    learner.parent.mkdir(parents=True)
+    learner.write_text(NO_DATA.replace("return {}", "return {'[/a]\x1b[1m': 1}") + "def data(source): ...\n")
+    f.fluffle("init", str(learner), str(f.run))
+    version = str(f.run / "versions/000000.safetensors")
+    assert "[/b]/mine.py" in f.fluffle("status", str(f.run)).replace("\n", "")
+    assert r"[/a]\x1b[1m 1" in f.fluffle("try", str(learner), "--data", "x")
+    assert r"[/a]\x1b[1m 1" in f.fluffle("evaluate", str(learner), version, "--data", "x")
+
+
+def test_a_learner_that_goes_elsewhere_does_not_take_the_run_with_it(f: Federation) -> None:
+    learner = f.folder / "elsewhere" / "mine.py"
+    learner.parent.mkdir()
+    text = f"import os\nos.chdir({str(learner.parent)!r})\n{NO_DATA}def data(source): ...\n"
+    learner.write_text(text)
+    f.fluffle("init", str(learner), os.path.relpath(f.run))
+    assert (f.run / "plan.toml").exists()
 
 
 def test_every_way_of_not_reaching_a_broker_has_its_sentence(f: Federation) -> None:

@@ -27,7 +27,7 @@ def model():
     return torch.nn.Linear(2, 1)
 
 def data(source):
-    return {"tasks": 0, "kept": []}
+    return {"tasks": 0, "kept": [], "more": {}}
 
 def evaluate(model, data):
     return {}
@@ -35,7 +35,7 @@ def evaluate(model, data):
 def train(model, data, settings):
     data["tasks"] += 1
     exec(settings.get("code", ""))
-    return 5, {"tasks": data["tasks"]}
+    return 5, {"tasks": data["tasks"], **data["more"]}
 """
 SWIFT_S = 20.0
 # a process that leaves the group, the session and its parent, and says who it is; it must be gone all the same
@@ -191,6 +191,40 @@ async def test_signals_meant_for_the_daemon_do_not_end_the_training_process(tmp_
         os.kill(trainer.pid, signal.SIGTERM)
         os.kill(trainer.pid, signal.SIGINT)
         assert await tasks(trainer) == 2
+
+
+STARTS = """
+from multiprocessing import get_context
+program = subprocess.Popen(["sleep", "1000"])
+copy = get_context("fork").Process(target=time.sleep, args=(1000,))
+copy.start()
+program.terminate()
+copy.terminate()
+program.wait()
+copy.join()
+assert (program.returncode, copy.exitcode) == (-15, -15)
+"""
+SPAWNS = """
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    assert pool.submit(evaluate, None, None).result() == {}
+"""
+
+
+async def test_what_a_learner_starts_ends_when_the_learner_tells_it_to(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        await run(trainer, STARTS)
+
+
+async def test_a_process_that_a_learner_begins_anew_finds_what_the_learner_defines(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        await run(trainer, SPAWNS)
+
+
+async def test_a_metric_whose_name_is_no_text_that_travels_costs_no_task(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        assert (await run(trainer, r"data['more']['\ud800'] = 1")).metrics == {"tasks": 1, "?": 1}
 
 
 DAEMON = """

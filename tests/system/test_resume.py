@@ -18,6 +18,7 @@ from broker import topology
 from broker.errors import RunEnded
 from broker.link import Delivery, Outgoing
 from broker.messages import Answer, Claim, Part, Refusal, Score, Task, Update
+from coordinator.claim import read_epoch
 from coordinator.journal import Journal
 from coordinator.service import Coordinator
 from coordinator.snapshot import FILE, Snapshot
@@ -312,8 +313,7 @@ async def test_a_coordinator_that_has_been_followed_ends_and_does_no_harm(tmp_pa
         for name in NAMES:
             fed.join(name)
         await followed.wait()
-        former_epoch = fed.store.claim.epoch
-        wire = Wire(fed.broker)
+        wire, former = Wire(fed.broker), read_epoch(fed.store.folder)
         second = Coordinator(fed.store, wire)
         serving = asyncio.create_task(second.serve(forced=True))
         with pytest.raises(RunEnded, match="another coordinator has taken over"):
@@ -321,7 +321,7 @@ async def test_a_coordinator_that_has_been_followed_ends_and_does_no_harm(tmp_pa
         await fed._bury()
         await asyncio.wait_for(serving, 20)
         await wire.close()
-        assert second.post.epoch > former_epoch
+        assert second.post.epoch > former
         assert_as_undisturbed(fed)
 
 

@@ -301,6 +301,21 @@ async def test_a_cancelled_task_ends_the_process_whatever_it_does_and_all_it_sta
             assert gone(pidfd)
 
 
+async def test_of_a_task_that_nobody_waits_for_any_more_nobody_hears_how_it_failed(
+    learner: str, tmp_path: Path
+) -> None:
+    heard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: heard.append(what))
+    async with training(learner, tmp_path) as trainer:
+        running, _ = await begun(trainer, tmp_path, work(do="hang"))
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    del running
+    gc.collect()
+    assert not heard
+
+
 async def test_a_cancelled_task_that_soon_ends_by_itself_costs_no_process(learner: str, tmp_path: Path) -> None:
     async with training(learner, tmp_path) as trainer:
         pid, trainer.patience_s = trainer.pid, SWIFT_S

@@ -120,6 +120,8 @@ def test_the_items_of_every_dtype_are_as_wide_as_torch_has_them() -> None:
         ([TensorSpec("w", "float32", (-1,))], "'w' has an impossible shape"),
         ([TensorSpec("w", "float32", (1,) * 17)], "'w' has an impossible shape"),
         ([TensorSpec("", "float32", ())], "must have 1 to 512 characters"),
+        ([TensorSpec("__metadata__", "float32", ())], "and not be __metadata__"),
+        ([TensorSpec("\ud800", "float32", ())], "must have 1 to 512 characters"),
         ([TensorSpec("w" * (NAME_LENGTH_MAX + 1), "float32", ())], "must have 1 to 512 characters"),
         ([TensorSpec("w", "float32", ()), TensorSpec("w", "bool", ())], "have the same name"),
         (

@@ -128,6 +128,7 @@ def test_loading_changes_the_parameters_in_place() -> None:
         (module({"w": torch.zeros(2).to(torch.float8_e5m2)}), "float8_e5m2"),
         (module({"w": torch.eye(2).to_sparse()}), "sparse"),
         (nn.LazyLinear(3), "no shape yet"),
+        (nn.Linear(1, 1, device="meta"), "is without numbers"),
     ],
 )
 def test_what_cannot_travel_is_refused_in_a_sentence(model: nn.Module, said: str) -> None:

@@ -157,9 +157,7 @@ async def test_whoever_was_asked_is_waited_for_after_a_restart_and_nobody_else_i
         fed.begin()
         await asyncio.gather(a.lesson.began.wait(), b.lesson.began.wait())
         await b.die()
-        fed.kill()
-        await asyncio.wait([fed._serving] if fed._serving else [])
-        await fed._bury()
+        await die(fed)
         fed.join("c")
         a.lesson.gate.set()
         fed.begin()
@@ -173,12 +171,23 @@ async def test_whoever_was_asked_is_waited_for_after_a_restart_and_nobody_else_i
         assert fed.weights() == expected(fed.store.plan, [["a", "b"]])
 
 
-async def restart(fed: Federation) -> None:
-    """The coordinator dies, and is started again when it is dead."""
+async def die(fed: Federation) -> None:
+    """The coordinator dies, and is dead when this returns."""
     fed.kill()
     await asyncio.wait([fed._serving] if fed._serving else [])
     await fed._bury()
+
+
+async def restart(fed: Federation) -> None:
+    """The coordinator dies, and is started again when it is dead."""
+    await die(fed)
     fed.begin()
+
+
+def put_back(fed: Federation, backup: Path) -> None:
+    """The run's folder is as it was when it was copied."""
+    shutil.rmtree(fed.run)
+    shutil.copytree(backup, fed.run)
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
@@ -287,9 +296,7 @@ async def test_a_round_that_asked_for_something_else_is_begun_anew(tmp_path: Pat
             fed.join(name).lesson.gate.clear()
         fed.begin()
         await asyncio.gather(*(place.lesson.began.wait() for place in fed.places.values()))
-        fed.kill()
-        await asyncio.wait([fed._serving] if fed._serving else [])
-        await fed._bury()
+        await die(fed)
         store = fed.store
         store.adopt(type(store.plan)(**{**vars(store.plan), "seed": 8}))
         for place in fed.places.values():
@@ -394,8 +401,7 @@ async def test_what_was_trained_on_a_lost_version_is_never_taken_for_another_s_h
         await asyncio.wait([fed._serving] if fed._serving else [])
         await fed._bury()
         if how == "restored":
-            shutil.rmtree(fed.run)
-            shutil.copytree(tmp_path / "backup", fed.run)
+            put_back(fed, tmp_path / "backup")
         fed.begin()
         await fed.until(lambda: {"a", "b", "c"} <= set(fed.here()))
         fed.join("d").lesson.fails = "its disk is a new one"
@@ -430,12 +436,9 @@ async def test_workers_listen_to_a_coordinator_of_a_folder_that_is_older_than_wh
         for _ in range(2):
             await restart(fed)
             await fed.until(lambda: counted_by_now(fed) == {"a", "b"})
-        fed.kill()
-        await asyncio.wait([fed._serving] if fed._serving else [])
-        await fed._bury()
+        await die(fed)
         if how == "restored":
-            shutil.rmtree(fed.run)
-            shutil.copytree(tmp_path / "backup", fed.run)
+            put_back(fed, tmp_path / "backup")
         else:
             (fed.run / "epoch").write_text("")
         fed.places["c"].lesson.gate.set()

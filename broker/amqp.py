@@ -1,8 +1,7 @@
 """One connection to RabbitMQ for traffic: channels that publish with confirms and consume.
 
 Knows AMQP 0-9-1 as far as messages need it. Does not know how connections come back (`lanes.py`), nor what is
-promised to whoever publishes and consumes (`rabbit.py`). What exists in the broker is declared through aio-pika;
-messages are not, because the wire is what Fluffle is for: ARCHITECTURE.md says what the difference is in seconds.
+promised to whoever publishes and consumes (`rabbit.py`). ARCHITECTURE.md says why no library does this.
 """
 
 import asyncio
@@ -154,8 +153,10 @@ class Connection(asyncio.BufferedProtocol):
         """A channel, one that was kept or one asked for; whether it was given, whoever uses it first learns.
 
         Raises:
-            LinkError: the connection has no room for another channel.
+            LinkError: the connection was lost, or has no room for another channel.
         """
+        if not self.alive:  # since its user has it: nobody would answer
+            raise LinkError(f"the connection was lost: {self.lost.result()}.")
         while not confirms and (kept := self._kept.get(prefetch)):
             channel = kept.pop()
             if channel.ended is None:

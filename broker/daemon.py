@@ -54,8 +54,7 @@ def start_log(*, quiet: bool = False) -> None:
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(_legible)
-    for chatty in ("aio_pika", "aiormq", "asyncio"):  # they tell of every lost connection at length; we do in a line
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of lost connections at length; we do in a line
 
 
 def _legible(record: logging.LogRecord) -> bool:

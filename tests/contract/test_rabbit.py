@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aio_pika
 import pytest
 from yarl import URL
 
@@ -171,7 +172,7 @@ async def test_connections_that_the_operator_closes_come_back(
     assert f"w1 control: connected to {where}" in said
     assert f"w1 control: lost the connection to {where}: CONNECTION_FORCED - tea time" in said
     assert f"w1 control: connected again to {where}" in said
-    assert sum("lost the connection" in each for each in said) == 2
+    assert sum("lost the connection" in each for each in said) == 3  # what asks, too
 
 
 async def test_a_silent_network_is_noticed_and_what_was_being_published_arrives(rabbit_ground: RabbitGround) -> None:
@@ -220,3 +221,14 @@ async def test_persistent_messages_survive_a_broker_that_is_killed(tmp_path: Pat
         await publishing
         assert await take(link, "a", 2) == [b"kept", b"meanwhile"]
         await link.close()
+
+
+async def test_a_queue_that_somebody_else_holds_for_himself_alone_is_refused_and_not_asked_for_again_and_again(
+    vhost_url: str,
+) -> None:
+    link = await connect(vhost_url, name="w1")
+    async with asyncio.timeout(30), await aio_pika.connect(vhost_url) as other, other.channel() as channel:
+        await channel.declare_queue("a", exclusive=True)
+        with pytest.raises(BrokerRefused, match="RESOURCE_LOCKED"):
+            await link.declare(direct(queue("a")))
+    await link.close()

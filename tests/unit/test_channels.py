@@ -1,0 +1,86 @@
+"""What becomes of channels and connections at awkward moments, without a broker."""
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from broker import amqp, rabbit
+from broker.channels import Channel
+from broker.errors import BrokerRefused, LinkError
+from broker.invitation import Access
+from broker.link import Lane
+
+
+def connection(lanes: int = 10) -> amqp.Connection:
+    """One that is open, to nobody."""
+    made = amqp.Connection("test")
+    made._numbers = range(1, lanes)
+    return made
+
+
+async def test_a_connection_that_was_lost_opens_no_channel_on_which_somebody_would_wait_for_ever() -> None:
+    lost = connection()
+    lost.abort("the cable was cut")
+    with pytest.raises(LinkError, match="the cable was cut"):
+        lost.open(confirms=True)
+
+
+async def test_a_consumer_that_is_cancelled_while_it_leaves_does_not_hold_its_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link, open_ = rabbit.RabbitLink(Access.at("amqp://a:b@127.0.0.1:1/"), "w1", 30, None), connection()
+    channel = open_.open()
+    started = asyncio.Event()
+
+    async def start(*_: object) -> tuple[amqp.Connection, Channel]:
+        return open_, channel
+
+    async def leave(_: Channel) -> bool:
+        started.set()
+        await asyncio.Event().wait()
+        return True
+
+    monkeypatch.setattr(rabbit.RabbitLink, "_start", start)
+    monkeypatch.setattr(Channel, "leave", leave)
+    monkeypatch.setattr("broker.channels.CLOSE_S", 0.01)
+
+    async def consume() -> None:
+        async with link.consume("q"):
+            pass
+
+    task = asyncio.create_task(consume())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert channel.ended is not None, "its consumer is there still, and holds the queue"
+
+
+async def test_once_let_in_a_refusal_of_the_next_connection_is_taken_for_an_upheaval_that_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where RabbitMQ has been started anew and has not read its users yet."""
+    answers: list[Any] = [connection(), BrokerRefused("RabbitMQ does not know w1: check."), connection()]
+
+    async def connect(*_: object) -> amqp.Connection:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return cast("amqp.Connection", answer)
+
+    monkeypatch.setattr("broker.amqp.connect", connect)
+    link = rabbit.RabbitLink(Access.at("amqp://a:b@127.0.0.1:1/"), "w1", 30, None)
+    await link.open(wait=False)
+    assert (await link._lanes[Lane.UP].connection()).alive
+    assert not answers
+
+
+async def test_whoever_was_never_let_in_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*_: object) -> amqp.Connection:
+        raise BrokerRefused("RabbitMQ does not know w1: check.")
+
+    monkeypatch.setattr("broker.amqp.connect", connect)
+    link = rabbit.RabbitLink(Access.at("amqp://a:b@127.0.0.1:1/"), "w1", 30, None)
+    with pytest.raises(BrokerRefused):
+        await link.open(wait=True)

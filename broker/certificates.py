@@ -40,6 +40,15 @@ def issue(by: Issued, name: str, *, hosts: Sequence[str] = ()) -> Issued:
     return _issued(name, by=by, hosts=hosts)
 
 
+def belong_together(issued: Issued) -> bool:
+    """Whether these are a certificate and its key, and both undamaged."""
+    try:
+        public = x509.load_pem_x509_certificate(issued.certificate.encode()).public_key()
+        return load_pem_private_key(issued.key.encode(), None).public_key() == public
+    except (ValueError, TypeError):
+        return False
+
+
 def end_of(certificate: str) -> datetime:
     """When a certificate ends."""
     return x509.load_pem_x509_certificate(certificate.encode()).not_valid_after_utc

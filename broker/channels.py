@@ -71,14 +71,14 @@ class Channel:
         self.inflow: Inflow | None = None
         self._connection = connection
         self._number = number
-        self._asked: deque[asyncio.Future[Frame]] = deque()  # AMQP answers in the order of the questions
-        self._begun: list[asyncio.Future[Frame]] = []
+        # AMQP answers in the order of the questions; None for those whose answer nobody awaits
+        self._asked: deque[asyncio.Future[Frame] | None] = deque()
         self._published = 0
         self._unconfirmed: dict[int, asyncio.Future[bool | None]] = {}
         self._marked = uuid4().hex
         self._consumers: dict[str, _Consumer] = {}
         self._consumed = 0
-        self._held = 0  # deliveries that are neither acked nor given back
+        self._held = 0  # deliveries that are not acked
         self._arriving: frames.Deliver | None = None  # None: what comes is a message that is returned
 
     # -- asking -------------------------------------------------------------------------------------------------
@@ -97,19 +97,10 @@ class Channel:
         return answer
 
     def begin(self, wishes: Iterable[Frame]) -> None:
-        """Send the first methods; their answers are awaited with the answer to what is asked next."""
+        """Send the first methods; nobody need await their answers: a no ends the channel, and all that follows."""
         for wish in wishes:
-            self._begun.append(self.awaited())
+            self._asked.append(None)
             self.send(wish)
-
-    async def opened(self) -> None:
-        """Wait for the answers to what it was begun with.
-
-        Raises:
-            LinkError: the connection was lost.
-        """
-        begun, self._begun = self._begun, []
-        await asyncio.gather(*begun)
 
     async def ask(self, question: Frame) -> Frame:
         """Send a method and wait for its answer.
@@ -120,9 +111,7 @@ class Channel:
         """
         answer = self.awaited()
         self.send(question)
-        answers = await asyncio.gather(*self._begun, answer)
-        self._begun.clear()
-        return answers[-1]
+        return await answer
 
     async def publish(self, message: Outgoing) -> bool:
         """Hand over one message; False when a queue that it reaches is full.
@@ -182,10 +171,10 @@ class Channel:
     def _as_new(self) -> bool:
         return not self._held and self.ended is None
 
-    def settle(self, tag: int, body: bytearray, *, done: bool) -> None:
-        """Acknowledge a delivery, whose body is void then, or give it back."""
+    def ack(self, tag: int, body: bytearray) -> None:
+        """Acknowledge a delivery, whose body is void then."""
         if not self.ended:
-            self._connection.write((frames.settle(self._number, tag, done=done),))
+            self._connection.write((frames.ack(self._number, tag),))
             if body:
                 self._connection.spares.give(body)
             self._held -= 1
@@ -205,11 +194,11 @@ class Channel:
         """It is over: tell everyone who waits."""
         if self.ended is None:
             self.ended = why
-        waiting: list[asyncio.Future[Any]] = [*self._asked, *self._unconfirmed.values()]
+        waiting: list[asyncio.Future[Any] | None] = [*self._asked, *self._unconfirmed.values()]
         for each in waiting:
-            if not each.done() and each is not but:
+            if each and not each.done() and each is not but:
                 each.set_exception(why)
-        self._asked = deque([but] if but else ())
+        self._asked = deque(each if each is but else None for each in self._asked)
         if self.inflow:
             self.inflow.divert()
         lost = why if isinstance(why, LinkError) else LinkError(f"the channel was closed: {why}.")
@@ -272,7 +261,7 @@ class Channel:
     def _answer(self, method: object) -> None:
         if self._asked and isinstance(method, Frame):
             waiting = self._asked.popleft()
-            if not waiting.done():
+            if waiting and not waiting.done():
                 waiting.set_result(method)
 
     def take_header(self, payload: bytes) -> None:
@@ -295,7 +284,7 @@ class Channel:
                 returned.set_result(None)
         elif consumer := self._consumers.get(arriving.consumer):
             self._held += 1
-            consumer.intake.take(Delivered(self, arriving, inflow.body, inflow.part, inflow.head))
+            consumer.intake.take(Delivered(self, arriving.tag, arriving.key, inflow.body, inflow.part, inflow.head))
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +292,8 @@ class Delivered:
     """A delivery; see `broker.link.Delivery`."""
 
     channel: Channel
-    how: frames.Deliver
+    tag: int
+    key: str
     body: bytearray
     part: Part | None
     head: bytes
@@ -313,20 +303,6 @@ class Delivered:
         """See `Delivery.user`."""
         return frames.user(self.head)
 
-    @property
-    def key(self) -> str:
-        """See `Delivery.key`."""
-        return self.how.key
-
-    @property
-    def redelivered(self) -> bool:
-        """See `Delivery.redelivered`."""
-        return self.how.redelivered
-
     async def ack(self) -> None:
         """See `Delivery.ack`."""
-        self.channel.settle(self.how.tag, self.body, done=True)
-
-    async def requeue(self) -> None:
-        """See `Delivery.requeue`."""
-        self.channel.settle(self.how.tag, self.body, done=False)
+        self.channel.ack(self.tag, self.body)

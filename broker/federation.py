@@ -9,35 +9,40 @@ certificates, nor whether a broker runs: what is made here is the same for the s
 """
 
 import hashlib
+import ipaddress
 import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import pydantic
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from yarl import URL
 
 from broker import topology
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
+from broker.files import read_record
 from broker.folder import TUNED
 from broker.invitation import is_loopback
 from broker.topology import OPERATOR
+from broker.wording import make
 
 FILE, READ_BY_RABBIT = "federation.json", "broker"
 COORDINATOR = "coordinator"
-HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]*:[0-9a-fA-F:.]+")
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 SERVER = "the broker of "
 """Before the vhost it is the server's common name, which can be nobody's: names have no spaces."""
 WORKER_CONNECTIONS, WORKER_CHANNELS = 12, 64
 """A worker has four connections; after a cut the old ones may linger for a minute beside the new ones, twice."""
 QUEUES, CONNECTIONS = 20_000, 20_000
 """Of a federation: three queues and four connections for each of some thousand workers."""
+
+
+_Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
 @dataclass(frozen=True)
@@ -68,16 +73,18 @@ class Federation:
     port: int
     management: str
     external: bool
-    parties: dict[str, Party]
-    revoked: dict[str, str]
+    parties: dict[_Name, Party]
+    revoked: dict[_Name, str]
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:
         if NAME.fullmatch(self.vhost) is None:
             raise UsageError(f"{self.vhost!r} is no name for a vhost: it is {NAME_RULE}.")
         for host in self.hosts:
-            if HOST.fullmatch(host) is None:
+            if HOST.fullmatch(host) is None and not _is_ipv6(host):
                 raise UsageError(f"--host takes a host's name or address, not {host!r}.")
+        if not {OPERATOR, COORDINATOR} <= self.parties.keys():
+            raise ValueError(f"{OPERATOR} or {COORDINATOR} is missing")
 
     @classmethod
     def read(cls, folder: Path) -> "Federation":
@@ -88,11 +95,12 @@ class Federation:
         """
         path = folder / FILE
         try:
-            return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
-            raise UsageError(f"{folder} holds no federation: `fluffle broker secure {folder}` makes one.") from None
-        except (OSError, ValueError, TypeError, pydantic.ValidationError) as problem:
+            values = read_record(path)
+        except (OSError, ValueError, TypeError) as problem:
             raise UsageError(f"{path} cannot be read ({problem}): restore it.") from None
+        if not values:
+            raise UsageError(f"{folder} holds no federation: `fluffle broker secure {folder}` makes one.")
+        return make(cls, values, f"{path} is damaged, restore it")
 
     @property
     def text(self) -> str:
@@ -113,6 +121,13 @@ class Federation:
     def names(self) -> tuple[str, ...]:
         """What the server's certificate is for: it is always reached from its own machine, too."""
         return tuple(sorted({*(host.lower() for host in self.hosts), "localhost", "127.0.0.1"}))
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.IPv6Address(host).scope_id is None
+    except ValueError:
+        return False
 
 
 def as_text(values: Mapping[str, Any]) -> str:

@@ -107,8 +107,10 @@ def seal(
             sync(beside)
         with guard():
             beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)  # what a disk has failed to keep once, it may claim to have kept the next time
+    except BaseException as problem:
+        _give_up(
+            beside, path, problem
+        )  # what a disk has failed to keep once, it may claim to have kept the next time
         raise
     if durable:
         sync(path.parent)
@@ -172,15 +174,17 @@ def checksum(data: memoryview) -> str:
     return found.hexdigest()
 
 
-def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
+def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int | None = None) -> None:
     """Write a file so that it is old or new and never half; `durable`: also after a power failure.
 
-    `mode` is who may read it, as far as the process' umask allows.
+    `mode` is who may read it; what the process' umask says unless given.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    with written(path, mode=mode) as file:
+    with written(path, mode=0o666 if mode is None else mode) as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
         file.write(data)
     seal(path, durable=durable)
 
@@ -243,9 +247,16 @@ def written(path: Path, tag: str = "", *, mode: int = 0o666) -> Iterator[IO[byte
     try:
         with open(beside, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as problem:
+        _give_up(beside, path, problem)
         raise
+
+
+def _give_up(beside: Path, path: Path, problem: BaseException) -> None:
+    """Leave nothing behind; a full disk does not say by itself of which file it speaks."""
+    beside.unlink(missing_ok=True)
+    if isinstance(problem, OSError) and problem.filename is None:
+        problem.filename = str(path)
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from broker.errors import UsageError
+from broker.files import write_whole
 from broker.processes import holder
 
 PORTS = range(15_000, 32_000)
@@ -21,6 +22,8 @@ PORTS = range(15_000, 32_000)
 KEEPER, EPMD, BROKER = "keeper.lock", "epmd.lock", "broker.lock"
 """The locks of a node's processes, with their ids."""
 DEFAULT_USER = "fluffle"
+OURS = {"broker", ".node.json.new"}
+"""What may be in a folder before it has an address: what is mounted there, and what a start left that was killed."""
 LOG = "node.log"
 """What all three processes say, since the last start."""
 CONF = """\
@@ -86,7 +89,7 @@ def settle(folder: Path, port: int | None) -> Address:
         if holder(folder / KEEPER) is not None:
             raise UsageError(f"a RabbitMQ node already runs in {folder}, on port {address.port}: stop it first")
         address = replace(address, port=port)
-    elif folder.exists() and (not folder.is_dir() or {each.name for each in folder.iterdir()} - {"broker"}):
+    elif folder.exists() and (not folder.is_dir() or {each.name for each in folder.iterdir()} - OURS):
         raise UsageError(f"{folder} holds other things: choose an empty folder for the RabbitMQ node")
     else:
         address = Address(
@@ -122,12 +125,8 @@ def why_not(port: int) -> str | None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner reads; whoever reads it sees all or nothing."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
-    fresh.touch(mode=0o600)
-    fresh.write_text(text)
-    fresh.replace(path)
+    """Write a file that only its owner reads, whole or not at all."""
+    write_whole(path, text.encode(), mode=0o600)
 
 
 def furnish(folder: Path, address: Address, conf: str) -> None:

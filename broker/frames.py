@@ -32,7 +32,7 @@ _HEAD = struct.Struct(">BHI")
 _METHOD = struct.Struct(">HH")
 _CONTENT = struct.Struct(">HHQ")
 _PUBLISH = struct.Struct(">HHH")
-_SETTLE = struct.Struct(">BHIHHQBB")
+_ACK = struct.Struct(">BHIHHQBB")
 _FLAGS = struct.Struct(">H")
 _HEADERS, _DELIVERY_MODE, _MESSAGE_ID, _USER_ID = 1 << 13, 1 << 12, 1 << 7, 1 << 4
 _BEFORE_USER_ID = (
@@ -46,7 +46,6 @@ class Deliver(NamedTuple):
 
     consumer: str
     tag: int
-    redelivered: bool
     key: str
 
 
@@ -297,9 +296,9 @@ def body(channel: int, pieces: Iterable[Buffer], size: int, frame_bytes: int) ->
         yield b"\xce"
 
 
-def settle(channel: int, tag: int, *, done: bool) -> bytes:
-    """Basic.Ack, or Basic.Reject with the wish to see it again, as a frame."""
-    return _SETTLE.pack(METHOD, channel, 13, 60, 80 if done else 90, tag, 0 if done else 1, END)
+def ack(channel: int, tag: int) -> bytes:
+    """Basic.Ack, as a frame."""
+    return _ACK.pack(METHOD, channel, 13, *ACK, tag, 0, END)
 
 
 def _short(text: str) -> bytes:
@@ -322,8 +321,8 @@ def deliver(payload: bytes) -> Deliver:
     """Basic.Deliver."""
     consumer, at = _text(payload, 4)
     tag = int.from_bytes(payload[at : at + 8], "big")
-    _, key_at = _text(payload, at + 9)
-    return Deliver(consumer, tag, payload[at + 8] & 1 == 1, _text(payload, key_at)[0])
+    _, key_at = _text(payload, at + 9)  # behind the exchange; before that stands whether it came before
+    return Deliver(consumer, tag, _text(payload, key_at)[0])
 
 
 def user(head: bytes) -> str:

@@ -6,11 +6,8 @@ an invitation is made or taken back, nor AMQP.
 
 import ipaddress
 import logging
-import os
 import ssl
-import stat
 import tempfile
-import tomllib
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,8 +19,10 @@ from cryptography import x509
 from pydantic import ConfigDict, StringConstraints, TypeAdapter
 from yarl import URL
 
+from broker import wording
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
+from broker.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +83,7 @@ class Invitation:
             UsageError: it cannot be read, others can read it too, or it is no invitation.
         """
         ask = "ask whoever runs the federation for another one"
-        try:
-            with path.open("rb") as file:
-                if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                    raise UsageError(f"others may read {path}, and it holds a secret: chmod 600 {path}")
-                values = tomllib.load(file)
-        except OSError as problem:
-            raise UsageError(f"the invitation {path} cannot be read: {problem.strerror}.") from None
-        except (ValueError, RecursionError) as problem:  # also of text, and of numbers with thousands of digits
-            raise UsageError(f"the invitation {path} is not TOML ({problem}): {ask}.") from None
+        values = wording.read(wording.secret(path), remedy=ask)
         if values.get("format") != 1:
             raise UsageError(
                 f"{path} is no invitation of format 1, the only one known here: {ask}, or update fluffle."
@@ -112,11 +103,7 @@ class Invitation:
             OSError: the folder cannot be written.
         """
         values: dict[str, Any] = TypeAdapter(Invitation).dump_python(self)
-        beside = path.with_name(f".{path.name}.new")
-        beside.unlink(missing_ok=True)
-        beside.touch(mode=0o600)
-        beside.write_text(tomli_w.dumps(values, multiline_strings=True))
-        beside.replace(path)
+        write_whole(path, tomli_w.dumps(values, multiline_strings=True).encode(), mode=0o600)
 
     @property
     def until(self) -> datetime:

@@ -118,14 +118,10 @@ class Lane:
 
     async def publisher(self) -> Channel:
         """The open channel for publishing, with confirms."""
-        if self._publisher is not None and self._publisher.ended is None:
-            return self._publisher
         connection = await self.connection()
-        async with self._turn:
-            if self._publisher is None or self._publisher.ended:
-                self._publisher = connection.open(confirms=True)
-                await self._publisher.opened()
-            return self._publisher
+        if self._publisher is None or self._publisher.ended:
+            self._publisher = connection.open(confirms=True)
+        return self._publisher
 
     async def close(self) -> None:
         """Close the connection; what is unacked goes back to its queues."""

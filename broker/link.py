@@ -5,7 +5,7 @@ Knows messages' bytes, routing and acknowledgement. Does not know what a message
 The promises:
 - `publish` returns when the broker has the message; whatever it raises, the message may have arrived all the same,
   so everything that is sent can be recognised when it comes twice.
-- A delivery is ours until acked; unacked ones come back, marked as redelivered, to the next consumer.
+- A delivery is ours until acked; unacked ones come back, to the next consumer.
 - `consume` raises LinkError when its connection is lost. Deliveries in hand are then void: acking them does nothing,
   and they come again. Consuming once more waits for the broker to return.
 - Publishing waits for the broker to return, within its bound.
@@ -67,7 +67,7 @@ class Delivery(Protocol):
 
     @property
     def body(self) -> Buffer:
-        """The message's bytes; they may be other bytes once it has been acked or given back."""
+        """The message's bytes; they may be other bytes once it has been acked."""
 
     @property
     def part(self) -> Part | None:
@@ -81,15 +81,8 @@ class Delivery(Protocol):
     def user(self) -> str:
         """Who published it, if the broker vouches for that; else empty."""
 
-    @property
-    def redelivered(self) -> bool:
-        """Whether it may have been delivered before."""
-
     async def ack(self) -> None:
         """Done with: the broker forgets it. Does nothing when the delivery is void."""
-
-    async def requeue(self) -> None:
-        """Give it back: it is delivered again. Does nothing when the delivery is void."""
 
 
 class Link(Protocol):

@@ -7,9 +7,7 @@ keys are used for (`pact.py`), nor who the operator is: whoever reads a roster s
 import base64
 import hashlib
 import json
-import os
 import secrets
-import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -24,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import write_whole
+from broker.wording import secret
 
 KEY_BYTES = 32
 SAID = b"fluffle roster 1\0"
@@ -172,12 +171,9 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
 
     Raises:
         UsageError: it is none, or others may read it.
-        OSError: it cannot be read.
     """
     try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise UsageError(f"others may read the secret key {path}: chmod 600 it.")
-        return identity_of(path.read_text().strip())
+        return identity_of(secret(path).read_text().strip())
     except ValueError:
         raise UsageError(f"{path} is not a secret key: `fluffle keygen` makes one.") from None
 
@@ -191,10 +187,14 @@ def draw_identity(path: Path) -> bytes:
     """
     seed = secrets.token_hex(KEY_BYTES)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(seed + "\n")
+        path.touch(mode=0o600, exist_ok=False)
     except FileExistsError:
         raise UsageError(f"{path} is there already: a key that is in use is not to be written over.") from None
+    try:
+        write_whole(path, f"{seed}\n".encode(), mode=0o600)
+    except BaseException:
+        path.unlink()
+        raise
     return public_of(identity_of(seed))
 
 

@@ -31,17 +31,24 @@ def take(lock: Path) -> Iterator[int]:
     """
     held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        for _ in range(50):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.02)  # someone who merely asks, in `holder`, has it for an instant
-        else:
+        if not locked(held, within_s=1):  # someone who merely asks, in `holder`, has it for an instant
             raise UsageError(f"{lock.stem} already runs in {lock.parent}: stop it, or choose another folder")
         os.ftruncate(held, 0)
         yield held
     finally:
         os.close(held)
+
+
+def locked(held: int, *, within_s: float) -> bool:
+    """Whether an open file's lock could be had in time."""
+    until = time.monotonic() + within_s
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
 
 
 def holder(lock: Path) -> int | None:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 
 from pamqp import commands
 from pamqp.base import Frame
@@ -55,15 +54,6 @@ async def connect(
             raise UsageError(str(problem)) from None
         raise
     return link
-
-
-class Consumption(NamedTuple):
-    """What `consume` was asked for."""
-
-    queue: str
-    prefetch: int
-    alone: bool
-    aim: Aim | None
 
 
 class RabbitLink:
@@ -162,8 +152,9 @@ class RabbitLink:
         """See `Link.consume`. Entering waits for the broker, but not for a queue that is missing: LinkError."""
         intake = Intake()
         async with self._bounded(None, "never said"):
-            consumption = Consumption(queue, prefetch, alone, aim)
-            connection, channel = await self._start(self._lanes[lane], intake, consumption)
+            connection, channel = await self._start(
+                self._lanes[lane], queue, prefetch=prefetch, intake=intake, alone=alone, aim=aim
+            )
         self._intakes.add(intake)
         try:
             yield intake
@@ -226,15 +217,17 @@ class RabbitLink:
         finally:
             self._running.discard(scope)
 
-    async def _start(self, lane: lanes.Lane, intake: Intake, how: Consumption) -> tuple[Connection, Channel]:
+    async def _start(
+        self, lane: lanes.Lane, queue: str, *, prefetch: int, intake: Intake, alone: bool, aim: Aim | None
+    ) -> tuple[Connection, Channel]:
         """A channel of its own on which `intake` consumes; waits for the broker as long as it takes."""
-        pauses, queue = backoff_s(), how.queue
+        pauses = backoff_s()
         while True:
             try:
                 connection = await lane.connection()
-                channel = connection.open(prefetch=how.prefetch)
+                channel = connection.open(prefetch=prefetch)
                 try:
-                    await channel.consume(queue, intake, alone=how.alone, aim=how.aim)
+                    await channel.consume(queue, intake, alone=alone, aim=aim)
                 except BaseException:
                     await channel.close()
                     raise
@@ -300,7 +293,6 @@ def _declarations(topology: Topology) -> Iterator[Frame]:
 async def _publish_alone(lane: lanes.Lane, message: Outgoing) -> bool:
     channel = (await lane.connection()).open(confirms=True)
     try:
-        await channel.opened()
         return await channel.publish(message)
     finally:
         await channel.close()

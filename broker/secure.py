@@ -5,7 +5,6 @@ know command lines. What is on the disk comes first: a broker that does not run 
 """
 
 import contextlib
-import fcntl
 import secrets
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from yarl import URL
 
 from broker import management, topology
-from broker.certificates import Issued, authority, end_of, hosts_of, issue
+from broker.certificates import Issued, authority, belong_together, end_of, hosts_of, issue
 from broker.errors import LinkError, UsageError
 from broker.federation import (
     COORDINATOR,
@@ -34,14 +33,19 @@ from broker.federation import (
     plugins,
 )
 from broker.fields import NAME, NAME_RULE
-from broker.folder import DEFAULT_USER, free_ports, settle, write_private
+from broker.files import write_whole
+from broker.folder import DEFAULT_USER, free_ports, settle
 from broker.invitation import NOTICE, Invitation
 from broker.management import Management
 from broker.messages import Goodbye, encode
 from broker.pinned import KEY_BYTES, Roster, identity_of, public_of, read_identity
+from broker.processes import locked
 from broker.topology import OPERATOR
 
 ROSTER, OPERATOR_KEY = "roster.json", "operator.key"
+ALONE_S = 60.0
+"""How long a command waits for another one in the same folder."""
+ANEW = "`fluffle broker secure` in a new folder"
 STRANGERS = {"guest", DEFAULT_USER}
 """Users of a broker that was not secured before: their passwords are known to others than the operator."""
 
@@ -58,19 +62,23 @@ def secure(folder: Path, changes: Mapping[str, Any], *, renew: bool = False) -> 
         UsageError: the folder holds other things, or a value is none.
     """
     folder = folder.absolute()
-    before = Federation.read(folder) if (folder / FILE).exists() else None
-    if before is not None and changes.get("vhost", before.vhost) != before.vhost:
-        raise UsageError(f"{folder} holds the federation {before.vhost}: choose another folder for another vhost.")
-    address = settle(folder, changes.get("port"))
+    port = settle(folder, None).port
     with _alone(folder):
-        if before is None:
+        if (folder / FILE).exists():
+            before = Federation.read(folder)
+        else:
             logins = {OPERATOR: Party(_secret()), COORDINATOR: Party(_secret())}
-            pages = f"https://localhost:{next(free_ports())}"
-            before = Federation("fluffle", ("localhost",), address.port, pages, False, logins, {})
-        now = replace(before, port=address.port, **{key: value for key, value in changes.items() if key != "port"})
+            pages, vhost = f"https://localhost:{next(free_ports())}", changes.get("vhost", "fluffle")
+            before = Federation(vhost, ("localhost",), port, pages, False, logins, {})
+        now = replace(before, **{"port": port, **changes})
+        if now.vhost != before.vhost:
+            raise UsageError(
+                f"{folder} holds the federation {before.vhost}: choose another folder for another vhost."
+            )
         management.checked(now.management)
         if now.external != before.external and len(now.parties) > 2:
             raise UsageError("how parties log in cannot be changed while workers are invited: revoke them first.")
+        settle(folder, now.port)
         by = _authority(folder, now)
         _certify_server(folder, now, by, renew=renew)
         now = _admit(folder, now, COORDINATOR, by, renew=renew or now.external != before.external)
@@ -136,7 +144,7 @@ def revoke(folder: Path, name: str) -> bool:
             until = max(now.parties[name].until, now.revoked.get(name, ""))
             parties = {who: party for who, party in now.parties.items() if who != name}
             now = replace(now, parties=parties, revoked={**now.revoked, name: until})
-            _write(folder, now)
+        _write(folder, now)  # again, where it was killed before all was written
         (folder / f"{name}.fluffle").unlink(missing_ok=True)
         return _expel(folder, now, pages, name)
 
@@ -162,10 +170,13 @@ def endings(folder: Path, now: datetime | None = None) -> list[str]:
     """A sentence for each certificate of a federation that ends within a month."""
     federation, files = Federation.read(folder), folder / READ_BY_RABBIT
     renew = f"`fluffle broker secure {folder} --renew`"
-    found = [
-        ("the broker's certificate", end_of((files / "server.pem").read_text()), renew),
-        ("the authority", end_of((files / "ca.pem").read_text()), "`fluffle broker secure` in a new folder"),
-    ]
+    try:
+        found = [
+            ("the broker's certificate", end_of((files / "server.pem").read_text()), renew),
+            ("the authority", end_of((files / "ca.pem").read_text()), ANEW),
+        ]
+    except ValueError:
+        raise UsageError(f"a certificate in {files} is damaged: {renew} mends it, or says what to do.") from None
     for name, party in federation.parties.items():
         if party.until:
             again = renew if name == COORDINATOR else f"`fluffle invite {name} --renew --dir {folder}`"
@@ -180,7 +191,11 @@ def apply(folder: Path) -> str:
     Raises:
         UsageError: it refuses, or it is somebody else's and does not answer.
     """
-    now = Federation.read(folder)
+    with _alone(folder):  # whom another command revokes meanwhile must not be let in again
+        return _apply(folder, Federation.read(folder))
+
+
+def _apply(folder: Path, now: Federation) -> str:
     pages, wanted = _pages(folder, now), definitions(now)
     try:
         known = {user["name"]: user["password_hash"] for user in pages.ask("GET", "users")}
@@ -200,7 +215,7 @@ def apply(folder: Path) -> str:
 
 def _carry_out(folder: Path, now: Federation) -> str:
     _write(folder, now)
-    return apply(folder)
+    return _apply(folder, now)
 
 
 def _expel(folder: Path, now: Federation, pages: Management, name: str) -> bool:
@@ -235,11 +250,16 @@ def _pages(folder: Path, now: Federation, *, by_operator: bool = False) -> Manag
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One command at a time; each is done in seconds, because every question to the broker has its bound."""
+    """One command at a time; each is done in seconds, because every question to the broker has its bound.
+
+    Raises:
+        UsageError: there is no such folder, or another command holds it for too long: it may have been stopped.
+    """
     if not folder.is_dir():
         raise UsageError(f"there is no {folder}: `fluffle broker secure {folder}` makes a federation there.")
     with (folder / "federation.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not locked(lock.fileno(), within_s=ALONE_S):
+            raise UsageError(f"another command is at work in {folder}: wait until it is done, or end it.")
         yield
 
 
@@ -248,17 +268,38 @@ def _secret() -> str:
 
 
 def _authority(folder: Path, now: Federation) -> Issued:
+    """The authority of the federation: made with it, and never again, or nobody who was invited would be let in."""
     certificate, key = folder / READ_BY_RABBIT / "ca.pem", folder / "ca.key"
-    if not key.exists():
+    if not (key.exists() or (folder / FILE).exists()):
         made = authority(f"the federation {now.vhost}, {secrets.token_hex(4)}")
         _put(certificate, made.certificate)
         _put(key, made.key)
-    return Issued(certificate.read_text(), key.read_text())
+    by = _pair(certificate, key)
+    if by is None:
+        raise UsageError(
+            f"{certificate} and {key} are missing, damaged or no pair: restore them, or begin with {ANEW}."
+        )
+    if (until := end_of(by.certificate)) <= (now_ := datetime.now(UTC)):
+        raise UsageError(
+            f"the authority of {folder} has ended on {until:%Y-%m-%d}, and this machine's clock says "
+            f"{now_:%Y-%m-%d}: {ANEW} makes another."
+        )
+    return by
+
+
+def _pair(certificate: Path, key: Path) -> Issued | None:
+    """What is in these files, if that belongs together."""
+    try:
+        found = Issued(certificate.read_text(), key.read_text())
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    return found if belong_together(found) else None
 
 
 def _certify_server(folder: Path, now: Federation, by: Issued, *, renew: bool) -> None:
     certificate, key = (folder / READ_BY_RABBIT / name for name in ("server.pem", "server.key"))
-    if renew or not certificate.exists() or hosts_of(certificate.read_text()) != set(now.names):
+    found = _pair(certificate, key)
+    if renew or found is None or hosts_of(found.certificate) != set(now.names):
         made = issue(by, SERVER + now.vhost, hosts=now.names)
         _put(key, made.key)
         _put(certificate, made.certificate)
@@ -336,6 +377,4 @@ def _write(folder: Path, now: Federation) -> None:
 
 def _put(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o750, exist_ok=True)
-    write_private(path, text)
-    if path.parent.name == READ_BY_RABBIT:
-        path.chmod(0o640)
+    write_whole(path, text.encode(), mode=0o640 if path.parent.name == READ_BY_RABBIT else 0o600)

@@ -1,8 +1,9 @@
-"""Files that people write (a plan, a policy), read and checked, and what is wrong with them in our words.
+"""Files that people write or keep (a plan, a policy, a secret), checked, and what is wrong with them in our words.
 
 Knows TOML and pydantic's kinds of errors. Does not know what any setting means.
 """
 
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,7 +60,22 @@ def make(
         raise UsageError(f"{source}: {say(problem.errors(include_url=False)[0])}.") from None
 
 
-def read(path: Path) -> dict[str, Any]:
+def secret(path: Path) -> Path:
+    """The same path, of a file that holds a secret.
+
+    Raises:
+        UsageError: there is no such file, or others may read it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as problem:
+        raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise UsageError(f"others may read {path}, and it holds a secret: chmod 600 {path}")
+    return path
+
+
+def read(path: Path, *, remedy: str = "mend it or restore it") -> dict[str, Any]:
     """What a file of TOML says.
 
     Raises:
@@ -70,4 +86,4 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise UsageError(f"{path} cannot be read: {problem.strerror}.") from None
     except (ValueError, RecursionError) as problem:  # also of text, and of numbers with thousands of digits
-        raise UsageError(f"{path} is not TOML ({problem}): mend it or restore it.") from None
+        raise UsageError(f"{path} is not TOML ({problem}): {remedy}.") from None

@@ -238,7 +238,6 @@ class _Stored:
     message: Outgoing
     user: str
     expires_at: float
-    delivered: bool = False
 
 
 class _Queue:
@@ -335,14 +334,12 @@ class _Consumer:
 
     def take(self, stored: _Stored) -> None:
         self.unacked[stored.place] = stored
-        self.intake.take(_Delivery(self, stored, stored.delivered))
-        stored.delivered = True
+        self.intake.take(_Delivery(self, stored))
 
-    def settle(self, place: int, *, back: bool) -> None:
-        """Forget one delivery or give it back; nothing when it is void."""
-        stored = self.unacked.pop(place, None)
-        if stored is not None:
-            self.queue.give_back([stored] if back else [])
+    def settle(self, place: int) -> None:
+        """Forget one delivery; nothing when it is void."""
+        if self.unacked.pop(place, None) is not None:
+            self.queue.deliver()
             self.tell()
 
     def end(self, why: LinkError) -> None:
@@ -358,7 +355,6 @@ class _Consumer:
 class _Delivery:
     consumer: _Consumer
     stored: _Stored
-    redelivered: bool
 
     @property
     def body(self) -> Buffer:
@@ -377,10 +373,7 @@ class _Delivery:
         return self.stored.user
 
     async def ack(self) -> None:
-        self.consumer.settle(self.stored.place, back=False)
-
-    async def requeue(self) -> None:
-        self.consumer.settle(self.stored.place, back=True)
+        self.consumer.settle(self.stored.place)
 
 
 def _fits(kind: str | None, pattern: str, key: str) -> bool:

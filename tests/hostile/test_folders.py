@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from broker import chain, rabbit
 from broker.certificates import authority, issue
 from broker.errors import BrokerRefused, LinkError, UsageError
 from broker.fields import legible
+from broker.folder import settle
 from broker.invitation import Access
 from broker.management import Management, checked
 from coordinator import plan as plans
@@ -42,6 +45,22 @@ def shown(*command: str | Path, status: int = 0) -> str:
     assert done.exit_code == status
     assert done.output.replace("\n", "").isprintable()
     return done.output
+
+
+@pytest.mark.parametrize("command", ["keygen {}/key", "broker secure {}/fed", "broker secure {}/begun"])
+def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing_half(command: str, tmp_path: Path) -> None:
+    """Here a file may have no bytes at all; of that the kernel speaks as of a disk without room, naming no file."""
+    settle(tmp_path / "begun", None)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    words = [sys.executable, "-P", "-m", "fluffle", *command.format(tmp_path).split()]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *words],  # noqa: S607 (any shell)
+        capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert done.returncode == UsageError.status, done.stderr
+    assert done.stderr.startswith(f"fluffle: {tmp_path}")
+    assert done.stderr.endswith("cannot be used: File too large.\n")
+    assert {path for path in tmp_path.rglob("*") if path.is_file() and path.name != "federation.lock"} == before
 
 
 @pytest.mark.parametrize("learner", ["home/[/]/x.py", "home/[old]/x.py", f"x{CLEAR}"])

@@ -108,7 +108,7 @@ def test_a_key_that_is_no_text_is_a_key_all_the_same() -> None:
     from broker import frames
 
     payload = b"\0\x3c\0\x3c" + b"\x031.1" + bytes(7) + b"\x09\0" + b"\x0afluffle.up" + b"\x04a.\xff\xfe"
-    assert frames.deliver(payload) == frames.Deliver("1.1", 9, False, "a.\\xff\\xfe")
+    assert frames.deliver(payload) == frames.Deliver("1.1", 9, "a.\\xff\\xfe")
 
 
 @pytest.mark.chaos

@@ -345,7 +345,6 @@ class Taken:
     def __init__(self, cable: Cable, flow: Flow, queue: str, delivery: Delivery) -> None:
         self.key = delivery.key
         self.user = delivery.user
-        self.redelivered = delivery.redelivered
         self._room = bytearray(delivery.body)
         self.body = memoryview(self._room).toreadonly()
         self._cable = cable
@@ -355,19 +354,12 @@ class Taken:
 
     async def ack(self) -> None:
         """See `Delivery.ack`."""
-        await self._settle("ack")
-
-    async def requeue(self) -> None:
-        """See `Delivery.requeue`."""
-        await self._settle("requeue")
-
-    async def _settle(self, how: str) -> None:
         cable = self._cable
-        cable.network.adversary.step(cable.process, f"{how} {self._queue}")
-        if not self._flow.cut and cable.network.adversary.fate(how) != "arrives":
+        cable.network.adversary.step(cable.process, f"ack {self._queue}")
+        if not self._flow.cut and cable.network.adversary.fate("ack") != "arrives":
             cable.cut(self._flow.lane)
         elif not self._flow.cut:
-            await (self._delivery.ack() if how == "ack" else self._delivery.requeue())
+            await self._delivery.ack()
         self._room[:] = bytes(len(self._room))
 
 

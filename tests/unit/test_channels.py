@@ -33,7 +33,7 @@ async def test_a_consumer_that_is_cancelled_while_it_leaves_does_not_hold_its_qu
     channel = open_.open()
     started = asyncio.Event()
 
-    async def start(*_: object) -> tuple[amqp.Connection, Channel]:
+    async def start(*_: object, **__: object) -> tuple[amqp.Connection, Channel]:
         return open_, channel
 
     async def leave(_: Channel) -> bool:

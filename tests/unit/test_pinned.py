@@ -84,7 +84,7 @@ def test_a_secret_key_that_others_may_read_is_refused_and_none_is_written_over(t
     with pytest.raises(UsageError, match="is there already"):
         draw_identity(path)
     path.chmod(0o640)
-    with pytest.raises(UsageError, match="others may read the secret key"):
+    with pytest.raises(UsageError, match=r"others may read .*mine\.key, and it holds a secret: chmod 600"):
         read_identity(path)
 
 

@@ -1,10 +1,15 @@
 """What the operator's commands write, and what they refuse, before there is any broker."""
 
+import contextlib
 import json
 import re
 import stat
+import threading
+import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -15,7 +20,7 @@ from typer.testing import CliRunner
 from yarl import URL
 
 from broker import secure as securing
-from broker.certificates import authority, end_of, hosts_of, issue
+from broker.certificates import Issued, authority, end_of, hosts_of, issue
 from broker.errors import LinkError, UsageError
 from broker.federation import Federation, Party, configuration, definitions, hashed
 from broker.folder import settle
@@ -138,6 +143,8 @@ def test_a_worker_has_a_workers_name(name: str, tmp_path: Path) -> None:
         ({"hosts": ("a\nb",)}, "--host takes"),
         ({"hosts": ("a b",)}, "--host takes"),
         ({"hosts": ("user@host",)}, "--host takes"),
+        ({"hosts": ("abc:5671",)}, "--host takes"),
+        ({"hosts": ("fe80::1%eth0",)}, "--host takes"),
         ({"management": "ftp://x"}, "must look like https"),
         ({"management": "http://x.example:15672"}, "must not travel unsecured"),
     ],
@@ -219,10 +226,163 @@ def test_passwords_are_kept_as_rabbitmq_keeps_them() -> None:
 def test_a_damaged_federation_is_said(tmp_path: Path) -> None:
     folder = tmp_path / "fed"
     made(folder)
-    for damage in ("{", "[]", '{"format": 2}'):
+    whole = json.loads((folder / "federation.json").read_text())
+    parties = whole["parties"]
+    for damage in (
+        "{", "[]", '{"format": 2}', json.dumps(whole | {"port": "x"}), json.dumps(whole | {"parties": {}}),
+        json.dumps(whole | {"parties": parties | {"../x": parties["operator"]}}),
+    ):  # fmt: skip
         (folder / "federation.json").write_text(damage)
-        with pytest.raises(UsageError, match="cannot be read"):
+        with pytest.raises(UsageError, match=r"federation\.json (cannot be read|is damaged).*restore it") as told:
             Federation.read(folder)
+        assert "\n" not in str(told.value)
+
+
+class Killed(BaseException):
+    """What comes in the place of a write."""
+
+
+class Pages:
+    """A broker that agrees to all."""
+
+    def ask(self, *asked: str, **_: object) -> Any:
+        return [] if asked == ("GET", "users") else {}
+
+
+def act(folder: Path, what: str) -> None:
+    if what.startswith("secure"):
+        securing.secure(folder, {}, renew=what == "secure --renew")
+    elif what == "revoke":
+        securing.revoke(folder, "ada")
+        securing.strike(folder, "ada")
+    else:
+        securing.invite(folder, "ada", renew=what == "invite --renew")
+
+
+@pytest.mark.parametrize("again", ["the same", "secure"])
+@pytest.mark.parametrize("what", ["secure", "secure --renew", "invite", "invite --renew", "revoke"])
+def test_a_command_that_was_killed_at_any_write_is_finished_by_the_next(
+    what: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.replace
+    for left in range(30):
+        folder, lives = tmp_path / f"fed{left}", left
+        if what != "secure":
+            operated(folder, "bob", *(["ada"] if what in ("invite --renew", "revoke") else []))
+
+        def write(path: Path, target: Path) -> Path:
+            nonlocal lives
+            lives -= 1
+            if lives < 0:
+                raise Killed
+            return rename(path, target)
+
+        with monkeypatch.context() as answering:
+            answering.setattr(securing, "Management", lambda *_, **__: Pages())
+            with monkeypatch.context() as dying:
+                dying.setattr(Path, "replace", write)
+                with contextlib.suppress(Killed):
+                    act(folder, what)
+            act(folder, what if again == "the same" else again)
+        fits_together(folder)
+        if lives >= 0:
+            break
+    else:
+        pytest.fail("there is no end of writes")
+    assert left > 3
+
+
+def fits_together(folder: Path) -> None:
+    now, files_ = Federation.read(folder), folder / "broker"
+    assert json.loads((files_ / "definitions.json").read_text()) == definitions(now)
+    ca = Issued((files_ / "ca.pem").read_text(), (folder / "ca.key").read_text())
+    above = x509.load_pem_x509_certificate(ca.certificate.encode())
+    server = Issued((files_ / "server.pem").read_text(), (files_ / "server.key").read_text())
+    for issued in (ca, server):
+        public = x509.load_pem_x509_certificate(issued.certificate.encode()).public_key()
+        assert public == load_pem_private_key(issued.key.encode(), None).public_key()
+    x509.load_pem_x509_certificate(server.certificate.encode()).verify_directly_issued_by(above)
+    for file in folder.glob("*.fluffle"):
+        access = Access.invited(file)
+        if access.user in now.parties:
+            assert access.url.password == now.parties[access.user].password
+    if (folder / "roster.json").exists():
+        read_roster(folder / "roster.json")
+
+
+def test_a_revoked_worker_is_not_among_those_whom_the_broker_reads_when_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Revoking was killed between two files, and is done again."""
+    folder = tmp_path / "fed"
+    made(folder, "ada")
+    monkeypatch.setattr(securing, "Management", lambda *_, **__: Pages())
+    before = (folder / "broker" / "definitions.json").read_bytes()
+    securing.revoke(folder, "ada")
+    (folder / "broker" / "definitions.json").write_bytes(before)
+    securing.revoke(folder, "ada")
+    assert b"ada" not in (folder / "broker" / "definitions.json").read_bytes()
+
+
+def test_what_another_operator_does_meanwhile_is_not_undone(tmp_path: Path) -> None:
+    """Who waits for the other's lock looks at the federation when it is his turn, and not before."""
+    folder = tmp_path / "fed"
+    made(folder)
+    with securing._alone(folder):
+        late = threading.Thread(target=securing.secure, args=(folder, {"hosts": ("there.example",)}))
+        late.start()
+        time.sleep(0.3)
+        assert late.is_alive()
+        now = Federation.read(folder)
+        (folder / "federation.json").write_text(replace(now, parties={**now.parties, "bob": Party("x")}).text)
+    late.join(30)
+    assert Federation.read(folder).hosts == ("there.example",)
+    assert "bob" in Federation.read(folder).parties
+
+
+def test_what_another_command_holds_for_too_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path / "fed")
+    monkeypatch.setattr(securing, "ALONE_S", 0.1)
+    with securing._alone(tmp_path / "fed"), pytest.raises(UsageError, match="another command is at work in"):
+        securing.apply(tmp_path / "fed")
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "another's", "binary"])
+def test_an_authority_that_is_lost_is_not_made_anew_in_silence(damage: str, tmp_path: Path) -> None:
+    """Nobody who was invited would be let in any more."""
+    folder = tmp_path / "fed"
+    made(folder, "ada")
+    if damage == "gone":
+        (folder / "ca.key").unlink()
+    else:
+        said = {"empty": b"", "another's": authority("x").key.encode(), "binary": b"\xff\xfe"}[damage]
+        (folder / "ca.key").write_bytes(said)
+    before = files(folder)
+    for what in ("secure", "invite"):
+        with pytest.raises(UsageError, match=r"ca\.key .*: restore "):
+            act(folder, what)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("what", ["server.pem", "server.key"])
+def test_a_brokers_certificate_that_is_damaged_is_said_and_made_anew(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    made(folder)
+    (folder / "broker" / what).write_text("")
+    if what == "server.pem":
+        with pytest.raises(UsageError, match="damaged: `fluffle broker secure"):
+            securing.endings(folder)
+    made(folder)
+    assert securing.endings(folder) == []
+    fits_together(folder)
+
+
+def test_an_authority_that_has_ended_vouches_for_nobody_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.certificates.AUTHORITY_DAYS", 0)
+    with pytest.raises(UsageError, match=r"has ended on .* clock says .*: `fluffle broker secure` in a new folder"):
+        securing.secure(tmp_path / "fed", {})
 
 
 def test_a_node_folder_that_is_there_becomes_the_federations(tmp_path: Path) -> None:
@@ -305,7 +465,7 @@ def test_whose_own_key_is_on_the_roster_is_given_no_other(tmp_path: Path) -> Non
     ("how", "said"),
     [
         ("another's", "the roster is signed by another operator: "),
-        ("open", "others may read the secret key"),
+        ("open", r"others may read .*operator\.key, and it holds a secret: chmod 600"),
         ("changed", "the roster is not what the operator has signed"),
         ("handed over", "ada.fluffle is there no longer, and ada not on the roster: --renew makes another"),
     ],

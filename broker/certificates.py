@@ -27,19 +27,6 @@ class Issued(NamedTuple):
     key: str
 
 
-def authority(name: str) -> Issued:
-    """An authority of its own, which vouches for others and for no further authorities."""
-    return _issued(name)
-
-
-def issue(by: Issued, name: str, *, hosts: Sequence[str] = ()) -> Issued:
-    """A certificate for a party called `name`; or, with host names and addresses, for a broker that answers there.
-
-    It ends no later than the authority.
-    """
-    return _issued(name, by=by, hosts=hosts)
-
-
 def belong_together(issued: Issued) -> bool:
     """Whether these are a certificate and its key, and both undamaged."""
     try:
@@ -68,7 +55,12 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _issued(name: str, *, by: Issued | None = None, hosts: Sequence[str] = ()) -> Issued:
+def issue(by: Issued | None, name: str, *, hosts: Sequence[str] = ()) -> Issued:
+    """A certificate for a party called `name`; or, with host names and addresses, for a broker that answers there.
+
+    It ends no later than the authority that it is `by`. By none it is an authority of its own, which vouches for
+    others, and for no further authorities.
+    """
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     issuer, signer, end_at = subject, key, now + timedelta(days=AUTHORITY_DAYS)

@@ -79,7 +79,8 @@ def settle(folder: Path, port: int | None) -> Address:
     """The address of a folder's node: the one it had, or a new one, written down for the next time.
 
     Raises:
-        UsageError: the folder holds other things, or its node runs now, on another port than `port`.
+        UsageError: the folder holds other things, or cannot be RabbitMQ's; or its node runs now, on another port than
+            `port`.
     """
     free = free_ports()
     if (folder / "node.json").exists():
@@ -91,6 +92,8 @@ def settle(folder: Path, port: int | None) -> Address:
         address = replace(address, port=port)
     elif folder.exists() and (not folder.is_dir() or {each.name for each in folder.iterdir()} - OURS):
         raise UsageError(f"{folder} holds other things: choose an empty folder for the RabbitMQ node")
+    elif re.search(r"[\"'#\n]", str(folder)):
+        raise UsageError(f"RabbitMQ cannot live in {folder}: choose a path without quotes, # and line breaks")
     else:
         address = Address(
             name=f"fluffle-{secrets.token_hex(4)}@localhost",

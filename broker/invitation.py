@@ -67,12 +67,8 @@ class Invitation:
     def __post_init__(self) -> None:
         if NAME.fullmatch(self.name) is None:
             raise ValueError(f"{self.name!r} is no name: a name is {NAME_RULE}")
-        try:
-            url = URL(self.broker)
-            usable = url.scheme == "amqps" and url.host and not url.user and not url.query_string
-        except ValueError:
-            usable = False
-        if not usable:
+        url = url_of(self.broker, "amqps")
+        if url is None or url.user or url.query_string:
             raise ValueError("broker must look like amqps://HOST:PORT/VHOST")
 
     @classmethod
@@ -164,12 +160,8 @@ class Access:
         Raises:
             UsageError: it is no such URL, or not secured; the sentence does not repeat it: it may hold a password.
         """
-        try:
-            parsed = URL(url)
-            usable = parsed.scheme in PORTS and bool(parsed.host)
-        except ValueError:
-            usable = False
-        if not usable:
+        parsed = url_of(url, *PORTS)
+        if parsed is None:
             raise UsageError("the broker's URL must look like amqps://USER:PASSWORD@HOST:PORT/VHOST: check --broker.")
         parsed = parsed if parsed.port else parsed.with_port(PORTS[parsed.scheme])
         unchecked = parsed.query.get("no_verify_ssl", "0") != "0"
@@ -243,6 +235,15 @@ def strict(context: ssl.SSLContext) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(CIPHERS)
     return context
+
+
+def url_of(text: str, *schemes: str) -> URL | None:
+    """The URL that a text is, of one of these schemes and with a host; else None."""
+    try:
+        url = URL(text)
+    except ValueError:
+        return None
+    return url if url.scheme in schemes and url.host else None
 
 
 def is_loopback(host: str) -> bool:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from yarl import URL
 
 from broker.errors import BrokerRefused, LinkError, UsageError
-from broker.invitation import is_loopback, strict
+from broker.invitation import is_loopback, strict, url_of
 
 ANSWER_S = 20.0
 """How long RabbitMQ may take to connect, and again for each answer."""
@@ -29,12 +29,8 @@ def checked(url: str) -> URL:
     Raises:
         UsageError: it is none, or a password would travel unsecured; the sentence does not repeat it.
     """
-    try:
-        parsed = URL(url)
-        usable = parsed.scheme in ("http", "https") and parsed.host
-    except ValueError:
-        usable = False
-    if not usable:
+    parsed = url_of(url, "http", "https")
+    if parsed is None:
         raise UsageError("--management must look like https://USER:PASSWORD@HOST:PORT, or without USER:PASSWORD.")
     if parsed.scheme == "http" and not is_loopback(parsed.host or ""):
         raise UsageError(f"a password for {parsed.host} must not travel unsecured: use https in --management.")

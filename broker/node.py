@@ -74,7 +74,7 @@ class Node:
             self._keeper.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._keeper.wait(2 * STOP_S)
-            end_all(self.folder)
+            stop_detached(self.folder)
             self._keeper.kill()
             self._keeper.wait()
             self._keeper = None
@@ -107,8 +107,8 @@ def start_detached(folder: Path, port: int | None = None) -> str:
 
 
 def stop_detached(folder: Path) -> bool:
-    """End the node of `folder` and everything it started; whether there was anything to end."""
-    return end_all(folder.absolute())
+    """End the node of `folder`, its keeper first, because that ends the others; whether there was anything to end."""
+    return any([end(folder / name, 2 * STOP_S) for name in (KEEPER, BROKER, EPMD)])  # noqa: C419 - all, not the first
 
 
 def status(folder: Path) -> str | None:
@@ -197,11 +197,6 @@ def last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "[error]" in line and not line.endswith(">")]
     return (errors or lines[-1:] or ["nothing"])[0]
-
-
-def end_all(folder: Path) -> bool:
-    """End what runs in a folder, the keeper first, because it ends the others; whether anything ran."""
-    return any([end(folder / name, 2 * STOP_S) for name in (KEEPER, BROKER, EPMD)])  # noqa: C419 - all, not the first
 
 
 def keep(folder: Path, parent: int) -> None:

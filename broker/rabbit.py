@@ -96,24 +96,17 @@ class RabbitLink:
 
     async def declare(self, topology: Topology) -> None:
         """See `Link.declare`."""
-        while True:
-            try:
-                await self._ask(*_declarations(topology))
-            except LinkClosed:
-                raise
-            except LinkError as away:  # for long, which is no reason to end: those who come back declare first
-                log.debug("declaring again: %s", away)
-            except Refused as problem:
-                if problem.code == NOT_FOUND:
-                    raise BrokerRefused(
-                        f"RabbitMQ lacks what a binding needs ({problem.text}): declare it first."
-                    ) from None
+        try:  # however long RabbitMQ is away, which is no reason to end: those who come back declare first
+            await self._ask(*_declarations(topology), within_s=None)
+        except Refused as problem:
+            if problem.code == NOT_FOUND:
                 raise BrokerRefused(
-                    f"RabbitMQ has this queue or exchange with other properties ({problem.text}): "
-                    "delete it there, or use another vhost."
+                    f"RabbitMQ lacks what a binding needs ({problem.text}): declare it first."
                 ) from None
-            else:
-                return
+            raise BrokerRefused(
+                f"RabbitMQ has this queue or exchange with other properties ({problem.text}): "
+                "delete it there, or use another vhost."
+            ) from None
 
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
         """See `Link.publish`."""
@@ -255,10 +248,10 @@ class RabbitLink:
         assert isinstance(answer, commands.Queue.DeclareOk | commands.Queue.PurgeOk | commands.Queue.DeleteOk)
         return answer.message_count
 
-    async def _ask(self, *questions: Frame) -> Frame | None:
+    async def _ask(self, *questions: Frame, within_s: float | None = PUBLISH_S) -> Frame | None:
         """The last answer. On a channel of its own, for a no closes it; asked again after each interruption."""
         pauses, answer = backoff_s(), None
-        async with self._bounded(PUBLISH_S, "RabbitMQ did not answer"):
+        async with self._bounded(within_s, "RabbitMQ did not answer"):
             while True:
                 try:
                     channel = (await self._asking.connection()).open()

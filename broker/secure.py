@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from yarl import URL
 
 from broker import management, topology
-from broker.certificates import Issued, authority, belong_together, end_of, hosts_of, issue
+from broker.certificates import Issued, belong_together, end_of, hosts_of, issue
 from broker.errors import LinkError, UsageError
 from broker.federation import (
     COORDINATOR,
@@ -271,7 +271,7 @@ def _authority(folder: Path, now: Federation) -> Issued:
     """The authority of the federation: made with it, and never again, or nobody who was invited would be let in."""
     certificate, key = folder / READ_BY_RABBIT / "ca.pem", folder / "ca.key"
     if not (key.exists() or (folder / FILE).exists()):
-        made = authority(f"the federation {now.vhost}, {secrets.token_hex(4)}")
+        made = issue(None, f"the federation {now.vhost}, {secrets.token_hex(4)}")
         _put(certificate, made.certificate)
         _put(key, made.key)
     by = _pair(certificate, key)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import workers.cli
 from broker import chain, rabbit
-from broker.certificates import authority, issue
+from broker.certificates import issue
 from broker.errors import BrokerRefused, LinkError, UsageError
 from broker.fields import legible
 from broker.folder import settle
@@ -154,7 +154,7 @@ def of_version_7(certificate: str) -> str:
 def test_an_invitation_with_a_certificate_that_is_none_is_of_no_use(
     tmp_path: Path, lie: Callable[[str], str]
 ) -> None:
-    above, file = authority("federation"), tmp_path / "ada.fluffle"
+    above, file = issue(None, "federation"), tmp_path / "ada.fluffle"
     ada = issue(above, "ada")
     says = {"format": 1, "name": "ada", "role": "worker", "broker": "amqps://h/v", "key": ada.key}
     says |= {"ca": lie(above.certificate), "certificate": ada.certificate}

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from yarl import URL
 
 from broker import secure as securing
-from broker.certificates import Issued, authority, end_of, hosts_of, issue
+from broker.certificates import Issued, end_of, hosts_of, issue
 from broker.errors import LinkError, UsageError
 from broker.federation import Federation, Party, configuration, definitions, hashed
 from broker.folder import settle
@@ -83,7 +83,7 @@ def test_whoever_has_no_tls_or_no_certificate_is_not_let_in(tmp_path: Path) -> N
 
 
 def test_certificates_are_for_one_use_each_and_of_the_curve_p_256() -> None:
-    above = authority("the authority")
+    above = issue(None, "the authority")
     server, worker = issue(above, "the broker of x", hosts=("localhost", "127.0.0.1")), issue(above, "ada")
     for issued, use in ((server, ExtendedKeyUsageOID.SERVER_AUTH), (worker, ExtendedKeyUsageOID.CLIENT_AUTH)):
         found = x509.load_pem_x509_certificate(issued.certificate.encode())
@@ -162,6 +162,14 @@ def test_a_folder_of_other_things_and_one_without_a_federation_are_left_alone(tm
     for act in (securing.invite, securing.revoke):
         with pytest.raises(UsageError, match="broker secure"):
             act(tmp_path / "nowhere", "ada")
+
+
+@pytest.mark.parametrize("name", ["it's", 'a"b', "a#b", "a\nb"])
+def test_a_folder_that_rabbitmq_cannot_live_in_is_refused_before_anything_is_made(name: str, tmp_path: Path) -> None:
+    """It would hang at its start, or look for a file whose name ends before the #."""
+    with pytest.raises(UsageError, match="choose a path without quotes, # and line breaks"):
+        securing.secure(tmp_path / name, {})
+    assert not (tmp_path / name).exists()
 
 
 def test_revoking_wants_the_broker_there_and_changes_nothing_without(tmp_path: Path) -> None:
@@ -355,7 +363,7 @@ def test_an_authority_that_is_lost_is_not_made_anew_in_silence(damage: str, tmp_
     if damage == "gone":
         (folder / "ca.key").unlink()
     else:
-        said = {"empty": b"", "another's": authority("x").key.encode(), "binary": b"\xff\xfe"}[damage]
+        said = {"empty": b"", "another's": issue(None, "x").key.encode(), "binary": b"\xff\xfe"}[damage]
         (folder / "ca.key").write_bytes(said)
     before = files(folder)
     for what in ("secure", "invite"):
@@ -391,7 +399,7 @@ def test_a_node_folder_that_is_there_becomes_the_federations(tmp_path: Path) -> 
 
 
 def test_pages_without_an_answer_are_said_without_the_password() -> None:
-    pages = Management(checked("https://127.0.0.1:1"), ("ada", "secret"), authority("x").certificate)
+    pages = Management(checked("https://127.0.0.1:1"), ("ada", "secret"), issue(None, "x").certificate)
     with pytest.raises(LinkError, match=r"do not answer at 127\.0\.0\.1:1 ") as told:
         pages.ask("GET", "overview")
     assert "secret" not in str(told.value)

@@ -152,8 +152,15 @@ def revoke(names: Names, folder: Folder, operator: OperatorKey = None) -> None:
 
     Then they are taken off the roster.
     """
+    revoked, refused = [], []
     for name in names:
-        was = securing.revoke(folder, name)
-        typer.echo(f"{name} is revoked{'' if was else ' already'}")
-    for name in names:  # all are out before a key is looked for
+        try:
+            was = securing.revoke(folder, name)
+            typer.echo(f"{name} is revoked{'' if was else ' already'}")
+            revoked.append(name)
+        except UsageError as problem:  # the others are out all the same
+            refused.append(str(problem))
+    for name in revoked:  # all are out before a key is looked for
         _say(securing.strike(folder, name, operator=operator))
+    if refused:
+        raise UsageError(" ".join(refused))

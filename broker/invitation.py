@@ -186,8 +186,8 @@ class Access:
         url = url.with_password(found.password) if found.password else url.with_query(auth="EXTERNAL")
         try:
             until, context = found.until, found.context()
-        except (ValueError, TypeError, x509.InvalidVersion, ssl.SSLError) as problem:
-            said = getattr(problem, "reason", None) or "no PEM"
+        except (ValueError, TypeError, x509.InvalidVersion, OSError) as problem:  # SSLError is one; or a full disk
+            said = getattr(problem, "reason", None) or getattr(problem, "strerror", None) or "no PEM"
             raise UsageError(
                 f"certificate and key in {file} cannot be used ({said}): ask whoever runs the federation for another."
             ) from None

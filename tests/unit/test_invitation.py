@@ -1,7 +1,9 @@
 """The invitation's file, the URLs that may be used without one, and until when it holds."""
 
+import errno
 import logging
 import ssl
+import tempfile
 from dataclasses import FrozenInstanceError, replace
 from datetime import timedelta
 from pathlib import Path
@@ -111,6 +113,21 @@ def test_one_that_does_not_fit_is_refused(file: Path) -> None:
         match=r"has ended on 2.*, and this machine's clock says 2.*: ask whoever runs the federation for a new one",
     ):
         Access.invited(file)
+
+
+def test_a_disk_without_room_for_a_certificate_does_not_end_whoever_renews_it(
+    file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = Access.invited(file)
+    ADA.write(file)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    assert access.renewed().tls is access.tls
+    assert "going on with the invitation as it was: " in caplog.text
+    assert "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("days", [20, 365])

@@ -26,7 +26,7 @@ from broker.federation import Federation, Party, configuration, definitions, has
 from broker.folder import settle
 from broker.invitation import Access, Invitation
 from broker.management import Management, checked
-from broker.pinned import Roster, draw_identity, identity_of, read_roster
+from broker.pinned import Roster, draw_identity, identity_of, read_identity, read_roster
 from fluffle import app
 
 
@@ -467,6 +467,22 @@ def test_whose_own_key_is_on_the_roster_is_given_no_other(tmp_path: Path) -> Non
         invitation = Invitation.read(folder / f"{name}.fluffle")
         assert (invitation.operator, invitation.identity) == (operator.hex(), "")
     assert read_roster(file, operator.hex()).workers == keys
+
+
+def test_a_name_that_nobody_has_does_not_keep_the_others_on_the_roster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "fed"
+    operated(folder, "ada", "bob", "carl")
+    Roster.read(folder / "roster.json").with_("eve", draw_identity(tmp_path / "eve.key")).write(
+        folder / "roster.json"
+    )
+    Roster.read(folder / "roster.json").signed(read_identity(folder / "operator.key")).write(folder / "roster.json")
+    monkeypatch.setattr(securing, "Management", lambda *_, **__: Pages())
+    done = CliRunner().invoke(app, ["revoke", "ada", "eve", "carl", "--dir", str(folder)])
+    assert isinstance(done.exception, UsageError)
+    assert "nobody called 'eve' has been invited" in str(done.exception)
+    assert sorted(read_roster(folder / "roster.json").workers) == ["bob", "eve"]
 
 
 @pytest.mark.parametrize(

@@ -43,14 +43,10 @@ class StoppedEarly(FluffleError):
     status = STOPPED
 
 
-def start_log(*, quiet: bool = False) -> None:
-    """One line per event on stderr, with the time; warnings only when `quiet`."""
+def start_log() -> None:
+    """One line per event on stderr, with the time."""
     logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(_legible)

@@ -16,9 +16,9 @@ from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from yarl import URL
 
@@ -29,7 +29,7 @@ from broker.files import read_record
 from broker.folder import TUNED
 from broker.invitation import is_loopback
 from broker.topology import OPERATOR
-from broker.wording import make
+from broker.wording import Name, make
 
 FILE, READ_BY_RABBIT = "federation.json", "broker"
 COORDINATOR = "coordinator"
@@ -40,9 +40,6 @@ WORKER_CONNECTIONS, WORKER_CHANNELS = 12, 64
 """A worker has four connections; after a cut the old ones may linger for a minute beside the new ones, twice."""
 QUEUES, CONNECTIONS = 20_000, 20_000
 """Of a federation: three queues and four connections for each of some thousand workers."""
-
-
-_Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ class Federation:
     port: int
     management: str
     external: bool
-    parties: dict[_Name, Party]
-    revoked: dict[_Name, str]
+    parties: dict[Name, Party]
+    revoked: dict[Name, str]
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:

@@ -95,13 +95,14 @@ def start_detached(folder: Path, port: int | None = None) -> str:
     """
     folder = folder.absolute()
     address = settle(folder, port)
-    if holder(folder / KEEPER) is None:
+    if fresh := holder(folder / KEEPER) is None:
         keeper = launch(folder, address, conf="", parent=0)
         keeper.returncode = 0  # it outlives us, so there is nothing to wait for
     try:
         wait_until_ready(folder, address, START_S)
     except BaseException:
-        stop_detached(folder)
+        if fresh:
+            stop_detached(folder)
         raise
     return address.url
 

@@ -22,12 +22,11 @@ from pydantic.dataclasses import dataclass
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import write_whole
-from broker.wording import secret
+from broker.wording import Name, secret
 
 KEY_BYTES = 32
 SAID = b"fluffle roster 1\0"
 """What a signature begins with, so that it is of a roster and nothing else."""
-_Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 _Key = Annotated[bytes, Field(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 
@@ -40,7 +39,7 @@ class Roster:
         operator: public key of whoever has signed; empty while nobody has.
     """
 
-    workers: Mapping[_Name, _Key]
+    workers: Mapping[Name, _Key]
     version: Annotated[int, Field(ge=0)]
     operator: bytes = b""
     signature: bytes = b""

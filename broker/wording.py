@@ -7,14 +7,15 @@ import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from broker.errors import UsageError
-from broker.fields import NAME_RULE
+from broker.fields import NAME, NAME_RULE
 
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 _Made = TypeVar("_Made")
 _WORDS = {
     "dict_type": "must be a table of names and values",

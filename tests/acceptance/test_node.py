@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from broker import cli
 from broker import node as node_module
 from broker.errors import UsageError
-from broker.folder import BROKER, EPMD, KEEPER
+from broker.folder import BROKER, EPMD, KEEPER, settle
 from broker.node import status, stop_detached
-from broker.processes import holder
+from broker.processes import holder, take
 from tests.node import Node
 
 pytestmark = pytest.mark.timeout(240)  # a node starts in 3 s here, and in 20 s where others use the machine
@@ -202,3 +202,18 @@ def test_the_command_line_leaves_usage_errors_to_its_caller(tmp_path: Path) -> N
     (tmp_path / "thesis.tex").touch()
     result = CliRunner().invoke(cli.app, ["start", "--dir", str(tmp_path)])
     assert isinstance(result.exception, UsageError)
+
+
+def test_to_start_a_node_that_runs_and_does_not_answer_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be stopped, or have its hands full with the rounds of a federation."""
+    folder, ended = tmp_path / "node", list[Path]()
+    settle(folder, None)
+    monkeypatch.setattr(node_module, "START_S", 0.1)
+    monkeypatch.setattr(node_module, "stop_detached", ended.append)
+    with take(folder / KEEPER) as held:
+        os.write(held, str(os.getpid()).encode())
+        with pytest.raises(UsageError, match="did not answer within"):
+            node_module.start_detached(folder)
+    assert not ended

@@ -135,14 +135,14 @@ def invite(
     Where there is an operator's key, for secret sums, too: the worker is put on DIR/roster.json, and that is signed.
     Whose own key is on it already keeps that; for others a secret key is drawn here, and is in the invitation.
     """
-    left, refused = "", []
+    refused = []
     for name in names:
         try:
-            left = securing.invite(folder, name, renew=renew, again=again, operator=operator)
+            securing.invite(folder, name, renew=renew, again=again, operator=operator)
             typer.echo(f"{name}: {folder / name}.fluffle")
         except UsageError as problem:  # the others come in all the same
             refused.append(str(problem))
-    _say(left)
+    _say(securing.apply(folder))
     if refused:
         raise UsageError(" ".join(refused))
 

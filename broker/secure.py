@@ -82,11 +82,14 @@ def secure(folder: Path, changes: Mapping[str, Any], *, renew: bool = False) -> 
         by = _authority(folder, now)
         _certify_server(folder, now, by, renew=renew)
         now = _admit(folder, now, COORDINATOR, by, renew=renew or now.external != before.external)
-        return _carry_out(folder, now)
+        _write(folder, now)
+        return _apply(folder, now)
 
 
-def invite(folder: Path, name: str, *, renew: bool = False, again: bool = False, operator: Path | None = None) -> str:
-    """Add a worker, and write `NAME.fluffle`; what is left to do, empty if nothing is.
+def invite(
+    folder: Path, name: str, *, renew: bool = False, again: bool = False, operator: Path | None = None
+) -> None:
+    """Add a worker, and write `NAME.fluffle`; the broker is told by `apply`, once for all who are added.
 
     Where there is an operator's key the worker is put on the roster, too, which is signed anew; with a key that is
     drawn here, unless it is on it already, with a key of its own.
@@ -121,7 +124,7 @@ def invite(folder: Path, name: str, *, renew: bool = False, again: bool = False,
         if signing:
             _enrol(folder, name, *signing)
         now = replace(now, revoked={who: end for who, end in now.revoked.items() if who != name})
-        return _carry_out(folder, now)
+        _write(folder, now)
 
 
 def revoke(folder: Path, name: str) -> bool:
@@ -211,11 +214,6 @@ def _apply(folder: Path, now: Federation) -> str:
     for name in sorted(known.keys() & (now.revoked.keys() | (STRANGERS if now.owned else set()))):
         _expel(folder, now, pages, name)
     return ""
-
-
-def _carry_out(folder: Path, now: Federation) -> str:
-    _write(folder, now)
-    return _apply(folder, now)
 
 
 def _expel(folder: Path, now: Federation, pages: Management, name: str) -> bool:

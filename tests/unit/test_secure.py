@@ -33,7 +33,8 @@ from fluffle import app
 def made(folder: Path, *workers: str, **changes: object) -> Federation:
     assert "It will read" in securing.secure(folder, changes)
     for name in workers:
-        assert "It will read" in securing.invite(folder, name)
+        securing.invite(folder, name)
+    assert "It will read" in securing.apply(folder)
     return Federation.read(folder)
 
 
@@ -483,6 +484,24 @@ def test_a_name_that_nobody_has_does_not_keep_the_others_on_the_roster(
     assert isinstance(done.exception, UsageError)
     assert "nobody called 'eve' has been invited" in str(done.exception)
     assert sorted(read_roster(folder / "roster.json").workers) == ["bob", "eve"]
+
+
+def test_many_are_told_to_the_broker_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it is told of all: a thousand names, one after the other, would take it an hour."""
+    folder, told = tmp_path / "fed", list[Any]()
+    made(folder)
+
+    class Listening:
+        def ask(self, *asked: str, body: Any = None) -> Any:
+            told.extend([body] * (asked == ("POST", "definitions")))
+            return []
+
+    monkeypatch.setattr(securing, "Management", lambda *_, **__: Listening())
+    done = CliRunner().invoke(app, ["invite", "ada", "bob", "No Name", "carl", "--dir", str(folder)])
+    assert "'No Name' is no name for a worker" in str(done.exception)
+    assert [{user["name"] for user in each["users"]} for each in told] == [
+        {"ada", "bob", "carl", "coordinator", "operator"}
+    ]
 
 
 @pytest.mark.parametrize(

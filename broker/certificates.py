@@ -4,7 +4,6 @@ Knows X.509. Does not know who takes part, nor where keys are kept. Keys are on 
 ECDSA with SHA-256. A certificate is for one use: a party's cannot pass for a broker's, nor the other way round.
 """
 
-import ipaddress
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -14,6 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from broker.invitation import address_of
 
 AUTHORITY_DAYS, DAYS = 3650, 365
 SLACK = timedelta(hours=1)
@@ -49,10 +50,8 @@ def hosts_of(certificate: str) -> set[str]:
 
 
 def _host(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+    address = address_of(host)
+    return x509.DNSName(host) if address is None else x509.IPAddress(address)
 
 
 def issue(by: Issued | None, name: str, *, hosts: Sequence[str] = ()) -> Issued:

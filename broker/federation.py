@@ -9,7 +9,6 @@ certificates, nor whether a broker runs: what is made here is the same for the s
 """
 
 import hashlib
-import ipaddress
 import json
 import re
 from base64 import b64encode
@@ -27,7 +26,7 @@ from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
 from broker.files import read_record
 from broker.folder import TUNED
-from broker.invitation import is_loopback
+from broker.invitation import address_of, is_loopback
 from broker.topology import OPERATOR
 from broker.wording import Name, make
 
@@ -78,7 +77,7 @@ class Federation:
         if NAME.fullmatch(self.vhost) is None:
             raise UsageError(f"{self.vhost!r} is no name for a vhost: it is {NAME_RULE}.")
         for host in self.hosts:
-            if HOST.fullmatch(host) is None and not _is_ipv6(host):
+            if HOST.fullmatch(host) is None and (address_of(host) is None or "%" in host):
                 raise UsageError(f"--host takes a host's name or address, not {host!r}.")
         if not {OPERATOR, COORDINATOR} <= self.parties.keys():
             raise ValueError(f"{OPERATOR} or {COORDINATOR} is missing")
@@ -118,13 +117,6 @@ class Federation:
     def names(self) -> tuple[str, ...]:
         """What the server's certificate is for: it is always reached from its own machine, too."""
         return tuple(sorted({*(host.lower() for host in self.hosts), "localhost", "127.0.0.1"}))
-
-
-def _is_ipv6(host: str) -> bool:
-    try:
-        return ipaddress.IPv6Address(host).scope_id is None
-    except ValueError:
-        return False
 
 
 def as_text(values: Mapping[str, Any]) -> str:

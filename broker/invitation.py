@@ -248,10 +248,16 @@ def url_of(text: str, *schemes: str) -> URL | None:
 
 def is_loopback(host: str) -> bool:
     """Whether what is sent to this host stays on this machine."""
+    address = address_of(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is given by; None if it is a name."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
 
 
 def _tls(url: URL) -> ssl.SSLContext:

@@ -121,6 +121,10 @@ class RabbitLink:
                     full = True
                 except Refused as problem:
                     # It ended every publish on the channel, whosever fault it was: on a channel of our own we learn.
+                    if alone and problem.code == NOT_FOUND:
+                        raise Unroutable(
+                            f"RabbitMQ knows no such exchange ({problem.text}): declare it first."
+                        ) from None
                     if alone:
                         raise _refusal(problem, f"publishing to {message.exchange}") from None
                     alone = True
@@ -264,7 +268,7 @@ class RabbitLink:
                 except Refused as problem:
                     if problem.code in (NOT_FOUND, PRECONDITION_FAILED):
                         raise
-                    raise BrokerRefused(_not_allowed("this", problem.text)) from None
+                    raise _refusal(problem, "this") from None
                 except LinkClosed:
                     raise
                 except LinkError as lost:
@@ -291,11 +295,5 @@ async def _publish_alone(lane: lanes.Lane, message: Outgoing) -> bool:
         await channel.close()
 
 
-def _refusal(problem: Refused, what: str) -> UsageError | Unroutable:
-    if problem.code == NOT_FOUND:
-        return Unroutable(f"RabbitMQ knows no such exchange ({problem.text}): declare it first.")
-    return BrokerRefused(_not_allowed(what, problem.text))
-
-
-def _not_allowed(what: str, text: str) -> str:
-    return f"RabbitMQ does not allow {what} ({text}): ask who runs it for the permission."
+def _refusal(problem: Refused, what: str) -> BrokerRefused:
+    return BrokerRefused(f"RabbitMQ does not allow {what} ({problem.text}): ask who runs it for the permission.")

@@ -27,7 +27,8 @@ Folder = Annotated[
     ),
 ]
 Port = Annotated[
-    int | None, typer.Option(help="AMQP port on 127.0.0.1.", show_default="the one before, or a free one")
+    int | None,
+    typer.Option(min=1, max=65535, help="AMQP port on 127.0.0.1.", show_default="the one before, or a free one"),
 ]
 
 

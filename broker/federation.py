@@ -76,6 +76,8 @@ class Federation:
     def __post_init__(self) -> None:
         if NAME.fullmatch(self.vhost) is None:
             raise UsageError(f"{self.vhost!r} is no name for a vhost: it is {NAME_RULE}.")
+        if not 0 < self.port < 1 << 16:
+            raise UsageError(f"--port takes a number from 1 to 65535, not {self.port}.")
         for host in self.hosts:
             if HOST.fullmatch(host) is None and (address_of(host) is None or "%" in host):
                 raise UsageError(f"--host takes a host's name or address, not {host!r}.")

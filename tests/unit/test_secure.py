@@ -146,6 +146,8 @@ def test_a_worker_has_a_workers_name(name: str, tmp_path: Path) -> None:
         ({"hosts": ("user@host",)}, "--host takes"),
         ({"hosts": ("abc:5671",)}, "--host takes"),
         ({"hosts": ("fe80::1%eth0",)}, "--host takes"),
+        ({"port": 99999}, "--port takes"),
+        ({"port": 0}, "--port takes"),
         ({"management": "ftp://x"}, "must look like https"),
         ({"management": "http://x.example:15672"}, "must not travel unsecured"),
     ],
@@ -171,6 +173,12 @@ def test_a_folder_that_rabbitmq_cannot_live_in_is_refused_before_anything_is_mad
     with pytest.raises(UsageError, match="choose a path without quotes, # and line breaks"):
         securing.secure(tmp_path / name, {})
     assert not (tmp_path / name).exists()
+
+
+def test_a_node_is_not_given_a_port_that_there_is_none_of(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["broker", "start", "--dir", str(tmp_path / "node"), "--port", "99999"])
+    assert done.exit_code == 2
+    assert not (tmp_path / "node").exists()
 
 
 def test_revoking_wants_the_broker_there_and_changes_nothing_without(tmp_path: Path) -> None:

@@ -258,13 +258,16 @@ class RabbitLink:
         async with self._bounded(within_s, "RabbitMQ did not answer"):
             while True:
                 try:
-                    channel = (await self._asking.connection()).open()
+                    connection = await self._asking.connection()
+                    channel = connection.open()
                     try:
                         for question in questions:
                             answer = await channel.ask(question)
-                        return answer
-                    finally:
+                    except BaseException:
                         await channel.close()
+                        raise
+                    connection.keep(channel, prefetch=0)
+                    return answer
                 except Refused as problem:
                     if problem.code in (NOT_FOUND, PRECONDITION_FAILED):
                         raise

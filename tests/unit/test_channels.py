@@ -3,7 +3,9 @@
 import asyncio
 from typing import Any, cast
 
+import pamqp.frame
 import pytest
+from pamqp import commands
 
 from broker import amqp, rabbit
 from broker.channels import Channel
@@ -24,6 +26,20 @@ async def test_a_connection_that_was_lost_opens_no_channel_on_which_somebody_wou
     lost.abort("the cable was cut")
     with pytest.raises(LinkError, match="the cable was cut"):
         lost.open(confirms=True)
+
+
+async def test_a_channel_that_is_closed_while_it_opens_takes_no_other_answer_for_that_to_its_close() -> None:
+    channel = connection().open(prefetch=5)
+    closing = asyncio.create_task(channel.close())
+    await asyncio.sleep(0)
+    for answer, over in (
+        (commands.Channel.OpenOk(), False), (commands.Basic.QosOk(), False), (commands.Channel.CloseOk(), True),
+    ):  # fmt: skip
+        channel.take_method(pamqp.frame.marshal(answer, 1)[7:-1])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert closing.done() is over, answer
+    await closing
 
 
 async def test_a_consumer_that_is_cancelled_while_it_leaves_does_not_hold_its_queue(

@@ -108,9 +108,8 @@ def seal(
         with guard():
             beside.replace(path)
     except BaseException as problem:
-        _give_up(
-            beside, path, problem
-        )  # what a disk has failed to keep once, it may claim to have kept the next time
+        # what a disk has failed to keep once, it may claim to have kept the next time
+        _give_up(beside, path, problem)
         raise
     if durable:
         sync(path.parent)

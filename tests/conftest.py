@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import settings
 from yarl import URL
 
 from broker.errors import UsageError
@@ -25,6 +26,8 @@ from broker.folder import free_ports
 from tests.certificates import Authority, secured
 from tests.node import Node, server_version
 
+settings.register_profile("untimed", deadline=None)  # a machine that others use is no fault of what is tested
+settings.load_profile("untimed")
 VHOSTS = 20
 MAKE_VHOSTS = """
 catch rabbit_auth_backend_internal:add_user(<<"contract">>, <<"a moment's">>, <<"test">>),

@@ -1,7 +1,8 @@
 """One connection to RabbitMQ for traffic: channels that publish with confirms and consume.
 
 Knows AMQP 0-9-1 as far as messages need it. Does not know how connections come back (`lanes.py`), nor what is
-promised to whoever publishes and consumes (`rabbit.py`). ARCHITECTURE.md says why no library does this.
+promised to whoever publishes and consumes (`rabbit.py`). What exists in the broker is declared through aio-pika;
+messages are not, because the wire is what Fluffle is for: ARCHITECTURE.md says what the difference is in seconds.
 """
 
 import asyncio

@@ -50,7 +50,8 @@ def start_log() -> None:
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(_legible)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of lost connections at length; we do in a line
+    for chatty in ("aio_pika", "aiormq", "asyncio"):  # they tell of every lost connection at length; we do in a line
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 
 def _legible(record: logging.LogRecord) -> bool:

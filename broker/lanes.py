@@ -1,23 +1,39 @@
-"""Connections to RabbitMQ that come back.
+"""Connections to RabbitMQ that come back, and what it means when aio-pika raises.
 
-Knows how a lost connection is opened again, and when to give up. Does not know what is published, consumed or asked.
-Only `rabbit.py` uses this file.
+Knows how a lost connection is opened again, and which of aio-pika's errors are the broker's answer. Does not know
+what is published or consumed. Only `rabbit.py` uses this file.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
+import aio_pika
+from aio_pika.abc import AbstractChannel
+from aiormq.exceptions import (
+    AMQPError,
+    ChannelAccessRefused,
+    ChannelLockedResource,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+)
+
 from broker import amqp
-from broker.channels import Channel
+from broker.amqp import CONNECT_S
+from broker.channels import CLOSE_S, Channel
 from broker.errors import BrokerRefused, GaveUp, LinkClosed, LinkError
 from broker.invitation import Access
 
 log = logging.getLogger(__name__)
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 5.0
+CANCELS_MAX = 5  # a close waits inside a wait inside a wait; each cancel ends one
+
+REFUSALS = (ChannelNotFoundEntity, ChannelAccessRefused, ChannelLockedResource, ChannelPreconditionFailed)
+"""RabbitMQ's answers that close the channel: no such thing, no right, another's alone, or another of that name."""
 
 
 class Absence:
@@ -132,6 +148,105 @@ class Lane:
     def _say_lost(self, where: str, why: asyncio.Future[str]) -> None:
         if not self._leaving:
             log.warning("%s: lost the connection to %s: %s", self._name, where, why.result())
+
+
+class Asking:
+    """A connection of aio-pika's for whatever is asked of the broker: what exists, and what should."""
+
+    def __init__(self, access: Callable[[], Access], name: str, heartbeat_s: int) -> None:
+        self._access = access
+        self._heartbeat_s = heartbeat_s
+        self._name = name
+        self._turn = asyncio.Lock()
+        self._connection: aio_pika.Connection | None = None
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[AbstractChannel]:
+        """A channel for one purpose, closed afterwards: a no closes it anyway.
+
+        Raises:
+            LinkError: there is no connection, or it was lost.
+        """
+        async with self._turn:
+            connection = self._connection
+            if connection is None or not connection.connected.is_set():
+                connection = await self._dial()
+        with interruptions():
+            async with asyncio.timeout(CONNECT_S):
+                channel = connection.channel(publisher_confirms=False)
+                await channel.initialize()
+        try:
+            yield channel
+        finally:
+            await shut(channel)
+
+    async def _dial(self) -> aio_pika.Connection:
+        former, self._connection = self._connection, None
+        if former is not None:
+            await shut(former)
+        access = self._access()
+        url = access.url.update_query(heartbeat=str(self._heartbeat_s))
+        connection = aio_pika.Connection(
+            url, ssl_context=access.tls, client_properties={"connection_name": self._name}
+        )
+        try:
+            with interruptions():
+                await connection.connect(timeout=CONNECT_S)
+        except BaseException:
+            await shut(connection)
+            raise
+        self._connection = connection
+        return connection
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            await shut(self._connection)
+
+
+async def shut(what: AbstractChannel | aio_pika.Connection) -> None:
+    """Close within CLOSE_S; what is lost needs no closing, and what does not answer is left to the system."""
+    closing = asyncio.ensure_future(what.close())
+    try:
+        await asyncio.wait({closing}, timeout=CLOSE_S)
+    finally:
+        for _ in range(CANCELS_MAX):
+            if closing.done():
+                break
+            closing.cancel()
+            await asyncio.wait({closing}, timeout=0.1)
+    if closing.done() and not closing.cancelled() and closing.exception() is not None:
+        log.debug("closing ended with %s", words(closing.exception()))
+
+
+@contextmanager
+def interruptions() -> Iterator[None]:
+    """Make one LinkError of all the ways in which aio-pika says that the connection is gone.
+
+    The treacherous one is CancelledError: a connection that got stuck cancels whoever waits on it. It is told from
+    a real cancellation by the count of requests to cancel this task. Refusals pass.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    requests = task.cancelling()
+    try:
+        yield
+    except asyncio.CancelledError:
+        if task.cancelling() > requests:
+            raise
+        raise LinkError("the connection got stuck.") from None
+    except REFUSALS:
+        raise
+    except (AMQPError, OSError, RuntimeError) as problem:  # TimeoutError and ConnectionError are OSErrors
+        raise LinkError(f"the connection was lost: {words(problem)}.") from problem
+
+
+def words(problem: BaseException | None) -> str:
+    """What the broker or the system said, without a full stop."""
+    if isinstance(problem, asyncio.CancelledError):
+        return "no sign of life for too long"
+    said = next((part for part in reversed(getattr(problem, "args", ())) if isinstance(part, str) and part), "")
+    return (said or type(problem).__name__).rstrip(".")
 
 
 def backoff_s() -> Iterator[float]:

@@ -1,32 +1,39 @@
 """The link to a real RabbitMQ: confirmed publishing, and deliveries that end with the connection they came by.
 
-Knows how each promise of `link.py` is kept. Does not know what messages mean, nor how connections come back
-(`lanes.py`). Nothing is restored behind the caller's back: a lost connection ends the consumers on it with LinkError,
-publishers try again, and whoever needs it next opens it.
+Knows how each promise of `link.py` is kept: messages by our own `amqp.py`, questions by aio-pika. Does not know what
+messages mean, nor how connections come back (`lanes.py`). Nothing is restored behind the caller's back: a lost
+connection ends the consumers on it with LinkError, publishers try again, and whoever needs it next opens it.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
-from pamqp import commands
-from pamqp.base import Frame
+from aio_pika.abc import AbstractChannel
+from aiormq.exceptions import (
+    ChannelAccessRefused,
+    ChannelLockedResource,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+)
 
 from broker import lanes
 from broker.amqp import Connection
 from broker.channels import Channel, Refused
 from broker.errors import BrokerRefused, Lacking, LinkClosed, LinkError, NoRoom, QueueInUse, Unroutable, UsageError
 from broker.invitation import Access
-from broker.lanes import backoff_s
+from broker.lanes import Asking, backoff_s, interruptions, words
 from broker.link import BROADCAST_MAX, PUBLISH_S, Delivery, Intake, Lane, Outgoing
 from broker.parts import Aim
 from broker.topology import Topology
 
 log = logging.getLogger(__name__)
 
-NOT_FOUND, PRECONDITION_FAILED = 404, 406
+NOT_FOUND = 404
 DAY_S = 24 * 3600.0
+_Answer = TypeVar("_Answer")
 
 
 async def connect(
@@ -62,14 +69,11 @@ class RabbitLink:
     def __init__(self, access: Access, name: str, heartbeat_s: int, give_up_s: float | None) -> None:
         self.vouched = access.vouched
         self._access = access
-        absence = lanes.Absence(give_up_s)
-
-        def lane(of: str) -> lanes.Lane:
-            return lanes.Lane(self._renewed, f"{name} {of}", heartbeat_s, absence)
-
-        self._lanes = {each: lane(each.value) for each in Lane}
-        # Nothing is published by it, so it is answered while RabbitMQ, short of memory, blocks all who publish.
-        self._asking = lane("asking")
+        self._absence = lanes.Absence(give_up_s)
+        self._lanes = {
+            lane: lanes.Lane(self._renewed, f"{name} {lane.value}", heartbeat_s, self._absence) for lane in Lane
+        }
+        self._asking = Asking(self._renewed, f"{name} asking", heartbeat_s)
         self._minding: asyncio.Task[None] | None = None
         self._intakes: set[Intake] = set()
         self._running: set[asyncio.Timeout] = set()
@@ -96,16 +100,26 @@ class RabbitLink:
 
     async def declare(self, topology: Topology) -> None:
         """See `Link.declare`."""
+
+        async def ask(channel: AbstractChannel) -> None:
+            for each in topology.exchanges:
+                await channel.declare_exchange(each.name, each.kind, durable=True, auto_delete=each.passing)
+            for queue in topology.queues:
+                await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+            for binding in topology.bindings:
+                bound = await channel.get_queue(binding.queue, ensure=False)
+                await bound.bind(binding.exchange, binding.key)
+
         try:  # however long RabbitMQ is away, which is no reason to end: those who come back declare first
-            await self._ask(*_declarations(topology), within_s=None)
-        except Refused as problem:
-            if problem.code == NOT_FOUND:
-                raise BrokerRefused(
-                    f"RabbitMQ lacks what a binding needs ({problem.text}): declare it first."
-                ) from None
+            await self._ask(ask, within_s=None)
+        except ChannelPreconditionFailed as problem:
             raise BrokerRefused(
-                f"RabbitMQ has this queue or exchange with other properties ({problem.text}): "
+                f"RabbitMQ has this queue or exchange with other properties ({words(problem)}): "
                 "delete it there, or use another vhost."
+            ) from None
+        except ChannelNotFoundEntity as problem:
+            raise BrokerRefused(
+                f"RabbitMQ lacks what a binding needs ({words(problem)}): declare it first."
             ) from None
 
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
@@ -126,7 +140,7 @@ class RabbitLink:
                             f"RabbitMQ knows no such exchange ({problem.text}): declare it first."
                         ) from None
                     if alone:
-                        raise _refusal(problem, f"publishing to {message.exchange}") from None
+                        raise _refusal(problem.text, f"publishing to {message.exchange}") from None
                     alone = True
                     continue
                 except (Unroutable, LinkClosed):
@@ -168,15 +182,36 @@ class RabbitLink:
 
     async def purge(self, queue: str) -> int:
         """See `Link.purge`."""
-        return await self._count(commands.Queue.Purge(queue=queue)) or 0
+
+        async def ask(channel: AbstractChannel) -> int:
+            asked = await channel.get_queue(queue, ensure=False)
+            return (await asked.purge()).message_count or 0
+
+        try:
+            return await self._ask(ask)
+        except ChannelNotFoundEntity:
+            return 0
 
     async def delete(self, queue: str) -> None:
         """See `Link.delete`."""
-        await self._count(commands.Queue.Delete(queue=queue))
+
+        async def ask(channel: AbstractChannel) -> None:
+            await channel.queue_delete(queue)
+
+        with suppress(ChannelNotFoundEntity):
+            await self._ask(ask)
 
     async def depth(self, queue: str) -> int | None:
         """See `Link.depth`."""
-        return await self._count(commands.Queue.Declare(queue=queue, passive=True))
+
+        async def ask(channel: AbstractChannel) -> int | None:
+            asked = await channel.declare_queue(queue, passive=True)
+            return asked.declaration_result.message_count
+
+        try:
+            return await self._ask(ask)
+        except ChannelNotFoundEntity:
+            return None
 
     async def close(self) -> None:
         """See `Link.close`; takes at most CLOSE_S, whatever the broker does."""
@@ -190,7 +225,7 @@ class RabbitLink:
         for scope in self._running:
             if not scope.expired():
                 scope.reschedule(0)
-        await asyncio.gather(*(lane.close() for lane in (self._asking, *self._lanes.values())))
+        await asyncio.gather(self._asking.close(), *(lane.close() for lane in self._lanes.values()))
 
     @asynccontextmanager
     async def _bounded(
@@ -234,60 +269,31 @@ class RabbitLink:
                     raise Lacking(f"there is no queue {queue}: declare it, then consume again.") from None
                 if "exclusive" in problem.text:
                     raise QueueInUse(f"the queue {queue} is consumed by someone else already.") from None
-                raise _refusal(problem, f"consuming {queue}") from None
+                raise _refusal(problem.text, f"consuming {queue}") from None
             except LinkClosed:
                 raise
             except LinkError as lost:
                 log.debug("consuming %s again: %s", queue, lost)
             await asyncio.sleep(next(pauses))
 
-    async def _count(self, question: Frame) -> int | None:
-        """How many messages the answer is about; None where there is no such queue."""
-        try:
-            answer = await self._ask(question)
-        except Refused as problem:
-            if problem.code != NOT_FOUND:
-                raise
-            return None
-        assert isinstance(answer, commands.Queue.DeclareOk | commands.Queue.PurgeOk | commands.Queue.DeleteOk)
-        return answer.message_count
-
-    async def _ask(self, *questions: Frame, within_s: float | None = PUBLISH_S) -> Frame | None:
-        """The last answer. On a channel of its own, for a no closes it; asked again after each interruption."""
-        pauses, answer = backoff_s(), None
+    async def _ask(
+        self, question: Callable[[AbstractChannel], Awaitable[_Answer]], *, within_s: float | None = PUBLISH_S
+    ) -> _Answer:
+        """Ask on a channel of its own, because a no closes the channel; ask again after each interruption."""
+        pauses = backoff_s()
         async with self._bounded(within_s, "RabbitMQ did not answer"):
             while True:
                 try:
-                    connection = await self._asking.connection()
-                    channel = connection.open()
-                    try:
-                        for question in questions:
-                            answer = await channel.ask(question)
-                    except BaseException:
-                        await channel.close()
-                        raise
-                    connection.keep(channel, prefetch=0)
-                    return answer
-                except Refused as problem:
-                    if problem.code in (NOT_FOUND, PRECONDITION_FAILED):
-                        raise
-                    raise _refusal(problem, "this") from None
-                except LinkClosed:
-                    raise
+                    async with self._asking.channel() as channel:
+                        self._absence.over()
+                        with interruptions():
+                            return await question(channel)
+                except (ChannelAccessRefused, ChannelLockedResource) as problem:
+                    raise _refusal(words(problem), "this") from None
                 except LinkError as lost:
                     log.debug("asking again: %s", lost)
+                    self._absence.goes_on(str(lost))
                 await asyncio.sleep(next(pauses))
-
-
-def _declarations(topology: Topology) -> Iterator[Frame]:
-    for each in topology.exchanges:
-        yield commands.Exchange.Declare(
-            exchange=each.name, exchange_type=each.kind, durable=True, auto_delete=each.passing
-        )
-    for queue in topology.queues:
-        yield commands.Queue.Declare(queue=queue.name, durable=True, arguments=dict(queue.arguments))
-    for binding in topology.bindings:
-        yield commands.Queue.Bind(queue=binding.queue, exchange=binding.exchange, routing_key=binding.key)
 
 
 async def _publish_alone(lane: lanes.Lane, message: Outgoing) -> bool:
@@ -298,5 +304,5 @@ async def _publish_alone(lane: lanes.Lane, message: Outgoing) -> bool:
         await channel.close()
 
 
-def _refusal(problem: Refused, what: str) -> BrokerRefused:
-    return BrokerRefused(f"RabbitMQ does not allow {what} ({problem.text}): ask who runs it for the permission.")
+def _refusal(said: str, what: str) -> BrokerRefused:
+    return BrokerRefused(f"RabbitMQ does not allow {what} ({said}): ask who runs it for the permission.")

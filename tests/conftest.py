@@ -46,7 +46,7 @@ def pytest_report_header() -> str:
         rabbitmq = server_version()
     except UsageError:
         rabbitmq = "missing"
-    return f"torch {version('torch')}, pamqp {version('pamqp')}, RabbitMQ {rabbitmq}"
+    return f"torch {version('torch')}, aio-pika {version('aio-pika')}, RabbitMQ {rabbitmq}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

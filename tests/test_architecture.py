@@ -167,7 +167,7 @@ def test_the_front_door_opens_without_loading_torch() -> None:
     assert found.stdout.strip() == "", f"`import fluffle` loads {found.stdout.strip()}: import it where it is needed"
 
 
-def test_only_the_link_to_rabbitmq_knows_amqp() -> None:
+def test_only_the_link_to_rabbitmq_knows_aio_pika() -> None:
     hold(
         (
             source.at(node, f"imports {name}")

@@ -96,7 +96,7 @@ async def test_whoever_has_no_certificate_is_not_let_in(invitation: Path, tmp_pa
 async def test_a_renewed_invitation_is_used_when_the_connection_comes_back(
     invitation: Path, authority: Authority, node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By all of its connections, and nobody is started anew."""
+    """By all of its connections, aio-pika's too, and nobody is started anew."""
     caplog.set_level(logging.INFO)
     known = Invitation.read(invitation)
     authority.invite("contract", known.broker, days=20).write(invitation)

@@ -25,7 +25,6 @@ from workers.cli import LearnerName
 
 app = typer.Typer(
     name="fluffle",
-    help="Federated learning for PyTorch over RabbitMQ.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,9 +48,20 @@ def main() -> None:
         sys.exit(UsageError.status)
 
 
-def version() -> None:
-    """Which version is installed."""
-    sys.stdout.write(f"{installed_version('fluffle')}\n")
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"fluffle {installed_version('fluffle')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def front(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which it is.")
+    ] = False,
+) -> None:
+    """Federated learning for PyTorch over RabbitMQ."""
 
 
 def init(
@@ -90,7 +100,6 @@ app.command()(broker.cli.invite)
 app.command()(broker.cli.revoke)
 app.add_typer(broker.roster_cli.app, name="roster")
 app.command()(broker.roster_cli.keygen)
-app.command()(version)
 
 if __name__ == "__main__":
     main()

@@ -233,10 +233,12 @@ def _watch(store: Store, company: Company, out: Console) -> None:
         done = False
         while not done:
             done = company.done()
-            points = history.curve(store.history())
-            for point in points[told:] if done else points[told:-1]:
-                progress.print(_told(point), soft_wrap=True)
-                told += 1
+            lines = store.history()
+            made = sum(line.get("event") == "round" for line in lines)
+            for point in history.curve(lines)[told:]:
+                if done or point.version < made:  # its workers score a version in the round that makes the next
+                    progress.print(_told(point), soft_wrap=True)
+                    told += 1
             now = store.now()
             progress.update(
                 bar, completed=store.latest() or 0, description=escape(now.get("why", "starting the workers"))
@@ -272,7 +274,8 @@ def _compare(store: Store, cast: Cast) -> dict[str, Any]:
 def _figures(store: Store, cast: Cast, compared: dict[str, Any], seconds: float) -> dict[str, Any]:
     lines = store.history()
     rounds = [line for line in lines if line["event"] == "round"]
-    last = history.curve(lines)[-1]
+    points = history.curve(lines)
+    last = next((point for point in reversed(points) if point.scored or point.held_out), points[-1])
     federated = last.held_out.get(HELD_OUT, last.scored)
     alone: dict[str, dict[str, float]] = compared["alone"]
     pooled: dict[str, float] = compared["pooled"] or {}

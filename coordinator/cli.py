@@ -46,7 +46,8 @@ Privacy = Annotated[
     str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
 ]
 Threshold = Annotated[
-    float | None, typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 to 1.")
+    float | None,
+    typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 up to, not with, 1."),
 ]
 KeepUpdates = Annotated[
     bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")

@@ -3,6 +3,8 @@
 Knows the commands' names and exit statuses. Does not know how any of the rooms works.
 """
 
+import errno
+import io
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -36,12 +38,16 @@ def main() -> None:
 
     Exit status 2 for what the user can mend, 3 for stopped early, 4 for given up: start it anew; 1 for other trouble.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without … or ε still shows all the rest
     try:
         app()
     except FluffleError as problem:
         sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
         sys.exit(problem.status)
     except OSError as problem:
+        if problem.errno == errno.ENOSPC:  # of the output there is no name
+            problem.filename = problem.filename or "the disk, or what the output goes to,"
         if problem.filename is None:  # of no file: a fault of ours
             raise
         sys.stderr.write(f"fluffle: {legible(str(problem.filename))} cannot be used: {problem.strerror}.\n")

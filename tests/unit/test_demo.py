@@ -1,7 +1,11 @@
 """The front door's own words, and what `fluffle demo` tells while it watches a run."""
 
 import io
+import os
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,29 @@ from coordinator.plan import Plan
 def test_the_version_is_told_as_every_other_program_tells_its_own() -> None:
     done = CliRunner().invoke(fluffle.app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"fluffle {version('fluffle')}\n")
+
+
+def test_a_terminal_that_knows_ascii_only_shows_all_the_rest() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fluffle", "try", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a name, ?" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
+def test_an_output_that_takes_nothing_more_is_said_in_a_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fluffle", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fluffle: the disk, or what the output goes to, cannot be used: No space left")
 
 
 class Run:
@@ -49,9 +76,9 @@ def test_a_version_is_told_with_its_workers_scores_though_a_held_out_one_of_the_
         {"event": "round", "version": 2, "scored": {"loss": 2.0}},
         {"event": "final", "version": 2, "scored": {"loss": 1.0}},
     )
-    out = Console(file=io.StringIO(), width=200)
-    fluffle_demo._watch(run, run, out)
-    told = [line.split() for line in out.file.getvalue().splitlines() if line.startswith("version")]
+    shown = io.StringIO()
+    fluffle_demo._watch(run, run, Console(file=shown, width=200))
+    told = [line.split() for line in shown.getvalue().splitlines() if line.startswith("version")]
     assert [words[1] for words in told] == ["0", "1", "2"]
     assert ["".join(words[2:]) for words in told] == [
         "workers:loss3.0000",

@@ -46,11 +46,10 @@ def main() -> None:
         sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
         sys.exit(problem.status)
     except OSError as problem:
-        if problem.errno == errno.ENOSPC:  # of the output there is no name
-            problem.filename = problem.filename or "the disk, or what the output goes to,"
-        if problem.filename is None:  # of no file: a fault of ours
+        if problem.filename is None and problem.errno not in (errno.ENOENT, errno.ENOSPC):  # a fault of ours
             raise
-        sys.stderr.write(f"fluffle: {legible(str(problem.filename))} cannot be used: {problem.strerror}.\n")
+        of = problem.filename or "the output, or room for temporary files,"
+        sys.stderr.write(f"fluffle: {legible(str(of))} cannot be used: {problem.strerror}.\n")
         sys.exit(UsageError.status)
 
 

@@ -305,7 +305,7 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
         percent = "" if accuracy is None else f"{100 * accuracy:.1f} %"
         table.add_row(what, percent, "" if loss is None else f"{loss:.4f}")
 
-    judged = "on data that no worker has" if cast.held_out else "on the workers' own data"
+    judged = "scored by one who never trains" if cast.held_out else "on the workers' own data"
     table = Table("why federate?", "accuracy", "loss", title=f"the last model, {judged}")
     for name, accuracy in figures["alone"]["accuracy"].items():
         row(f"{name} alone", accuracy, None)

@@ -1,5 +1,6 @@
 """The front door's own words, and what `fluffle demo` tells while it watches a run."""
 
+import errno
 import io
 import os
 import subprocess
@@ -42,7 +43,19 @@ def test_an_output_that_takes_nothing_more_is_said_in_a_sentence() -> None:
             check=False,
         )
     assert done.returncode == 2
-    assert done.stderr.startswith("fluffle: the disk, or what the output goes to, cannot be used: No space left")
+    assert done.stderr.startswith("fluffle: the output, or room for temporary files, cannot be used: No space left")
+
+
+def test_no_room_for_temporary_files_is_said_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(fluffle, "app", app)
+    with pytest.raises(SystemExit, match="2"):
+        fluffle.main()
+    assert capsys.readouterr().err.endswith("cannot be used: No usable temporary directory found in ['/tmp'].\n")
 
 
 class Run:

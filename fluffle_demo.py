@@ -249,7 +249,7 @@ def _watch(store: Store, company: Company, out: Console) -> None:
 def _told(point: history.Point) -> str:
     def words(metrics: history.Metrics) -> str:
         told = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "examples")
-        return escape(legible(told))
+        return escape(legible(told)) or "not scored"
 
     held_out = "".join(f"   [dim]{who}:[/] {words(metrics)}" for who, metrics in point.held_out.items())
     return f"version {point.version:>3}   [dim]workers:[/] {words(point.scored)}{held_out}"
@@ -283,6 +283,7 @@ def _figures(store: Store, cast: Cast, compared: dict[str, Any], seconds: float)
     return {
         "learner": store.plan.learner,
         "workers": len(cast.workers),
+        "version": last.version,
         "rounds": len(rounds),
         "federated": {"accuracy": federated.get("accuracy"), "loss": federated.get("loss")},
         "alone": {
@@ -303,10 +304,11 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
 
     def row(what: str, accuracy: float | None, loss: float | None) -> None:
         percent = "" if accuracy is None else f"{100 * accuracy:.1f} %"
-        table.add_row(what, percent, "" if loss is None else f"{loss:.4f}")
+        if percent or loss is not None:
+            table.add_row(what, percent, "" if loss is None else f"{loss:.4f}")
 
     judged = "scored by one who never trains" if cast.held_out else "on the workers' own data"
-    table = Table("why federate?", "accuracy", "loss", title=f"the last model, {judged}")
+    table = Table("why federate?", "accuracy", "loss", title=f"version {figures['version']}, {judged}")
     for name, accuracy in figures["alone"]["accuracy"].items():
         row(f"{name} alone", accuracy, None)
     row("a worker alone, on average", figures["alone"]["mean_accuracy"], figures["alone"]["mean_loss"])

@@ -80,7 +80,7 @@ def coordinator(
     keep: Annotated[float | None, typer.Option(help="The part of its numbers that a top-k update sends.")] = None,
     down: Down = None,
     clip: Annotated[
-        float | None, typer.Option(help="The largest norm of an update; longer ones are refused.")
+        float | None, typer.Option(help="The largest norm of an update; workers scale longer ones down.")
     ] = None,
     examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
     privacy: Privacy = None,

@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from workers import policy
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -34,6 +37,14 @@ def test_the_readmes_learner_and_commands_do_what_it_says(tmp_path: Path) -> Non
     assert "carol" not in done.stderr.partition("abandoned")[2]
     accuracy = float(re.findall(r"accuracy ([0-9.]+)", done.stdout)[-1])
     assert accuracy > 0.6
+
+
+def test_the_readmes_policy_is_one_and_names_every_rule(tmp_path: Path) -> None:
+    (text,) = blocks("toml")
+    (tmp_path / "policy.toml").write_text(text.replace("# epsilon_max", "epsilon_max"))
+    told = policy.read(tmp_path / "policy.toml")
+    assert (told.rounds_a_day, told.metrics, told.epsilon_max) == (50, ("loss",), 8)
+    assert not [each.name for each in fields(policy.Policy) if each.name not in text]
 
 
 def test_every_file_is_in_the_readmes_map_or_beside_one_that_is() -> None:

@@ -59,13 +59,11 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which it is.")]
+
+
 @app.callback()
-def front(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which it is.")
-    ] = False,
-) -> None:
+def front(*, version: Version = False) -> None:
     """Federated learning for PyTorch over RabbitMQ."""
 
 

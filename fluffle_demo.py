@@ -274,8 +274,7 @@ def _compare(store: Store, cast: Cast) -> dict[str, Any]:
 def _figures(store: Store, cast: Cast, compared: dict[str, Any], seconds: float) -> dict[str, Any]:
     lines = store.history()
     rounds = [line for line in lines if line["event"] == "round"]
-    points = history.curve(lines)
-    last = next((point for point in reversed(points) if point.scored or point.held_out), points[-1])
+    last = max(history.curve(lines), key=lambda point: (bool(point.scored or point.held_out), point.version))
     federated = last.held_out.get(HELD_OUT, last.scored)
     alone: dict[str, dict[str, float]] = compared["alone"]
     pooled: dict[str, float] = compared["pooled"] or {}

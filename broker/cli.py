@@ -27,8 +27,7 @@ Folder = Annotated[
     ),
 ]
 Port = Annotated[
-    int | None,
-    typer.Option(min=1, max=65535, help="AMQP port on 127.0.0.1.", show_default="the one before, or a free one"),
+    int | None, typer.Option(help="AMQP port on 127.0.0.1.", show_default="the one before, or a free one")
 ]
 
 
@@ -85,7 +84,7 @@ def secure(
         list[str] | None, typer.Option(help="How others reach the broker; more may follow.", show_default="localhost")
     ] = None,
     vhost: Annotated[str | None, typer.Option(help="RabbitMQ's virtual host.", show_default="fluffle")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of amqps.", show_default="a free one")] = None,
+    port: Annotated[int | None, typer.Option(help="Of amqps.", show_default="a free one")] = None,
     external: Annotated[
         bool | None, typer.Option("--external/--password", help="Log in by certificate alone, or by password, too.")
     ] = None,

@@ -40,8 +40,6 @@ def attack(
 ) -> None:
     """Read digits off updates, as a curious or a malicious server could: what averages, masks and noise are worth."""
     x, y = _digits()
-    if out is not None:  # now, and not after minutes of work
-        out.mkdir(parents=True, exist_ok=True)
     from workers.attack import Scene, classroom  # noqa: PLC0415 - torch takes seconds to load: not for --help
     from workers.learners.toy import ROWS  # noqa: PLC0415
 
@@ -58,6 +56,7 @@ def attack(
         for name, said in classroom({name: ROWS[name] for name in ("bob", "alice")}):
             Console().print(f"The classroom, off {name}'s delta: {said}", highlight=False)
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "attack.json").write_text(json.dumps(told, indent=1) + "\n")
         _picture(shown, out / "attack.png")
 

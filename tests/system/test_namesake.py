@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import UsageError
+from broker.messages import Message
 from tests.system.rig import federation
 from workers.service import Worker
 
@@ -35,7 +36,12 @@ async def test_the_second_of_two_workers_with_one_name_hears_nothing_that_is_sai
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard, hear = list[Worker](), Worker._hear
-    monkeypatch.setattr(Worker, "_hear", lambda worker, message: (heard.append(worker), hear(worker, message)))
+
+    def hearing(worker: Worker, message: Message) -> None:
+        heard.append(worker)
+        hear(worker, message)
+
+    monkeypatch.setattr(Worker, "_hear", hearing)
     monkeypatch.setattr("workers.post.NAMESAKE_S", 1.0)
     async with federation(tmp_path, rounds=6, cohort=1, quorum=1) as fed:
         fed.lasting = False

@@ -145,15 +145,6 @@ def test_the_command_shows_a_table_and_a_picture(tmp_path: Path, monkeypatch: py
     assert told["one masked update"]["top_db"] < 9 < CLEAR_DB < told["one update"]["median_db"]
 
 
-def test_a_folder_that_cannot_be_is_said_before_minutes_of_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("workers.attack_cli._lines", lambda: pytest.fail("the work was begun"))
-    (tmp_path / "taken").touch()
-    with pytest.raises(FileExistsError):
-        run("--out", str(tmp_path / "taken"))
-
-
 def test_the_picture_of_all_scenes_is_no_strip_that_nobody_can_read(tmp_path: Path) -> None:
     scene = Scene(model="linear", workers=1, rows=1)
     one = Shown("one update, noise z = 0.01", scene, scene.play(X, Y, trials=1, seed=0))

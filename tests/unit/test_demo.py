@@ -59,14 +59,6 @@ def test_no_room_for_temporary_files_is_said_in_a_sentence(
     assert capsys.readouterr().err.endswith("cannot be used: No usable temporary directory found in ['/tmp'].\n")
 
 
-@pytest.mark.parametrize("command", [["start"], ["secure", "fed"]], ids=lambda command: command[0])
-def test_a_port_that_is_none_is_refused(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    done = CliRunner().invoke(fluffle.app, ["broker", *command, "--port", "0"])
-    assert (done.exit_code, [*tmp_path.iterdir()]) == (2, [])
-
-
 def test_a_version_that_nobody_has_scored_is_told_as_such() -> None:
     assert fluffle_demo._told(Point(3, {}, {})).endswith("not scored")
 

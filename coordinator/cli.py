@@ -189,7 +189,7 @@ def status(
     if kept:
         say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
     rounds = {line.get("version"): line for line in lines if line.get("event") == "round"}
-    table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
+    table = Table("version", "updates", "workers", "held out", "s", "MB down", "MB up", padding=0)
     for point in points:
         line = rounds.get(point.version, {})
         table.add_row(

@@ -63,6 +63,18 @@ def test_a_version_that_nobody_has_scored_is_told_as_such() -> None:
     assert fluffle_demo._told(Point(3, {}, {})).endswith("not scored")
 
 
+def test_on_sixty_columns_no_figure_of_the_status_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"accuracy": 0.987654, "loss": 1.234567}
+    lines = [
+        {"event": "round", "version": 1, "scored": scores, "seconds": 1, "bytes_down": 1, "bytes_up": 1},
+        {"event": "score", "version": 0, "worker": "zoe", "metrics": scores},
+    ]
+    run = fluffle_demo.make_run("toy", tmp_path / "run", {})
+    monkeypatch.setattr(type(run), "history", lambda _: lines)
+    shown = CliRunner().invoke(fluffle.app, ["status", str(run.folder)], env={"COLUMNS": "60"}).output
+    assert (shown.count("0.9877"), shown.count("1.235"), shown.count("…")) == (2, 2, 0), shown
+
+
 class Run:
     """A run whose history has one line more each time it is looked at, and a company that is done with the last."""
 

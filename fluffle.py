@@ -3,6 +3,8 @@
 Knows the commands' names and exit statuses. Does not know how any of the rooms works.
 """
 
+import errno
+import io
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -25,7 +27,6 @@ from workers.cli import LearnerName
 
 app = typer.Typer(
     name="fluffle",
-    help="Federated learning for PyTorch over RabbitMQ.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,21 +38,33 @@ def main() -> None:
 
     Exit status 2 for what the user can mend, 3 for stopped early, 4 for given up: start it anew; 1 for other trouble.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without … or ε still shows all the rest
     try:
         app()
     except FluffleError as problem:
         sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
         sys.exit(problem.status)
     except OSError as problem:
-        if problem.filename is None:  # of no file: a fault of ours
+        if problem.filename is None and problem.errno not in (errno.ENOENT, errno.ENOSPC):  # a fault of ours
             raise
-        sys.stderr.write(f"fluffle: {legible(str(problem.filename))} cannot be used: {problem.strerror}.\n")
+        of = problem.filename or "the output, or room for temporary files,"
+        sys.stderr.write(f"fluffle: {legible(str(of))} cannot be used: {problem.strerror}.\n")
         sys.exit(UsageError.status)
 
 
-def version() -> None:
-    """Which version is installed."""
-    sys.stdout.write(f"{installed_version('fluffle')}\n")
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"fluffle {installed_version('fluffle')}\n")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which it is.")]
+
+
+@app.callback()
+def front(*, version: Version = False) -> None:
+    """Federated learning for PyTorch over RabbitMQ."""
 
 
 def init(
@@ -90,7 +103,6 @@ app.command()(broker.cli.invite)
 app.command()(broker.cli.revoke)
 app.add_typer(broker.roster_cli.app, name="roster")
 app.command()(broker.roster_cli.keygen)
-app.command()(version)
 
 if __name__ == "__main__":
     main()

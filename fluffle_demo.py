@@ -233,10 +233,12 @@ def _watch(store: Store, company: Company, out: Console) -> None:
         done = False
         while not done:
             done = company.done()
-            points = history.curve(store.history())
-            for point in points[told:] if done else points[told:-1]:
-                progress.print(_told(point), soft_wrap=True)
-                told += 1
+            lines = store.history()
+            made = sum(line.get("event") == "round" for line in lines)
+            for point in history.curve(lines)[told:]:
+                if done or point.version < made:  # its workers score a version in the round that makes the next
+                    progress.print(_told(point), soft_wrap=True)
+                    told += 1
             now = store.now()
             progress.update(
                 bar, completed=store.latest() or 0, description=escape(now.get("why", "starting the workers"))
@@ -247,7 +249,7 @@ def _watch(store: Store, company: Company, out: Console) -> None:
 def _told(point: history.Point) -> str:
     def words(metrics: history.Metrics) -> str:
         told = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "examples")
-        return escape(legible(told))
+        return escape(legible(told)) or "not scored"
 
     held_out = "".join(f"   [dim]{who}:[/] {words(metrics)}" for who, metrics in point.held_out.items())
     return f"version {point.version:>3}   [dim]workers:[/] {words(point.scored)}{held_out}"
@@ -272,7 +274,7 @@ def _compare(store: Store, cast: Cast) -> dict[str, Any]:
 def _figures(store: Store, cast: Cast, compared: dict[str, Any], seconds: float) -> dict[str, Any]:
     lines = store.history()
     rounds = [line for line in lines if line["event"] == "round"]
-    last = history.curve(lines)[-1]
+    last = max(history.curve(lines), key=lambda point: (bool(point.scored or point.held_out), point.version))
     federated = last.held_out.get(HELD_OUT, last.scored)
     alone: dict[str, dict[str, float]] = compared["alone"]
     pooled: dict[str, float] = compared["pooled"] or {}
@@ -280,6 +282,7 @@ def _figures(store: Store, cast: Cast, compared: dict[str, Any], seconds: float)
     return {
         "learner": store.plan.learner,
         "workers": len(cast.workers),
+        "version": last.version,
         "rounds": len(rounds),
         "federated": {"accuracy": federated.get("accuracy"), "loss": federated.get("loss")},
         "alone": {
@@ -300,10 +303,11 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
 
     def row(what: str, accuracy: float | None, loss: float | None) -> None:
         percent = "" if accuracy is None else f"{100 * accuracy:.1f} %"
-        table.add_row(what, percent, "" if loss is None else f"{loss:.4f}")
+        if percent or loss is not None:
+            table.add_row(what, percent, "" if loss is None else f"{loss:.4f}")
 
-    judged = "on data that no worker has" if cast.held_out else "on the workers' own data"
-    table = Table("why federate?", "accuracy", "loss", title=f"the last model, {judged}")
+    judged = "scored by one who never trains" if cast.held_out else "on the workers' own data"
+    table = Table("why federate?", "accuracy", "loss", title=f"version {figures['version']}, {judged}")
     for name, accuracy in figures["alone"]["accuracy"].items():
         row(f"{name} alone", accuracy, None)
     row("a worker alone, on average", figures["alone"]["mean_accuracy"], figures["alone"]["mean_loss"])

@@ -46,7 +46,8 @@ Privacy = Annotated[
     str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
 ]
 Threshold = Annotated[
-    float | None, typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 to 1.")
+    float | None,
+    typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 up to, not with, 1."),
 ]
 KeepUpdates = Annotated[
     bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
@@ -79,7 +80,7 @@ def coordinator(
     keep: Annotated[float | None, typer.Option(help="The part of its numbers that a top-k update sends.")] = None,
     down: Down = None,
     clip: Annotated[
-        float | None, typer.Option(help="The largest norm of an update; longer ones are refused.")
+        float | None, typer.Option(help="The largest norm of an update; workers scale longer ones down.")
     ] = None,
     examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
     privacy: Privacy = None,
@@ -188,7 +189,7 @@ def status(
     if kept:
         say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
     rounds = {line.get("version"): line for line in lines if line.get("event") == "round"}
-    table = Table("version", "updates", "scored by its workers", "held out", "seconds", "MB down", "MB up")
+    table = Table("version", "updates", "workers", "held out", "s", "MB down", "MB up", padding=0)
     for point in points:
         line = rounds.get(point.version, {})
         table.add_row(

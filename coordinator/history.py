@@ -230,7 +230,7 @@ class Point:
 
 
 def curve(lines: Iterable[Line]) -> list[Point]:
-    """What became of every version that was scored, in order.
+    """What became of every version that was made or scored, in order.
 
     The round that makes version n + 1 begins with scores of version n.
     """
@@ -241,6 +241,7 @@ def curve(lines: Iterable[Line]) -> list[Point]:
         number, made = line.get("version", 0), line.get("scored", {})
         if event == "round":
             scored[number - 1] = made
+            held_out.setdefault(number, {})
         elif event == "final":
             scored[number] = made
         elif event == "score":

@@ -86,7 +86,7 @@ class Store:
             return
         if self.latest() and changed != ["rounds"]:
             names = ", ".join(key for key in changed if key != "rounds")
-            raise UsageError(f"the plan of {self.folder} is frozen since version 1 (you would change {names}).")
+            raise UsageError(f"{self.folder} is frozen since version 1: make another run to change {names}.")
         self._write(self.folder / plans.FILE, plans.to_toml(plan))
         self.plan = plan
 

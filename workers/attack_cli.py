@@ -17,6 +17,7 @@ from rich.table import Table
 from broker.errors import UsageError
 
 WORK = 600  # rows that a line of the table is worth
+ACROSS = 9  # scenes beside each other in the picture
 EXTRA = "needs scikit-learn and matplotlib: pip install 'fluffle[demo]'."
 
 
@@ -116,14 +117,15 @@ def _picture(shown: list[Shown], path: Path) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
         raise UsageError(f"the picture {EXTRA}") from None
-    figure = Figure(figsize=(1.2 * len(shown) + 1, 3.4))
+    bands = -(-len(shown) // ACROSS)
+    figure = Figure(figsize=(1.25 * ACROSS, 3.1 * bands), layout="constrained")
     for at, (what, scene, each) in enumerate(shown):
+        band, column = divmod(at, ACROSS)
         for row, pixels in enumerate(each.shown):
-            axes = figure.add_subplot(2, len(shown), row * len(shown) + at + 1)
+            axes = figure.add_subplot(2 * bands, ACROSS, (2 * band + row) * ACROSS + column + 1)
             axes.imshow(pixels.clip(0, 1).reshape(8, 8), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            said = f"{scene.model}\n{what}\n{scene.workers} × {scene.rows}" if not row else f"{each.median_db:.0f} dB"
-            axes.set_title(said, fontsize=6)
-    figure.text(0.005, 0.62, "row", fontsize=7)
-    figure.text(0.005, 0.22, "read", fontsize=7)
+            said = f"{scene.model}, {scene.workers} × {scene.rows}\n" + what.replace(", ", ",\n")
+            axes.set_title(f"read: {each.median_db:.0f} dB" if row else said, fontsize=7)
+    figure.suptitle("a row, and below it what a server reads of it: model, workers × rows, what it sees", fontsize=9)
     figure.savefig(path, dpi=140)

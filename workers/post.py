@@ -182,7 +182,7 @@ class Post:
                 async with AsyncExitStack() as stack:
                     async with self._shared.setting_up:
                         with self._allowed():
-                            deliveries = await stack.enter_async_context(self._link.consume(queue))
+                            deliveries = await stack.enter_async_context(self._link.consume(queue, alone=True))
                     self._lacks.pop(queue, None)
                     again()
                     async for delivery in deliveries:
@@ -193,6 +193,8 @@ class Post:
                         else:
                             take(message)
                         await delivery.ack()
+            except QueueInUse:  # another worker of this name: what is said to it is not for us
+                await asyncio.sleep(1.0)
             except LinkError as problem:
                 await self._come_back(problem, queue)
 

@@ -2,11 +2,19 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from coordinator import plan
+from fluffle import app
+from workers import policy
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -34,6 +42,22 @@ def test_the_readmes_learner_and_commands_do_what_it_says(tmp_path: Path) -> Non
     assert "carol" not in done.stderr.partition("abandoned")[2]
     accuracy = float(re.findall(r"accuracy ([0-9.]+)", done.stdout)[-1])
     assert accuracy > 0.6
+
+
+def test_the_readmes_policy_is_one_and_names_every_rule(tmp_path: Path) -> None:
+    (text,) = blocks("toml")
+    (tmp_path / "policy.toml").write_text(text.replace("# epsilon_max", "epsilon_max"))
+    told = policy.read(tmp_path / "policy.toml")
+    assert (told.rounds_a_day, told.metrics, told.epsilon_max) == (50, ("loss",), 8)
+    assert not [each.name for each in fields(policy.Policy) if each.name not in text]
+
+
+@pytest.mark.parametrize("line", re.findall(r"\nfluffle coordinator my-run (.*?)(?=  |\n)", README.read_text()))
+def test_every_coordinator_of_the_readme_has_a_plan_that_holds(line: str) -> None:
+    command: Any = typer.main.get_command(app)
+    given = command.commands["coordinator"].make_context("coordinator", ["my-run", *shlex.split(line)]).params
+    given |= {"format": given["how"], "learner": "x", "run": "my-run", "settings": {}}
+    plan.make({each.name: given[each.name] for each in fields(plan.Plan) if given.get(each.name) is not None}, line)
 
 
 def test_every_file_is_in_the_readmes_map_or_beside_one_that_is() -> None:

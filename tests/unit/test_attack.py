@@ -1,6 +1,7 @@
 """What a server reads off updates, and what it does not: the numbers that the README repeats."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from broker.tensors import Layout
 from fluffle import app
 from workers import weights
 from workers.attack import CLEAR_DB, Found, Scene, classroom, delta, imprinted, network
-from workers.attack_cli import _lines
+from workers.attack_cli import Shown, _lines, _picture
 from workers.imprint import suspicion
 from workers.learners.toy import ROWS
 
@@ -142,6 +143,14 @@ def test_the_command_shows_a_table_and_a_picture(tmp_path: Path, monkeypatch: py
     told = {line["what"]: line for line in json.loads((tmp_path / "attack.json").read_text())}
     assert told["one update"]["exact"] >= 0.95 * told["one update"]["rows"]
     assert told["one masked update"]["top_db"] < 9 < CLEAR_DB < told["one update"]["median_db"]
+
+
+def test_the_picture_of_all_scenes_is_no_strip_that_nobody_can_read(tmp_path: Path) -> None:
+    scene = Scene(model="linear", workers=1, rows=1)
+    one = Shown("one update, noise z = 0.01", scene, scene.play(X, Y, trials=1, seed=0))
+    _picture([one] * 36, tmp_path / "attack.png")
+    width, height = struct.unpack(">II", (tmp_path / "attack.png").read_bytes()[16:24])
+    assert width < 2 * height < 4 * width
 
 
 def test_every_line_of_the_table_is_a_scene() -> None:

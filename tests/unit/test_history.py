@@ -124,6 +124,13 @@ def test_the_curve_puts_each_score_to_the_version_it_was_given_to() -> None:
     ]
 
 
+def test_a_version_that_nobody_has_scored_is_on_the_curve_all_the_same() -> None:
+    made = round_of("ada")
+    count(made, "ada", 1)
+    lines = [history.round_line(made, Facts(scored={"ada": {"loss": 4.0}}), why="", seconds=0, at=0)]
+    assert history.curve(lines) == [Point(2, {"loss": 4.0}, {}), Point(3, {}, {})]
+
+
 def test_nothing_has_no_curve_and_lines_of_another_kind_are_passed_over() -> None:
     assert history.curve([]) == []
     assert history.curve([{"event": "party"}, {}]) == []

@@ -1,0 +1,117 @@
+"""The front door's own words, and what `fluffle demo` tells while it watches a run."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import fluffle
+import fluffle_demo
+from coordinator.history import Point
+from coordinator.plan import Plan
+
+
+def test_the_version_is_told_as_every_other_program_tells_its_own() -> None:
+    done = CliRunner().invoke(fluffle.app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"fluffle {version('fluffle')}\n")
+
+
+def test_a_terminal_that_knows_ascii_only_shows_all_the_rest() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fluffle", "try", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a name, ?" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
+def test_an_output_that_takes_nothing_more_is_said_in_a_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fluffle", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fluffle: the output, or room for temporary files, cannot be used: No space left")
+
+
+def test_no_room_for_temporary_files_is_said_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(fluffle, "app", app)
+    with pytest.raises(SystemExit, match="2"):
+        fluffle.main()
+    assert capsys.readouterr().err.endswith("cannot be used: No usable temporary directory found in ['/tmp'].\n")
+
+
+def test_a_version_that_nobody_has_scored_is_told_as_such() -> None:
+    assert fluffle_demo._told(Point(3, {}, {})).endswith("not scored")
+
+
+def test_on_sixty_columns_no_figure_of_the_status_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"accuracy": 0.987654, "loss": 1.234567}
+    lines = [
+        {"event": "round", "version": 1, "scored": scores, "seconds": 1, "bytes_down": 1, "bytes_up": 1},
+        {"event": "score", "version": 0, "worker": "zoe", "metrics": scores},
+    ]
+    run = fluffle_demo.make_run("toy", tmp_path / "run", {})
+    monkeypatch.setattr(type(run), "history", lambda _: lines)
+    shown = CliRunner().invoke(fluffle.app, ["status", str(run.folder)], env={"COLUMNS": "60"}).output
+    assert (shown.count("0.9877"), shown.count("1.235"), shown.count("…")) == (2, 2, 0), shown
+
+
+class Run:
+    """A run whose history has one line more each time it is looked at, and a company that is done with the last."""
+
+    def __init__(self, *lines: dict[str, Any]) -> None:
+        self.plan, self.shown, self.lines = Plan(run="r", learner="toy", rounds=2), 0, lines
+
+    def done(self) -> bool:
+        self.shown += 1
+        return self.shown == len(self.lines)
+
+    def history(self) -> list[dict[str, Any]]:
+        return [*self.lines[: self.shown]]
+
+    def now(self) -> dict[str, Any]:
+        return {}
+
+    def latest(self) -> int:
+        return 0
+
+
+def test_a_version_is_told_with_its_workers_scores_though_a_held_out_one_of_the_next_came_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fluffle_demo, "POLL_S", 0.0)
+    run: Any = Run(
+        {"event": "round", "version": 1, "scored": {"loss": 3.0}},
+        {"event": "score", "version": 1, "worker": "held-out", "metrics": {"loss": 7.0}},
+        {"event": "score", "version": 2, "worker": "held-out", "metrics": {"loss": 6.0}},
+        {"event": "round", "version": 2, "scored": {"loss": 2.0}},
+        {"event": "final", "version": 2, "scored": {"loss": 1.0}},
+    )
+    shown = io.StringIO()
+    fluffle_demo._watch(run, run, Console(file=shown, width=200))
+    told = [line.split() for line in shown.getvalue().splitlines() if line.startswith("version")]
+    assert [words[1] for words in told] == ["0", "1", "2"]
+    assert ["".join(words[2:]) for words in told] == [
+        "workers:loss3.0000",
+        "workers:loss2.0000held-out:loss7.0000",
+        "workers:loss1.0000held-out:loss6.0000",
+    ]

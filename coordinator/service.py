@@ -31,13 +31,13 @@ from coordinator.post import Post
 from coordinator.roster import Rests, may_begin
 from coordinator.round import Phase
 from coordinator.secrecy import Secrecy
-from coordinator.standby import beats
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
 
 BACKOFF_S_MAX = 30.0
 FINAL_S_MAX = 120.0
+HOLD_S = 2.0
 TICK_S_MAX = 3600.0
 LEFT_S_MIN = 60.0
 """How long a round that is taken up waits at least, if its plan would: its workers may have been cut off, too."""
@@ -98,7 +98,7 @@ class Coordinator:
                     group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
                     group.create_task(self.desk.drain_uploads()),
                     group.create_task(self.desk.keeping.keep(lambda: self.desk.open)),
-                    group.create_task(beats(self.store.claim, self.store.folder)),
+                    group.create_task(self._hold()),
                 ]
                 await self._make_versions(taken_up)
                 await self._sealed()
@@ -110,6 +110,12 @@ class Coordinator:
         self.store.claim.check()
         await self.post.retire()
         self._say("done", self._ends or f"version {self.desk.version} is made")
+
+    async def _hold(self) -> None:
+        """End us when another coordinator has taken over, also where nobody says anything."""
+        while True:
+            self.store.claim.check()
+            await asyncio.sleep(HOLD_S)
 
     # -- rounds -------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import BrokerRefused, LinkError, PartsLost, Unroutable, WireError
+from broker.errors import BrokerRefused, LinkError, PartsLost, QueueInUse, Unroutable, UsageError, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
 from broker.messages import Answer, Call, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
@@ -31,6 +32,8 @@ INBOX_PREFETCH, INBOX_SPARE = 2048, 64
 however large each of them is, all that may be here at a time must find room in memory."""
 HELLO_PREFETCH = 64
 RETRY_S = 0.2
+RIVAL_S = 100.0
+"""So long the connection of a coordinator that is gone may linger, and hold the run's queues."""
 RESTORE_S = 2.0
 """So long at least between two looks at one worker's queues, however often it says that they are gone."""
 DEAD_BYTES_MAX = 64 * 1024
@@ -62,6 +65,44 @@ class Post:
         await self.link.delete(topology.hello_queue(self.run))
         await self.link.delete(topology.inbox_queue(self.run))
 
+    async def come_alone(self) -> None:
+        """Look whether another coordinator is at work on a run of this name, before anybody is told anything.
+
+        Raises:
+            UsageError: one is.
+        """
+        while True:
+            with contextlib.suppress(LinkError):
+                async with AsyncExitStack() as stack:
+                    await self._alone(stack, topology.inbox_queue(self.run), prefetch=1)
+                    return
+            await asyncio.sleep(RETRY_S)
+            await self.declare()
+
+    async def _alone(self, stack: AsyncExitStack, queue: str, *, prefetch: int) -> AsyncIterator[Delivery]:
+        """The deliveries of a queue whose only consumer we are; for who was it before there is time to go.
+
+        Two coordinators with a folder each, of which one is a copy, would take each other's messages.
+
+        Raises:
+            UsageError: another coordinator stays.
+        """
+        now = asyncio.get_running_loop().time
+        until = 0.0
+        while True:
+            try:
+                return await stack.enter_async_context(self.link.consume(queue, prefetch=prefetch, alone=True))
+            except QueueInUse:
+                if not until:
+                    log.warning("another coordinator of the run %s is connected, or was a moment ago", self.run)
+                    until = now() + RIVAL_S
+                elif now() >= until:
+                    raise UsageError(
+                        f"another coordinator of the run {self.run} is at work on this broker, in another folder: "
+                        "end one of them; a copy of a run needs a broker or virtual host of its own."
+                    ) from None
+                await asyncio.sleep(RETRY_S)
+
     async def hear_hellos(self, take: Take, listen: Callable[[bool], None]) -> None:
         """Give every sign of life to `take`, for ever; `listen` is told when we begin and cease to hear them."""
         await self._listen(topology.hello_queue(self.run), take, prefetch=HELLO_PREFETCH, listen=listen)
@@ -87,7 +128,8 @@ class Post:
         lost = False
         while True:
             try:
-                async with self.link.consume(queue, prefetch=prefetch) as deliveries:
+                async with AsyncExitStack() as stack:
+                    deliveries = await self._alone(stack, queue, prefetch=prefetch)
                     listen(True)
                     if lost and again:
                         await again()

@@ -79,30 +79,30 @@ class Coordinator:
                 They are made anew, and everyone who was asked is asked to say again what they have.
 
         Raises:
-            UsageError: the run's folder cannot be written, or the broker refuses.
+            UsageError: the run's folder cannot be written, the broker refuses, or a copy of the run is at work there.
             RunEnded: another coordinator has taken over.
         """
         if forced:
             await self.post.retire()
         await self.post.declare()
-        await self._tell_former()  # the coordinator before this one may have died before it could
-        if self.desk.version >= self.plan.rounds:
-            log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
-            await self.post.retire()
-            return
-        taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be counted again
         try:
             async with self._group as group:
-                ears = [
-                    group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
-                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
-                    group.create_task(self.desk.drain_uploads()),
-                    group.create_task(self.desk.keeping.keep(lambda: self.desk.open)),
-                    group.create_task(self._hold()),
-                ]
-                await self._make_versions(taken_up)
-                await self._sealed()
-                await self._score_last()
+                ears = [group.create_task(self._hold())]
+                await self.post.come_alone()
+                await self._tell_former()  # the coordinator before this one may have died before it could
+                if self.desk.version >= self.plan.rounds:
+                    log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
+                else:
+                    taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be again
+                    ears += [
+                        group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
+                        group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
+                        group.create_task(self.desk.drain_uploads()),
+                        group.create_task(self.desk.keeping.keep(lambda: self.desk.open)),
+                    ]
+                    await self._make_versions(taken_up)
+                    await self._sealed()
+                    await self._score_last()
                 for ear in ears:
                     ear.cancel()
         except* Exception as several:  # noqa: BLE001 - whichever part failed first is the reason

@@ -16,7 +16,7 @@ off the version; afterwards nobody can.
 import json
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from broker.accountant import SPENT, Released, epsilon, need, of_sum
@@ -29,7 +29,6 @@ from coordinator.aggregation import Sums, digest
 from coordinator.opened import Open
 from coordinator.plan import ON_SUMS, Plan
 from coordinator.privacy import CLIP_START, Veil, key_of, next_clip, noise_on_sum, veil
-from coordinator.roster import Roster
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -202,10 +201,10 @@ class Purse:
         """Those who have refused in a round, and why."""
         self._spenders |= {worker: why for worker, why in refused.items() if why.startswith(SPENT)}
 
-    def refusal(self, roster: Roster) -> str:
-        """Why there can be none with those who are here, which the log says, too; empty if there can."""
+    def refusal(self, here: Iterable[str]) -> str:
+        """Why there can be none with the trainers who are here, which the log says, too; empty if there can."""
         why = self.budget.refusal() if self.budget else ""
-        others = set(roster.trainers(self._plan.workers)) - self._spenders.keys()
+        others = set(here) - self._spenders.keys()
         if self._spenders and len(others) < self._plan.least:
             why = "; ".join(f"{worker}: {why}" for worker, why in sorted(self._spenders.items()))[:1000]
         if why:

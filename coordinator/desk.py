@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 from broker import topology
 from broker.errors import PartsLost, WireError
@@ -33,6 +34,8 @@ from coordinator.store import Store
 log = logging.getLogger(__name__)
 
 REMEMBERED_ROUNDS = 64
+SCORES_BYTES_MAX = 256 * 1024
+"""So much of the history scores of one version may take that come from workers whom the plan does not name."""
 
 
 class Desk:
@@ -48,14 +51,14 @@ class Desk:
         uploads: what was accepted and is to be drained.
         spread: adds up and finishes, chunk by chunk.
         take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
-        final: worker → its score of the last version, once that has been asked for.
+        final: worker → its score of the last version, for everyone who was asked for one.
         changed: set whenever something was heard.
     """
 
     def __init__(self, store: Store, post: Post, layout: Layout, version: int, *, drains: int) -> None:
         self.roster = Roster(store.plan.workers)
         self.open: Open | None = None
-        self.final: dict[str, dict[str, float]] = {}
+        self.final: dict[str, history.Metrics | None] = {}
         self.take_secret: Callable[[Ready | Step], Awaitable[None]] | None = None
         self.add_secret: Callable[[Open, str, memoryview], None] | None = None
         self.changed = asyncio.Event()
@@ -80,6 +83,7 @@ class Desk:
         self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
         self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
+        self._judged_bytes = 0  # what scores have taken since the present version was made
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
         self._hearing = False
         self.keeping = Keeping(store, self.sums, self._adding)
@@ -91,7 +95,7 @@ class Desk:
 
     def made(self, done: Round) -> None:
         """The round has made its version, which is not safe yet, and is open no longer."""
-        self.open, self.version, self.unsafe = None, done.of.round, done
+        self.open, self.version, self.unsafe, self._judged_bytes = None, done.of.round, done, 0
 
     def safe(self, done: Round) -> None:
         """The version that the round made is on the disk."""
@@ -162,7 +166,7 @@ class Desk:
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)
             if self.open:
-                self.open.round.leave(message.worker, f"it left: {message.reason}")
+                self.open.round.leave(message.worker, f"it left: {message.reason[: history.REASON_MAX]}")
         await delivery.ack()
         self.changed.set()
 
@@ -207,8 +211,7 @@ class Desk:
                     if message.worker in self.open.round.cohort:
                         self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
-                    while len(self._holds) > WORKERS_MAX:  # of names that come and go there may be more than are here
-                        del self._holds[next(iter(self._holds))]
+                    _let_oldest_go(self._holds)
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
                 return
@@ -226,6 +229,8 @@ class Desk:
         else:
             most = self.plan.counts_most
             verdict, reason = judge(update, here.round if here else None, self.payload_layout, examples_max=most)
+            if verdict is Verdict.ACCEPTED and (said := history.overlong(update.metrics)):
+                verdict, reason = Verdict.INVALID, said
             if self.take_secret and verdict is Verdict.ACCEPTED:
                 verdict, reason = Verdict.INVALID, "updates of this run are only added up in secret"
             if here and verdict is Verdict.ACCEPTED and not here.is_of_this_turn(update):
@@ -277,24 +282,42 @@ class Desk:
             await self.post.drop_upload(worker)
 
     def _score(self, score: Score) -> None:
-        worker, here = score.worker, self.open
+        worker, here, metrics = score.worker, self.open, score.metrics
+        if said := history.overlong(metrics):
+            log.warning("%s: the score of %s is not kept: %s", score.of, worker, said)
+            self._note_other(worker, "invalid", said, lie=False)
+            metrics = {}
         if here and score.of == here.round.of and worker in here.round.cohort:
-            here.facts.scored[worker] = score.metrics
-        elif score.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(worker):
-            self.final[worker] = score.metrics
-        elif worker in self.roster.evaluators() and self._judged.get(worker, -1) < score.version <= self.version:
-            self._judged[worker] = score.version  # once each: a flood must not fill the disk
-            self.store.note(history.score_line(score.version, worker, score.metrics, at=time.time()))
+            here.facts.scored[worker] = metrics
+        elif score.of == Attempt(self.plan.run, self.version, 0):
+            if worker in self.final:
+                self.final[worker] = metrics
+        elif metrics and worker in self.roster.evaluators():
+            self._note_score(worker, score.version, metrics)
+
+    def _note_score(self, worker: str, version: int, metrics: history.Metrics) -> None:
+        """Note an evaluator's score, once for each version; of evaluators there may be many, who come and go."""
+        if not self._judged.get(worker, -1) < version <= self.version:
+            return
+        line = history.score_line(version, worker, metrics, at=time.time())
+        if worker not in self.plan.workers and self._judged_bytes + history.size_of(line) > SCORES_BYTES_MAX:
+            log.warning("the score of %s for version %d is left out: there are too many", worker, version)
+            return
+        self._judged_bytes += history.size_of(line)
+        self._judged[worker] = version
+        _let_oldest_go(self._judged)
+        self.store.note(line)
 
     def _refused(self, refusal: Refusal) -> None:
-        log.warning("%s: %s refused: %s", refusal.of, refusal.worker, refusal.reason)
+        worker, reason = refusal.worker, refusal.reason[: history.REASON_MAX]
+        log.warning("%s: %s refused: %s", refusal.of, worker, reason)
         if self.open and refusal.of == self.open.round.of:
             withdraw = self.open.round.decline if refusal.declined else self.open.round.withdraw
-            withdraw(refusal.worker, refusal.reason)
-            if self.open.secret and refusal.worker in self.open.round.cohort:
-                self.open.secret.gone.setdefault(refusal.worker, refusal.reason)
-        elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
-            self.final.setdefault(refusal.worker, {})
+            withdraw(worker, reason)
+            if self.open.secret and worker in self.open.round.cohort:
+                self.open.secret.gone.setdefault(worker, reason)
+        elif refusal.of == Attempt(self.plan.run, self.version, 0) and worker in self.final:
+            self.final[worker] = self.final[worker] or {}
 
     async def drain_uploads(self) -> None:
         """Drain accepted updates, as many at once as there are rooms; while one is added, others are on their way."""
@@ -374,3 +397,9 @@ class Desk:
             log.warning("%s has not been heard of: its lease has ended", worker)
             if self.open:
                 self.open.round.lose(worker)
+
+
+def _let_oldest_go(names: dict[str, Any]) -> None:
+    """Of names that come and go there may be more than are here."""
+    while len(names) > WORKERS_MAX:
+        del names[next(iter(names))]

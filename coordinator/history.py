@@ -5,6 +5,7 @@ Pure. Knows the names in `history.jsonl`; does not know files or the wire. There
 a version), `final` (the last version, scored by everyone).
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ from coordinator.round import Round
 
 Metrics = Mapping[str, float]
 Line = dict[str, Any]
+REPORT_BYTES_MAX = 32 * 1024
+"""So much of the history may what one worker reports of one task take: as much as 512 metrics with names of 40."""
+REASON_MAX = 1000
+"""Characters of a reason that are kept."""
 _Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
 _Numbers, _Reasons = dict[str, float], dict[str, str]
 _STRICT = ConfigDict(strict=True)
@@ -86,6 +91,18 @@ def is_line(found: object) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def size_of(said: Mapping[str, Any]) -> int:
+    """How many bytes of the history it takes."""
+    return len(json.dumps(said))
+
+
+def overlong(metrics: Metrics) -> str:
+    """Why a worker's metrics are not kept; empty if they are."""
+    size = size_of(metrics)
+    said = f"its {len(metrics)} metrics would take {size} bytes of the history, over the limit of {REPORT_BYTES_MAX}"
+    return f"{said}: report fewer, or under shorter names" if size > REPORT_BYTES_MAX else ""
 
 
 def mean_metrics(weighted: Iterable[tuple[float, Metrics]]) -> dict[str, float]:

@@ -25,6 +25,8 @@ from broker.tensors import Layout
 
 DRAIN_S_MIN = 60.0
 """How long what was accepted before the deadline may be received after it, if `turn_s` is less."""
+WHY_MAX = 4000
+"""Characters of why a round was abandoned: there may be thousands who have refused."""
 REISSUES_MAX = 32
 """So often a worker may lose its task in one turn and be sent it again."""
 
@@ -294,7 +296,7 @@ class Round:
         if len(self.counted) >= self.quorum:
             return Phase.CLOSED, f"{tally}: {why}" if self.full and self.outstanding else tally
         refusals = "".join(f"; {worker}: {reason}" for worker, reason in self.refused.items())
-        return Phase.ABANDONED, f"{tally}: {why}{refusals}"
+        return Phase.ABANDONED, f"{tally}: {why}{refusals}"[:WHY_MAX]
 
 
 def judge(

@@ -91,7 +91,7 @@ class Coordinator:
                 await self.post.come_alone()
                 await self._tell_former()  # the coordinator before this one may have died before it could
                 if self.desk.version >= self.plan.rounds:
-                    log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
+                    log.info("all %d rounds are done; raise --rounds to go on", self.plan.rounds)
                 else:
                     taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be again
                     ears += [
@@ -125,7 +125,7 @@ class Coordinator:
         while self.desk.version < self.plan.rounds:
             if taken_up:
                 here, taken_up = taken_up, None
-            elif self.plan.dp != "none" and (ends := await asyncio.to_thread(self._purse.refusal, self.roster)):
+            elif self.plan.dp != "none" and (ends := await asyncio.to_thread(self._purse.refusal, self.roster.trainers(self.plan.workers))):
                 self._ends = f"version {self.desk.version} is the last: {ends}"
                 return
             else:
@@ -265,6 +265,7 @@ class Coordinator:
     async def _close(self, here: Open, why: str, seconds: float) -> None:
         """The round has made a version. The next one may begin while it is written to the disk."""
         line = history.round_line(here.round, here.facts, why=why, seconds=seconds, at=time.time())
+        line |= {"weights": here.check, **({"start": self._check} if here.round.of.round == 1 else {})}
         self.store.journal.made(line)
         self.weights, self._check = here.weights, here.check
         self.desk.made(here.round)
@@ -327,24 +328,25 @@ class Coordinator:
         asked = [*trainers, *evaluators]
         if not asked:
             return
+        self.desk.final = dict.fromkeys(asked)
         self._say("scoring", f"version {self.desk.version} is scored by {', '.join(asked)}")
         with contextlib.suppress(LinkError):
             sent_to, task = dict.fromkeys(asked, ""), self._task(of, "evaluate", named(of, 0, self._check))
             until = began_at + min(self.plan.round_s, FINAL_S_MAX)
             while time.monotonic() < until:
                 self.desk.lapse(time.monotonic())
-                owing = {
-                    w: self.roster.incarnation(w) for w in asked if w not in self.desk.final and self.roster.has(w)
-                }
+                late = (worker for worker in asked if self.desk.final[worker] is None and self.roster.has(worker))
+                owing = {worker: self.roster.incarnation(worker) for worker in late}
                 if not owing:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
                     sent_to |= owing
                     await self._send_version(task, self.weights, lost)
                 await self._wait(until=until)
-        for worker in filter(self.desk.final.get, evaluators):
-            self.store.note(history.score_line(self.desk.version, worker, self.desk.final[worker], at=time.time()))
-        scored = {worker: self.desk.final[worker] for worker in trainers if self.desk.final.get(worker)}
+        told = {worker: metrics for worker, metrics in self.desk.final.items() if metrics}
+        for worker in filter(told.get, evaluators):
+            self.store.note(history.score_line(self.desk.version, worker, told[worker], at=time.time()))
+        scored = {worker: told[worker] for worker in trainers if worker in told}
         seconds = time.monotonic() - began_at
         self.store.note(history.final_line(self.desk.version, scored, seconds=seconds, at=time.time()))
 

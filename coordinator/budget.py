@@ -18,6 +18,7 @@ import logging
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from broker.accountant import SPENT, Released, epsilon, need, of_sum
 from broker.errors import UsageError, WireError
@@ -65,7 +66,7 @@ class Budget:
     """
 
     def __init__(self, store: Store, version: int, *, model: Layout) -> None:
-        self._path, self._write = store.folder / FILE, store.write_secret
+        self._path, self._write = store.folder / FILE, partial(store.write, mode=0o600)
         self._plan = plan = store.plan
         self._kind = Released(plan.dp_noise, plan.rate, 1)
         if plan.noise:

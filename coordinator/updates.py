@@ -49,14 +49,13 @@ def keep(update: Update, data: memoryview, layout: Layout, *, run: Path, claim: 
     about = {"fluffle_run": of.run, "worker": update.worker, "round": str(of.round), "attempt": str(of.attempt)}
     about |= {"examples": str(update.examples), "check": checksum(data)}
     pieces = (data[at : at + FORGET_BYTES] for at in range(0, len(data), FORGET_BYTES))
-    tag = f".{claim.epoch}"
     try:
         if not where.parent.is_dir():
             where.parent.mkdir(parents=True, exist_ok=True)
             for above in (where.parent.parent, run):
                 sync(above)
-        draft_version(where, layout, in_order(forgetting(pieces, data, len)), about, tag=tag)
-        seal(where, tag=tag, guard=claim.acting)
+        draft_version(where, layout, in_order(forgetting(pieces, data, len)), about, tag=claim.tag)
+        seal(where, tag=claim.tag, guard=claim.acting)
     except OSError as problem:
         raise UsageError(
             f"{where} cannot be kept, all {len(data)} bytes of it ({problem.strerror}): make room or mend its "

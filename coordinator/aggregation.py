@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import WireError
+from broker.files import Put
 from broker.formats import CHUNK_ITEMS, Format, Run, count_floats
 from broker.norms import SLACK, squares
 from broker.pieces import Piece, look, pieces
@@ -65,10 +66,6 @@ class Spread(Protocol):
 def alone(work: Callable[[_Item, int], _Made], items: Iterable[_Item]) -> list[_Made]:
     """One item after another: the `Spread` of whoever has but one thread."""
     return [work(item, 0) for item in items]
-
-
-Put = Callable[[int, memoryview], None]
-"""Takes a piece of the next version's bytes and where it begins; pieces come in any order, perhaps two at a time."""
 
 
 class Sums:
@@ -131,22 +128,8 @@ class Rule(NamedTuple):
     """
 
     init: Callable[..., Sums]
-    add: "Add"
-    finish: "Finish"
-
-
-class Add(Protocol):
-    """See `Rule`."""
-
-    def __call__(self, sums: Sums, examples: int, update: memoryview, *, spread: Spread = alone) -> None:
-        """See `Rule`."""
-
-
-class Finish(Protocol):
-    """See `Rule`."""
-
-    def __call__(self, sums: Sums, weights: memoryview, put: Put, *, spread: Spread = alone) -> None:
-        """See `Rule`."""
+    add: Callable[..., None]
+    finish: Callable[..., None]
 
 
 def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Spread = alone) -> None:
@@ -362,5 +345,4 @@ def digest(sums: Sums) -> bytes:
 
 MEAN = Rule(Sums, add_weighted, finish_mean)
 """The mean weighted by examples."""
-
 RULES = {"mean": MEAN}

@@ -13,12 +13,12 @@ from typing import Any
 
 from broker.chain import Chain, bare
 from broker.errors import UsageError
-from broker.files import Put, checksum, draft_version, in_order, read_version, seal, write_whole
+from broker.files import Put, checksum, draft_version, in_order, read_record, read_version, seal, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator import updates
 from coordinator.claim import Claim, disk
-from coordinator.history import checksum_of, is_line
+from coordinator.history import checksum_of, is_line, rounds
 from coordinator.journal import Journal
 from coordinator.plan import Plan
 
@@ -148,7 +148,7 @@ class Store:
             raise UsageError(
                 f"{self.path(version)} belongs to the run {about['fluffle_run']}: put the right file back."
             )
-        noted = checksum_of(self.history(), version)
+        noted = checksum_of(rounds(self.history()), version)
         if noted and checksum(weights) != noted:
             raise UsageError(
                 f"{self.path(version)} is not the version {version} of this run's history: its bytes have changed "
@@ -231,11 +231,9 @@ class Store:
 
     def now(self) -> dict[str, Any]:
         """What was last said to be happening; empty when nothing was."""
-        try:
-            found = json.loads((self.folder / NOW).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            return read_record(self.folder / NOW)
+        return {}
 
 
 def new_run_name(folder: Path) -> str:

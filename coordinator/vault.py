@@ -45,8 +45,9 @@ class Vault:
             RunEnded: another coordinator has taken over.
         """
         with disk(self._path.parent), self._claim.writing(self._path) as file:
-            for piece in (name.encode(), words.data.cast("B"), *map(encode, said)):
-                file.writelines(framed(piece))
+            file.writelines([*framed(name.encode()), *framed(words.data.cast("B"))])
+            for each in said:
+                file.writelines(framed(encode(each)))
 
     def add(self, said: Step) -> None:
         """One more; should a power failure take it, it is asked for again.

@@ -228,7 +228,7 @@ def past(data: bytes) -> None:
     lines = store.history()
     made = history.rounds(lines)
     for number in [*made, 0]:
-        history.checksum_of(lines, number)
+        history.checksum_of(made, number)
     for point in history.curve(lines):
         coordinator.cli._metrics(point.scored)
         [coordinator.cli._metrics(each) for each in point.held_out.values()]

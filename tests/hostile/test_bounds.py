@@ -15,7 +15,7 @@ from broker.invitation import Access
 from broker.link import Delivery, Outgoing
 from broker.messages import MAP_MAX, Attempt, Goodbye, Refusal, Score, Step, encode
 from broker.pact import Masked
-from coordinator import desk, history
+from coordinator import history, scores
 from tests.hostile.liar import LIAR, OF, RUN, a_liar_among_two, parts, update
 from tests.memory import MemoryLink
 from tests.system.rig import SECURE, federation, read, secure_expected
@@ -106,8 +106,7 @@ async def test_scores_under_names_without_number_do_not_fill_the_history_nor_cro
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody says hello, to evaluate, under one name after another, and scores every version at length."""
-    monkeypatch.setattr(desk, "SCORES_BYTES_MAX", 20_000)
-    monkeypatch.setattr(desk, "WORKERS_MAX", 100)
+    monkeypatch.setattr(scores, "SCORES_BYTES_MAX", 20_000)
     async with a_liar_among_two(tmp_path, rounds=1, workers=["a", "b", LIAR, "judge"]) as (fed, liar):
         long = {f"metric-{number}": 0.1 for number in range(MAP_MAX // 4)}
         for name in (*(f"ghost-{number}" for number in range(50)), "judge"):
@@ -117,7 +116,7 @@ async def test_scores_under_names_without_number_do_not_fill_the_history_nor_cro
         assert fed.coordinator
         ghosts = [line for line in fed.lines("score") if line["worker"] != "judge"]
         assert 0 < sum(map(history.size_of, ghosts)) < 20_000
-        assert len(fed.coordinator.desk._judged) == len(ghosts) + 1
+        assert len(fed.coordinator.desk.scores._judged) == len(ghosts) + 1
         for name in fed.here():
             if name.startswith(("ghost", "judge")):
                 await liar.say(Goodbye(name, "done"), topology.hello_key(name))
@@ -135,9 +134,9 @@ async def test_only_who_is_asked_for_the_last_score_is_remembered_with_one(tmp_p
         await liar.hello(worker="last", lease_s=0.01)
         await fed.until(lambda: "last" in fed.here() or "ghost-49" not in fed.here())
         assert fed.coordinator
-        assert fed.coordinator.desk.final == {}
+        assert fed.coordinator.desk.scores.final == {}
         await liar.leave()
-        assert fed.coordinator.desk.final.keys() == {"a", "b"}
+        assert fed.coordinator.desk.scores.final.keys() == {"a", "b"}
         assert fed.lines("final")[0]["workers"] == ["a", "b"]
 
 

@@ -21,6 +21,7 @@ from broker.link import Delivery, Outgoing
 from broker.messages import Answer, Claim, Part, Refusal, Score, Task, Update
 from coordinator.claim import read_epoch
 from coordinator.journal import Journal
+from coordinator.post import Post
 from coordinator.service import Coordinator
 from coordinator.snapshot import FILE, Snapshot
 from coordinator.store import Store
@@ -265,9 +266,9 @@ async def test_a_version_that_was_saved_without_saying_so_is_said_to_be_by_the_n
 ) -> None:
     async with federation(tmp_path, rounds=rounds) as fed:
         accepted: list[str] = []
-        tell, fails = Coordinator._tell, [True]
+        tell, fails = Post.tell_all, [True]
 
-        async def dying(self: Coordinator, *arguments: Any) -> None:
+        async def dying(self: Post, *arguments: Any) -> None:
             if fails and fails.pop():
                 fed.kill()
                 await asyncio.sleep(60)
@@ -279,7 +280,7 @@ async def test_a_version_that_was_saved_without_saying_so_is_said_to_be_by_the_n
                 accepted.extend([message.verdict] * len(what.keys))
 
         fed.hook = look
-        monkeypatch.setattr(Coordinator, "_tell", dying)
+        monkeypatch.setattr(Post, "tell_all", dying)
         await run_through(fed)
         assert accepted[:3] == ["accepted"] * 3
         assert set(accepted) == {"accepted"}

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from broker import files
 from broker.errors import RunEnded, UsageError
-from broker.files import seal, write_whole, written
+from broker.files import write_whole, written
 
 EPOCH, LOCK = "epoch", ".epoch.lock"
 
@@ -94,7 +95,20 @@ class Claim:
         """
         with written(path, self.tag, mode=mode) as file:
             yield file
-        seal(path, durable=durable, tag=self.tag, guard=self.acting)
+        self.seal(path, durable=durable)
+
+    def seal(self, path: Path, *, durable: bool = True) -> None:
+        """Let what was written beside `path` take its place; see `files.seal`.
+
+        Raises:
+            OSError: the disk is full or broken.
+            RunEnded: somebody has begun before.
+        """
+        try:
+            files.seal(path, durable=durable, tag=self.tag, guard=self.acting)
+        except OSError:
+            self.check()  # whoever has begun has removed what we had written
+            raise
 
     def remove(self, path: Path) -> None:
         """Let there be no such file.

@@ -13,7 +13,7 @@ from typing import Any
 
 from broker.chain import Chain, bare
 from broker.errors import UsageError
-from broker.files import Put, checksum, draft_version, in_order, read_record, read_version, seal, write_whole
+from broker.files import Put, checksum, draft_version, in_order, read_record, read_version, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator import updates
@@ -126,7 +126,7 @@ class Store:
             RunEnded: another coordinator has taken over.
         """
         with disk(self.folder):
-            seal(self.path(version), tag=self.claim.tag, guard=self.claim.acting)
+            self.claim.seal(self.path(version))
 
     def save(self, version: int, layout: Layout, weights: memoryview) -> None:
         """Draft and seal a version.

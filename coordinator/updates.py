@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from broker.errors import UsageError
-from broker.files import FORGET_BYTES, checksum, draft_version, forgetting, in_order, read_version, seal, sync
+from broker.files import FORGET_BYTES, checksum, draft_version, forgetting, in_order, read_version, sync
 from broker.messages import Update
 from broker.tensors import Layout
 from coordinator.claim import Claim
@@ -55,7 +55,7 @@ def keep(update: Update, data: memoryview, layout: Layout, *, run: Path, claim: 
             for above in (where.parent.parent, run):
                 sync(above)
         draft_version(where, layout, in_order(forgetting(pieces, data, len)), about, tag=claim.tag)
-        seal(where, tag=claim.tag, guard=claim.acting)
+        claim.seal(where)
     except OSError as problem:
         raise UsageError(
             f"{where} cannot be kept, all {len(data)} bytes of it ({problem.strerror}): make room or mend its "

@@ -125,8 +125,10 @@ def coordinator(
             raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
         connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
 
-        def begin(link: Link) -> Coroutine[None, None, None]:
-            return service.Coordinator(store, link, drains=drains, keys=keys).serve(forced=forced)
+        async def begin(link: Link) -> None:
+            # a large model takes its time: meanwhile signals are heard, and the broker hears of us
+            coordinating = await asyncio.to_thread(service.Coordinator, store, link, drains=drains, keys=keys)
+            await coordinating.serve(forced=forced)
 
         try:
             daemon.run(lambda stop: _serve(store, connect, stop, begin))

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import WireError
+from broker.files import Put
 from broker.formats import CHUNK_ITEMS, Format, Run, count_floats
 from broker.norms import SLACK, squares
 from broker.pieces import Piece, look, pieces
@@ -65,10 +66,6 @@ class Spread(Protocol):
 def alone(work: Callable[[_Item, int], _Made], items: Iterable[_Item]) -> list[_Made]:
     """One item after another: the `Spread` of whoever has but one thread."""
     return [work(item, 0) for item in items]
-
-
-Put = Callable[[int, memoryview], None]
-"""Takes a piece of the next version's bytes and where it begins; pieces come in any order, perhaps two at a time."""
 
 
 class Sums:
@@ -131,22 +128,8 @@ class Rule(NamedTuple):
     """
 
     init: Callable[..., Sums]
-    add: "Add"
-    finish: "Finish"
-
-
-class Add(Protocol):
-    """See `Rule`."""
-
-    def __call__(self, sums: Sums, examples: int, update: memoryview, *, spread: Spread = alone) -> None:
-        """See `Rule`."""
-
-
-class Finish(Protocol):
-    """See `Rule`."""
-
-    def __call__(self, sums: Sums, weights: memoryview, put: Put, *, spread: Spread = alone) -> None:
-        """See `Rule`."""
+    add: Callable[..., None]
+    finish: Callable[..., None]
 
 
 def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Spread = alone) -> None:
@@ -292,14 +275,15 @@ def _add_whole(limb: NDArray[np.int64], where: slice | NDArray[np.int64], x: NDA
         limb[where] += x.astype(np.int64)  # no index comes twice
 
 
-def _part(chunk: int) -> slice:
+def part_of(chunk: int) -> slice:
+    """A chunk's floats."""
     return slice(chunk * CHUNK_ITEMS, (chunk + 1) * CHUNK_ITEMS)
 
 
 def _make_room(sums: Sums, chunk: int, grows: float, *, seat: int) -> None:
     """See to it that the chunk's low limb can grow by so many ones."""
     if chunk not in sums.bounds:
-        sums.low[_part(chunk)] = 0
+        sums.low[part_of(chunk)] = 0
         sums.bounds[chunk] = 0.0
     if sums.bounds[chunk] + grows > LOW_REACH:
         _carry(sums, chunk, seat=seat)
@@ -308,7 +292,7 @@ def _make_room(sums: Sums, chunk: int, grows: float, *, seat: int) -> None:
 
 def _high(sums: Sums, chunk: int) -> NDArray[np.int64]:
     """The chunk's high limb, which counts from now on."""
-    high = sums.high[_part(chunk)]
+    high = sums.high[part_of(chunk)]
     if chunk not in sums.carried:
         high[:] = 0
         sums.carried.add(chunk)
@@ -317,7 +301,7 @@ def _high(sums: Sums, chunk: int) -> NDArray[np.int64]:
 
 def _carry(sums: Sums, chunk: int, *, seat: int) -> None:
     """Bring the chunk's low limb back within ±2^51, its whole part into the high one: one form for one sum."""
-    high, low = _high(sums, chunk), sums.low[_part(chunk)]
+    high, low = _high(sums, chunk), sums.low[part_of(chunk)]
     carry = sums.y[seat].view(np.int64)[: len(low)]
     np.add(low, 1 << (LOW_BITS - 1), out=carry)
     carry >>= LOW_BITS
@@ -353,13 +337,12 @@ def digest(sums: Sums) -> bytes:
     found = sha256()
     for chunk in sorted(sums.bounds):
         found.update(chunk.to_bytes(8, "big") + bytes([chunk in sums.carried]))
-        found.update(sums.low[_part(chunk)].data)
+        found.update(sums.low[part_of(chunk)].data)
         if chunk in sums.carried:
-            found.update(sums.high[_part(chunk)].data)
+            found.update(sums.high[part_of(chunk)].data)
     return found.digest()
 
 
 MEAN = Rule(Sums, add_weighted, finish_mean)
 """The mean weighted by examples."""
-
 RULES = {"mean": MEAN}

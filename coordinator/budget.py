@@ -18,18 +18,19 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from broker.accountant import SPENT, Released, epsilon, need, of_sum
 from broker.errors import UsageError, WireError
+from broker.files import read_record
 from broker.formats import count_floats
 from broker.messages import Attempt
 from broker.noise import KEY_BYTES
 from broker.tensors import Layout
 from coordinator.aggregation import Sums, digest
 from coordinator.opened import Open
-from coordinator.plan import ON_SUMS, Plan
+from coordinator.plan import Plan
 from coordinator.privacy import CLIP_START, Veil, key_of, next_clip, noise_on_sum, veil
-from coordinator.roster import Roster
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Budget:
     """
 
     def __init__(self, store: Store, version: int, *, model: Layout) -> None:
-        self._path, self._write = store.folder / FILE, store.write_secret
+        self._path, self._write = store.folder / FILE, partial(store.write, mode=0o600)
         self._plan = plan = store.plan
         self._kind = Released(plan.dp_noise, plan.rate, 1)
         if plan.noise:
@@ -154,63 +155,33 @@ class Budget:
 
     def _read(self, version: int) -> Spent:
         try:
-            found = Spent(**json.loads(self._path.read_bytes()))
-        except FileNotFoundError as problem:
-            if not version:
-                return Spent()
-            said = str(problem.strerror)
-        except (OSError, ValueError, TypeError) as problem:
-            said = str(problem)
-        else:
+            found = Spent(**read_record(self._path))
             if found.releases >= version <= found.round:
                 return found
-            said = "it is older than the latest version"
+            said = "it is older than the latest version, or gone"
+        except (OSError, ValueError, TypeError) as problem:
+            said = str(problem)
         raise UsageError(
             f"{self._path} does not tell what has been spent of this run's privacy ({said}): restore it; without it "
             "the run cannot go on."
         )
 
 
-class Purse:
-    """Whether there can be another round: what the run has left for noise on sums, and the workers for theirs.
+def last(budget: Budget | None, spent: Mapping[str, str], here: set[str], *, least: int) -> str:
+    """Why there can be no further round, which the log says, too; empty if there can.
 
-    Attributes:
+    Args:
         budget: the run's, where the plan asks for noise on sums.
+        spent: worker → why it refuses, of those whose own budgets are.
+        here: the trainers who are here.
+        least: so many are needed.
     """
-
-    def __init__(self, store: Store, version: int, *, model: Layout) -> None:
-        self._plan = store.plan
-        self.budget = Budget(store, version, model=model) if store.plan.dp in ON_SUMS else None
-        self._spenders: dict[str, str] = {}  # worker → why it refuses
-
-    def begin(self, number: int, sums: Sums) -> None:
-        """Nobody has been asked in the round yet, or it is taken up, with the clip that it had."""
-        if self.budget:
-            sums.clip = self.budget.clip(number)
-
-    def pay(self, sums: Sums, here: Open) -> None:
-        """As `Budget.cover`, where there is one."""
-        if self.budget:
-            self.budget.cover(sums, here)
-
-    def share(self, of: Attempt) -> None:
-        """As `Budget.spend`, where there is one."""
-        if self.budget:
-            self.budget.spend(of)
-
-    def note(self, refused: Mapping[str, str]) -> None:
-        """Those who have refused in a round, and why."""
-        self._spenders |= {worker: why for worker, why in refused.items() if why.startswith(SPENT)}
-
-    def refusal(self, roster: Roster) -> str:
-        """Why there can be none with those who are here, which the log says, too; empty if there can."""
-        why = self.budget.refusal() if self.budget else ""
-        others = set(roster.trainers(self._plan.workers)) - self._spenders.keys()
-        if self._spenders and len(others) < self._plan.least:
-            why = "; ".join(f"{worker}: {why}" for worker, why in sorted(self._spenders.items()))[:1000]
-        if why:
-            log.warning("there is no further round: %s", why)
-        return why
+    why = budget.refusal() if budget else ""
+    if spent and len(here - spent.keys()) < least:
+        why = "; ".join(f"{worker}: {why}" for worker, why in sorted(spent.items()))[:1000]
+    if why:
+        log.warning("there is no further round: %s", why)
+    return why
 
 
 FEW_WORKERS = 50

@@ -14,9 +14,11 @@ import fcntl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
+from broker import files
 from broker.errors import RunEnded, UsageError
-from broker.files import write_whole
+from broker.files import write_whole, written
 
 EPOCH, LOCK = "epoch", ".epoch.lock"
 
@@ -77,6 +79,45 @@ class Claim:
         with locked(self._folder):
             self.check()
             yield
+
+    @property
+    def tag(self) -> str:
+        """Drafts of two coordinators have different names."""
+        return f".{self.epoch}" if self.epoch else ""
+
+    @contextlib.contextmanager
+    def writing(self, path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator[IO[bytes]]:
+        """A new file, which is the one at `path` when all is written; `durable` and `mode` as in `files.write_whole`.
+
+        Raises:
+            OSError: the disk is full or not writable.
+            RunEnded: somebody has begun before.
+        """
+        with written(path, self.tag, mode=mode) as file:
+            yield file
+        self.seal(path, durable=durable)
+
+    def seal(self, path: Path, *, durable: bool = True) -> None:
+        """Let what was written beside `path` take its place; see `files.seal`.
+
+        Raises:
+            OSError: the disk is full or broken.
+            RunEnded: somebody has begun before.
+        """
+        try:
+            files.seal(path, durable=durable, tag=self.tag, guard=self.acting)
+        except OSError:
+            self.check()  # whoever has begun has removed what we had written
+            raise
+
+    def remove(self, path: Path) -> None:
+        """Let there be no such file.
+
+        Raises:
+            RunEnded: somebody has begun before.
+        """
+        with self.acting():
+            path.unlink(missing_ok=True)
 
     def _looks(self) -> tuple[int, int] | None:
         """What tells one epoch's file from another's: it is never written over, but replaced."""

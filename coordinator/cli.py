@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -50,7 +51,7 @@ Threshold = Annotated[
     typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 up to, not with, 1."),
 ]
 KeepUpdates = Annotated[
-    bool | None, typer.Option(help="Keep every counted update, so that versions can be made again.")
+    bool | None, typer.Option(help="Keep every counted update, to make versions again; nobody removes them but you.")
 ]
 Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
 Dp = Annotated[
@@ -125,8 +126,10 @@ def coordinator(
             raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
         connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
 
-        def begin(link: Link) -> Coroutine[None, None, None]:
-            return service.Coordinator(store, link, drains=drains, keys=keys).serve(forced=forced)
+        async def begin(link: Link) -> None:
+            # a large model takes its time: meanwhile signals are heard, and the broker hears of us
+            coordinating = await asyncio.to_thread(service.Coordinator, store, link, drains=drains, keys=keys)
+            await coordinating.serve(forced=forced)
 
         try:
             daemon.run(lambda stop: _serve(store, connect, stop, begin))
@@ -162,29 +165,29 @@ def status(
 ) -> None:
     """What has happened in a run, and what is happening; and how long an invitation holds, if there is one."""
     store = Store.open(run)
-    lines, (now, told) = store.history(), _present(store)
+    lines, (now, told), waits = store.history(), _present(store), standby.waiting(run)
     abandoned = history.last_abandoned(lines)
     points, kept = history.curve(lines), list(updates.sizes(run))
     if as_json:
         shown = [{"version": p.version, "scored": p.scored, "held_out": p.held_out} for p in points]
         found = {"run": store.plan.run, "version": store.latest(), "rounds": store.plan.rounds, "now": now}
         found |= {"contract": store.plan.contract, "learner_file": store.plan.learner_file}
-        found |= {"updates_bytes": sum(kept), "abandoned": abandoned, "standby": standby.waiting(run)}
-        json.dump({**found, "versions": shown, "history": lines}, sys.stdout)
-        sys.stdout.write("\n")
+        found |= {"updates_bytes": sum(kept), "abandoned": abandoned, "standby": waits}
+        strict = to_jsonable_python({**found, "versions": shown, "history": lines}, inf_nan_mode="null")
+        sys.stdout.write(f"{json.dumps(strict, allow_nan=False)}\n")
         return
     console = Console()
 
     def say(text: str) -> None:
-        console.print(legible(text), markup=False, highlight=False)
+        console.print(legible(text), markup=False, highlight=False, soft_wrap=True)
 
-    console.print(f"run [bold]{store.plan.run}[/], learner {escape(legible(store.plan.learner))}")
+    say(f"run {store.plan.run}, learner {store.plan.learner}")
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
     for said in [*_said_contract(store.plan), *_said_of(invite)]:
-        console.print(legible(said), markup=False, highlight=False, soft_wrap=True)
-    if waits := standby.waiting(run):
+        say(said)
+    if waits:
         say(f"standing by: process {waits['process']} on {waits['machine']}")
-    for said in [*told, *_said_last(abandoned), *history.spent(lines)]:
+    for said in [*told, *(f"  {_abandoned(line)}" for line in filter(None, [abandoned])), *history.spent(lines)]:
         say(said)
     if kept:
         say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
@@ -224,7 +227,7 @@ def _said_before(lines: list[history.Line]) -> Iterator[str]:
     for line in lines:
         of = f"round {line.get('round')}"
         if line.get("event") == "abandoned":
-            yield f"{of}, attempt {line.get('attempt')}, abandoned: {line.get('why')}"
+            yield _abandoned(line)
         for worker, reason in line.get("refused", {}).items():
             yield f"{of}: {worker} gave nothing: {reason}"
         for other in line.get("others", []):
@@ -263,9 +266,8 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
         yield f"  {worker} rests for {rest['rounds']} more rounds{asked}: {rest['why']}"
 
 
-def _said_last(last: history.Line | None) -> Iterator[str]:
-    if last:
-        yield f"  attempt {last.get('attempt')} at round {last.get('round')} was abandoned: {last.get('why')}"
+def _abandoned(line: history.Line) -> str:
+    return f"attempt {line.get('attempt')} at round {line.get('round')} was abandoned: {line.get('why')}"
 
 
 def verify(

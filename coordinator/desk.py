@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 
 from broker import topology
 from broker.errors import PartsLost, WireError
@@ -26,8 +26,9 @@ from coordinator.keeping import Keeping
 from coordinator.opened import Open
 from coordinator.post import Post
 from coordinator.rooms import Room, forgetting_put, read_lightly
-from coordinator.roster import WORKERS_MAX, Roster
+from coordinator.roster import Rests, Roster
 from coordinator.round import Round, Verdict, judge
+from coordinator.scores import Scores, let_oldest_go
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Desk:
     """Where everything that workers say arrives.
 
     Attributes:
-        roster: who is here.
+        roster, rests: who is here, and who is not asked for a while.
         open: the round in the making, if one is; the service sets it.
         rule: how updates are added up.
         sums: what the present turn has added up, in memory that all turns of all rounds use.
@@ -48,14 +49,14 @@ class Desk:
         uploads: what was accepted and is to be drained.
         spread: adds up and finishes, chunk by chunk.
         take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
-        final: worker → its score of the last version, once that has been asked for.
+        scores: what is said of versions but in the open round.
         changed: set whenever something was heard.
     """
 
     def __init__(self, store: Store, post: Post, layout: Layout, version: int, *, drains: int) -> None:
-        self.roster = Roster(store.plan.workers)
+        self.roster, self.rests = Roster(store.plan.workers), Rests()
         self.open: Open | None = None
-        self.final: dict[str, dict[str, float]] = {}
+        self.scores = Scores(store)
         self.take_secret: Callable[[Ready | Step], Awaitable[None]] | None = None
         self.add_secret: Callable[[Open, str, memoryview], None] | None = None
         self.changed = asyncio.Event()
@@ -76,10 +77,9 @@ class Desk:
         self._adding = asyncio.Lock()  # one update is added at a time
         self._receiving: dict[asyncio.Timeout, None] = {}  # in the order in which they began
         self._received = asyncio.Event()
-        self._between = Facts()  # what was heard while no round was open, for the next one's line
+        self.facts = Facts()  # for the line of the round that is open, or comes next
         self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
-        self._judged: dict[str, int] = {}  # evaluator → the last version of which its score was noted
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
         self._hearing = False
         self.keeping = Keeping(store, self.sums, self._adding)
@@ -91,7 +91,8 @@ class Desk:
 
     def made(self, done: Round) -> None:
         """The round has made its version, which is not safe yet, and is open no longer."""
-        self.open, self.version, self.unsafe = None, done.of.round, done
+        self.open, self.version, self.unsafe, self.facts = None, done.of.round, done, Facts()
+        self.scores.made()
 
     def safe(self, done: Round) -> None:
         """The version that the round made is on the disk."""
@@ -99,24 +100,26 @@ class Desk:
         self._made.append((done.of, frozenset(done.counted)))
         self.keeping.made(done.of)
 
-    def remember(self, lines: Iterable[history.Line]) -> history.Line | None:
-        """Whose updates were counted before this coordinator came up; the last round's line."""
-        last: history.Line | None = None
-        known = {"version", "round", "attempt", "cohort", "counted", "why"}
-        for line in lines:
-            if line.get("event") == "round" and known <= line.keys() and line["version"] <= self.version:
-                last = line
-                of = Attempt(self.plan.run, line["round"], line["attempt"])
-                self._made.append((of, frozenset(line["counted"])))
-        return last
+    def remember(self, lines: Sequence[history.Line]) -> history.Line | None:
+        """Whose updates were counted before this coordinator came up, and who has failed; the last round's line."""
+        self.rests.remember(lines)
+        told = [line for number, line in sorted(history.rounds(lines).items()) if number <= self.version]
+        for line in told:
+            of = Attempt(self.plan.run, line["round"], line["attempt"])
+            self._made.append((of, frozenset(line["counted"])))
+        return told[-1] if told else None
+
+    def rest(self, here: Open) -> None:
+        """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
+        for worker, rest in self.rests.note(here.round.fared, here.facts.struck).items():
+            log.warning("%s keeps failing and rests for %d rounds: %s", worker, rest.rounds, rest.why)
+            here.facts.rested[worker] = {"rounds": rest.rounds, "why": rest.why}
+        self.rests.excuse(here.round.declined)
 
     async def begin_turn(self) -> None:
         """Add up anew; what was being added for a turn that is over comes to its end first, and is void."""
         async with self._adding:
             self.sums.clear()
-        if self.open:
-            self.open.facts.follow(self._between)
-            self._between = Facts()
         self.keeping.begin_turn()
 
     async def end_turn(self) -> None:
@@ -129,6 +132,12 @@ class Desk:
             await self._received.wait()
         async with self._adding:
             pass
+
+    async def drop_uploads(self, here: Open) -> None:
+        """Leave nothing of a round that is over in the queues of those who will upload for the next one."""
+        await self.end_turn()  # it may have been given up in the midst of one
+        for worker in sorted(here.untidy | (set(here.round.cohort) - set(here.round.counted))):
+            await self.post.drop_upload(worker)
 
     def _add(self, update: Update, data: memoryview) -> None:
         if self.plan.keep_updates:
@@ -162,7 +171,7 @@ class Desk:
         elif isinstance(message, Goodbye) and self.roster.leave(message.worker):
             log.info("%s left: %s", message.worker, message.reason)
             if self.open:
-                self.open.round.leave(message.worker, f"it left: {message.reason}")
+                self.open.round.leave(message.worker, f"it left: {message.reason[: history.REASON_MAX]}")
         await delivery.ack()
         self.changed.set()
 
@@ -207,8 +216,7 @@ class Desk:
                     if message.worker in self.open.round.cohort:
                         self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
-                    while len(self._holds) > WORKERS_MAX:  # of names that come and go there may be more than are here
-                        del self._holds[next(iter(self._holds))]
+                    let_oldest_go(self._holds)
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
                 return
@@ -226,6 +234,8 @@ class Desk:
         else:
             most = self.plan.counts_most
             verdict, reason = judge(update, here.round if here else None, self.payload_layout, examples_max=most)
+            if verdict is Verdict.ACCEPTED and (said := history.overlong(update.metrics)):
+                verdict, reason = Verdict.INVALID, said
             if self.take_secret and verdict is Verdict.ACCEPTED:
                 verdict, reason = Verdict.INVALID, "updates of this run are only added up in secret"
             if here and verdict is Verdict.ACCEPTED and not here.is_of_this_turn(update):
@@ -248,10 +258,9 @@ class Desk:
         return any(of == made and worker in who for made, who in self._made)
 
     def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
-        facts = self.open.facts if self.open else self._between
-        facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
+        self.facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
         if lie:
-            facts.strike(worker, reason)
+            self.facts.strike(worker, reason)
 
     def _blame(self, delivery: Delivery, reason: str) -> None:
         """See `Post.blame`. A routing key is anybody's to choose: only whom the broker vouches for is struck."""
@@ -277,24 +286,32 @@ class Desk:
             await self.post.drop_upload(worker)
 
     def _score(self, score: Score) -> None:
-        worker, here = score.worker, self.open
+        worker, here, metrics = score.worker, self.open, score.metrics
+        if said := history.overlong(metrics):
+            log.warning("%s: the score of %s is not kept: %s", score.of, worker, said)
+            self._note_other(worker, "invalid", said, lie=False)
+            metrics = {}
         if here and score.of == here.round.of and worker in here.round.cohort:
-            here.facts.scored[worker] = score.metrics
-        elif score.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(worker):
-            self.final[worker] = score.metrics
-        elif worker in self.roster.evaluators() and self._judged.get(worker, -1) < score.version <= self.version:
-            self._judged[worker] = score.version  # once each: a flood must not fill the disk
-            self.store.note(history.score_line(score.version, worker, score.metrics, at=time.time()))
+            here.facts.scored[worker] = metrics
+        elif self._is_final(score.of):
+            if worker in self.scores.final:
+                self.scores.final[worker] = metrics
+        elif score.version <= self.version and worker in self.roster.evaluators():
+            self.scores.take(worker, score.version, metrics)
+
+    def _is_final(self, of: Attempt) -> bool:
+        return of == Attempt(self.plan.run, self.version, 0)
 
     def _refused(self, refusal: Refusal) -> None:
-        log.warning("%s: %s refused: %s", refusal.of, refusal.worker, refusal.reason)
+        worker, reason = refusal.worker, refusal.reason[: history.REASON_MAX]
+        log.warning("%s: %s refused: %s", refusal.of, worker, reason)
         if self.open and refusal.of == self.open.round.of:
             withdraw = self.open.round.decline if refusal.declined else self.open.round.withdraw
-            withdraw(refusal.worker, refusal.reason)
-            if self.open.secret and refusal.worker in self.open.round.cohort:
-                self.open.secret.gone.setdefault(refusal.worker, refusal.reason)
-        elif refusal.of == Attempt(self.plan.run, self.version, 0) and self.roster.has(refusal.worker):
-            self.final.setdefault(refusal.worker, {})
+            withdraw(worker, reason)
+            if self.open.secret and worker in self.open.round.cohort:
+                self.open.secret.gone.setdefault(worker, reason)
+        elif self._is_final(refusal.of) and worker in self.scores.final:
+            self.scores.final[worker] = self.scores.final[worker] or {}
 
     async def drain_uploads(self) -> None:
         """Drain accepted updates, as many at once as there are rooms; while one is added, others are on their way."""
@@ -361,7 +378,7 @@ class Desk:
             await self._turn_down(update, Verdict.INVALID, str(problem), lost=isinstance(problem, PartsLost))
         self.changed.set()
 
-    def listen(self, hearing: bool) -> None:
+    async def listen(self, hearing: bool) -> None:
         """We begin or cease to hear hellos. While the broker is away nobody can be heard, so no lease ends."""
         self._hearing = hearing
         self.roster.renew(time.monotonic())

@@ -25,16 +25,15 @@ class Hands:
         """See `aggregation.Spread`."""
         drawn, made = enumerate(items), dict[int, _Made]()
         turn, failed = Lock(), list[BaseException]()
-        nothing = object()
 
         def help_out(seat: int) -> None:
             try:
                 while not failed:
                     with turn:
-                        place, item = next(drawn, (0, nothing))
-                    if item is nothing:
+                        found = next(drawn, None)
+                    if found is None:
                         return
-                    made[place] = work(item, seat)  # type: ignore[arg-type]  # nothing is no item, and was sorted out
+                    made[found[0]] = work(found[1], seat)
             except BaseException as problem:  # noqa: BLE001 - it is raised where the work was asked for
                 failed.append(problem)
 

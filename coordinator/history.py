@@ -5,8 +5,9 @@ Pure. Knows the names in `history.jsonl`; does not know files or the wire. There
 a version), `final` (the last version, scored by everyone).
 """
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -18,6 +19,10 @@ from coordinator.round import Round
 
 Metrics = Mapping[str, float]
 Line = dict[str, Any]
+REPORT_BYTES_MAX = 32 * 1024
+"""So much of the history may what one worker reports of one task take: as much as 512 metrics with names of 40."""
+REASON_MAX = 1000
+"""Characters of a reason that are kept."""
 _Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
 _Numbers, _Reasons = dict[str, float], dict[str, str]
 _STRICT = ConfigDict(strict=True)
@@ -32,7 +37,7 @@ _KINDS: dict[str, Any] = {
     "metrics": _Numbers, "scored": _Numbers,
     "others": list[_OTHER], "struck": dict[str, _STRUCK], "rested": dict[str, _RESTED],
     "worker": str, "seconds": float, "bytes_down": float, "bytes_up": float,
-    "privacy": dict[str, float],
+    "privacy": dict[str, float], "weights": str, "start": str, "updates": _Reasons,
 }  # fmt: skip
 _FIELDS: dict[str, Any] = {name: (kind, None) for name, kind in _KINDS.items()}
 _LINE = create_model("_LINE", __config__=_STRICT, **_FIELDS)
@@ -72,12 +77,6 @@ class Facts:
         """A worker has sent what is not merely late or lost, but a lie."""
         self.struck[worker] = {"times": self.struck.get(worker, {"times": 0})["times"] + 1, "why": why}
 
-    def follow(self, before: "Facts") -> None:
-        """What was noted before the round began is told with it."""
-        self.others += before.others
-        self.struck |= before.struck
-        self._noted |= before._noted  # noqa: SLF001 - of the same class
-
 
 def is_line(found: object) -> bool:
     """Whether what stands in a file that anybody may have written has, where it is a line's, a line's types."""
@@ -86,6 +85,18 @@ def is_line(found: object) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def size_of(said: Mapping[str, Any]) -> int:
+    """How many bytes of the history it takes."""
+    return len(json.dumps(said))
+
+
+def overlong(metrics: Metrics) -> str:
+    """Why a worker's metrics are not kept; empty if they are."""
+    size = size_of(metrics)
+    said = f"its {len(metrics)} metrics would take {size} bytes of the history, over the limit of {REPORT_BYTES_MAX}"
+    return f"{said}: report fewer, or under shorter names" if size > REPORT_BYTES_MAX else ""
 
 
 def mean_metrics(weighted: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
@@ -156,24 +167,16 @@ def rounds(lines: Iterable[Line]) -> dict[int, Line]:
 
 
 def _tells_its_round(line: Line) -> bool:
-    """Whether a line that anybody may have written has what is needed to make the version again, in sane types."""
-    kinds = {"version": int, "attempt": int, "cohort": list, "counted": dict, "weights": str}
-    if not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
-        return False
-    return isinstance(line.get("updates", {}), dict) and all(
-        NAME.fullmatch(worker) and worker in line["cohort"] and isinstance(told, dict) and "examples" in told
+    """Whether a line that anybody may have written (`is_line`) has what is needed to make the version again."""
+    return {"version", "round", "attempt", "cohort", "counted", "weights"} <= line.keys() and all(
+        NAME.fullmatch(worker) and worker in line["cohort"] and "examples" in told
         for worker, told in line["counted"].items()
     )
 
 
-def checksum_of(lines: Sequence[Line], version: int) -> str | None:
-    """The checksum that the history has of a version's bytes; None if it has none."""
-    for line in reversed(lines):
-        if line.get("event") == "round" and line.get("version") in (version, version + 1):
-            said = line.get("weights" if line["version"] == version else "start")
-            if isinstance(said, str):
-                return said
-    return None
+def checksum_of(made: Mapping[int, Line], version: int) -> str | None:
+    """The checksum that `rounds` have of a version's bytes; None if they have none."""
+    return made[version]["weights"] if version in made else made.get(version + 1, {}).get("start")
 
 
 def score_line(version: int, worker: str, metrics: Metrics, *, at: float) -> Line:
@@ -211,13 +214,8 @@ def spent(lines: Iterable[Line]) -> Iterator[str]:
 
 def last_abandoned(lines: Iterable[Line]) -> Line | None:
     """The last try at a version that was given up, unless that version has been made since."""
-    last = None
-    for line in lines:
-        if line.get("event") == "abandoned":
-            last = line
-        elif line.get("event") == "round":
-            last = None
-    return last
+    ends = [line for line in lines if line.get("event") in ("round", "abandoned")]
+    return ends[-1] if ends and ends[-1]["event"] == "abandoned" else None
 
 
 @dataclass(frozen=True, slots=True)

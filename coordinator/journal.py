@@ -94,7 +94,7 @@ class Journal:
     def made(self, line: dict[str, Any]) -> None:
         """The try at the line's round has made its version; `flush` before that is safe, or begin the next one."""
         self._void_after(line["round"])
-        self._change(line["round"], line=line)
+        self._change(line["round"], at_once=False, line=line)
 
     def next_sum(self, number: int) -> tuple[int, bool]:
         """Another secure sum begins in a try at a round: its serial, unless the one before it was released."""
@@ -102,19 +102,16 @@ class Journal:
         assert found
         if not found.released:
             self._change(number, serial=found.serial + 1)
-            self._save()
             return found.serial + 1, False
         return found.serial, True
 
     def release(self, number: int) -> None:
         """From now on something may be revealed in the present secure sum of a round."""
         self._change(number, released=True)
-        self._save()
 
     def abandon(self, number: int) -> None:
         """The try at a round is over without a version."""
         self._change(number, cohort=())
-        self.flush()
 
     def flush(self) -> None:
         """See to it that all this is on the disk."""
@@ -132,9 +129,11 @@ class Journal:
         """A round's version is still to come: tries at later rounds were asked for one that never came to be."""
         self.tries = [replace(each, cohort=(), line=None) if each.round > number else each for each in self.tries]
 
-    def _change(self, number: int, **changes: Any) -> None:
+    def _change(self, number: int, *, at_once: bool = True, **changes: Any) -> None:
         self.tries = [replace(each, **changes) if each.round == number else each for each in self.tries]
         self._written = False
+        if at_once:
+            self._save()
 
     def _save(self) -> None:
         tries = [asdict(each) for each in self.tries]

@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from coordinator.desk import Desk
-from coordinator.roster import Rests
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -21,10 +20,9 @@ NOW_S = 0.2
 class Now:
     """The present of one run."""
 
-    def __init__(self, store: Store, desk: Desk, rests: Rests) -> None:
+    def __init__(self, store: Store, desk: Desk) -> None:
         self._store = store
         self._desk = desk
-        self._rests = rests
         self._said = "", ""  # phase and why
         self._written: dict[str, Any] = {}
         self._writing: asyncio.TimerHandle | None = None
@@ -54,6 +52,6 @@ class Now:
         now = {
             "phase": phase, "why": why, "version": self._desk.version, "rounds": self._store.plan.rounds,
             "here": [*roster.trainers(), *roster.evaluators()],
-            "resting": {w: {"rounds": rest.rounds, "why": rest.why} for w, rest in self._rests.present.items()},
+            "resting": {w: {"rounds": rest.rounds, "why": rest.why} for w, rest in self._desk.rests.present.items()},
         }  # fmt: skip
         return now | here.round.picture if here else now

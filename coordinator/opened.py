@@ -7,10 +7,9 @@ Knows the plan, names and records. Does not know when a turn begins or ends (`se
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from broker.link import Delivery
-from broker.messages import Attempt, Call, Payload, Ready, Step, Task, Update
+from broker.messages import Attempt, Call, Ready, Step, Update
 from broker.ring import Form
 from coordinator.history import Facts
 from coordinator.plan import Plan
@@ -61,8 +60,8 @@ class Open:
     round: Round
     weights: memoryview
     check: str  # the checksum of these weights
+    facts: Facts
     turn: int = 0
-    facts: Facts = field(default_factory=Facts)
     sent_to: dict[str, str] = field(default_factory=dict)  # worker → the incarnation that was sent the task
     returned: set[str] = field(default_factory=set)  # owe an update, and have lost what they were sent
     held: list[Delivery] = field(default_factory=list)  # accepted updates, acknowledged when the version is safe
@@ -108,15 +107,6 @@ def releases(here: Open, updates: int, *, veiled: bool) -> bool:
     """
     outcome = here.round.outcome
     return outcome is not None and outcome[0] is Phase.CLOSED if veiled else updates > 0 or not here.round.quorum
-
-
-def task_of(plan: Plan, of: Attempt, payload: Payload, *, work: Literal["train", "evaluate"], version: int) -> Task:
-    """What workers are sent in front of a version, but for who speaks, and whose keys count."""
-    return Task(
-        of, work, version, plan.round_s, plan.seed, dict(plan.settings), payload,
-        format=plan.format, keep=plan.kept, examples_max=plan.counts_most, noise=plan.noise,
-        contract=plan.contract, learner_file=plan.learner_file,
-    )  # fmt: skip
 
 
 def named(of: Attempt, turn: int, check: str) -> str:

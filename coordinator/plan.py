@@ -240,12 +240,6 @@ class Plan:
         return Noise(cast(Any, of), self.dp_noise, clip, self.dp_delta, self.dp_budget, least)
 
     @property
-    def reach(self) -> float:
-        """How far one worker can move the model in a round, as above; infinite without a clip."""
-        others = self.least - 1 if self.schedule == "parallel" else 0
-        return self.clip * self.counts_most / (self.counts_most + others) if self.clip else math.inf
-
-    @property
     def kept(self) -> float:
         """`keep` in force: as given, or 0.01."""
         return KEEP if self.keep is None else self.keep

@@ -6,14 +6,15 @@ Knows queues, parts and reconnecting. Does not know rounds' rules: every decisio
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from broker import topology
-from broker.errors import BrokerRefused, LinkError, PartsLost, Unroutable, WireError
+from broker.errors import BrokerRefused, LinkError, PartsLost, QueueInUse, Unroutable, UsageError, WireError
 from broker.files import forget, forgetting
 from broker.link import Delivery, Lane, Link, Outgoing, batches, publish_parts, read
-from broker.messages import Answer, Call, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
+from broker.messages import Answer, Attempt, Call, Closed, Goodbye, Message, Part, Resumed, Task, Update, encode
 from broker.parts import Assembly, split
 
 log = logging.getLogger(__name__)
@@ -31,11 +32,14 @@ INBOX_PREFETCH, INBOX_SPARE = 2048, 64
 however large each of them is, all that may be here at a time must find room in memory."""
 HELLO_PREFETCH = 64
 RETRY_S = 0.2
+RIVAL_S = 100.0
+"""So long the connection of a coordinator that is gone may linger, and hold the run's queues."""
 RESTORE_S = 2.0
 """So long at least between two looks at one worker's queues, however often it says that they are gone."""
 DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
+Heard = Callable[[bool], Awaitable[None]]
 
 
 class Post:
@@ -62,41 +66,53 @@ class Post:
         await self.link.delete(topology.hello_queue(self.run))
         await self.link.delete(topology.inbox_queue(self.run))
 
-    async def hear_hellos(self, take: Take, listen: Callable[[bool], None]) -> None:
-        """Give every sign of life to `take`, for ever; `listen` is told when we begin and cease to hear them."""
-        await self._listen(topology.hello_queue(self.run), take, prefetch=HELLO_PREFETCH, listen=listen)
+    async def _alone(self, stack: AsyncExitStack, queue: str, *, prefetch: int) -> AsyncIterator[Delivery]:
+        """The deliveries of a queue whose only consumer we are; for who was it before there is time to go.
 
-    async def read_inbox(self, take: Take, again: Callable[[], Awaitable[None]], *, asks: int) -> None:
+        Two coordinators with a folder each, of which one is a copy, would take each other's messages.
+
+        Raises:
+            UsageError: another coordinator stays.
+        """
+        now = asyncio.get_running_loop().time
+        until = 0.0
+        while True:
+            try:
+                return await stack.enter_async_context(self.link.consume(queue, prefetch=prefetch, alone=True))
+            except QueueInUse:
+                if not until:
+                    log.warning("another coordinator of the run %s is connected, or was a moment ago", self.run)
+                    until = now() + RIVAL_S
+                elif now() >= until:
+                    raise UsageError(
+                        f"another coordinator of the run {self.run} is at work on this broker, in another folder: "
+                        "end one of them; a copy of a run needs a broker or virtual host of its own."
+                    ) from None
+                await asyncio.sleep(RETRY_S)
+
+    async def hear_hellos(self, take: Take, heard: Heard) -> None:
+        """Give every sign of life to `take`, for ever; `heard` is told when we begin and cease to hear them."""
+        await self._listen(topology.hello_queue(self.run), take, heard, prefetch=HELLO_PREFETCH)
+
+    async def read_inbox(self, take: Take, heard: Heard, *, asks: int) -> None:
         """Give everything that workers say to this run to `take`, for ever. `take` acknowledges.
 
         Of two rounds, which ask so many workers each, updates may be unacknowledged at the same time.
-        `again` is called when we had ceased to listen: should the inbox have been deleted, what lay in it is lost.
         """
         prefetch = min(2 * asks + INBOX_SPARE, INBOX_PREFETCH)
-        await self._listen(topology.inbox_queue(self.run), take, prefetch=prefetch, again=again)
+        await self._listen(topology.inbox_queue(self.run), take, heard, prefetch=prefetch)
 
-    async def _listen(
-        self,
-        queue: str,
-        take: Take,
-        *,
-        prefetch: int,
-        listen: Callable[[bool], None] = lambda _: None,
-        again: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        lost = False
+    async def _listen(self, queue: str, take: Take, heard: Heard, *, prefetch: int) -> None:
         while True:
             try:
-                async with self.link.consume(queue, prefetch=prefetch) as deliveries:
-                    listen(True)
-                    if lost and again:
-                        await again()
+                async with AsyncExitStack() as stack:
+                    deliveries = await self._alone(stack, queue, prefetch=prefetch)
+                    await heard(True)
                     async for delivery in deliveries:
                         await self._open(delivery, take)
             except LinkError as problem:
                 log.debug("%s: %s", queue, problem)
-                listen(False)
-                lost = True
+                await heard(False)
                 await asyncio.sleep(RETRY_S)
                 await self.declare()
 
@@ -180,6 +196,15 @@ class Post:
                 await self.link.publish(Outgoing(topology.CONTROL, batch, body, persistent=lasting))
             except LinkError as problem:
                 log.debug("could not tell %d workers: %s", len(batch), problem)
+
+    async def resume(self, workers: Iterable[str]) -> None:
+        """Let these workers say again what they have for this run and was not answered."""
+        await self.tell(workers, Resumed(self.run, self.epoch))
+
+    async def tell_all(self, of: Attempt, cohort: Iterable[str], counted: Collection[str], why: str) -> None:
+        """Tell everyone who was asked what has become of a round that has made a version."""
+        await self.tell(counted, Answer(of, "accepted", f"counted in version {of.round}"))
+        await self.tell([w for w in cohort if w not in counted], Closed(of, f"it is closed: {why}"))
 
     async def drop_upload(self, worker: str) -> None:
         """Throw away what a worker has uploaded and nobody will drain."""

@@ -95,7 +95,7 @@ def _made(store: Store, line: dict[str, Any], sums: Sums, at: tuple[memoryview, 
 
 def _differences(store: Store, version: int, layout: Layout, made: memoryview) -> Iterator[str]:
     """In what the version that lies in the run differs from the one that was made again, tensor by tensor."""
-    noted, path = history.checksum_of(store.history(), version), store.path(version)
+    noted, path = history.checksum_of(history.rounds(store.history()), version), store.path(version)
     as_noted = noted == checksum(made)
     try:
         theirs, weights, _ = read_version(path)

@@ -158,11 +158,9 @@ class Rests:
     def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take up what a run's history says of how its workers have fared."""
         for line in lines:
-            counted, failed = line.get("counted"), line.get("failed")
-            if isinstance(counted, dict) and isinstance(failed, dict):
-                struck = line.get("struck")
-                self.note({**dict.fromkeys(counted, ""), **failed}, struck if isinstance(struck, dict) else _NOBODY)
-                self.excuse(line.get("declined") or {})
+            if {"counted", "failed"} <= line.keys():
+                self.note({**dict.fromkeys(line["counted"], ""), **line["failed"]}, line.get("struck", _NOBODY))
+                self.excuse(line.get("declined", {}))
 
     @property
     def present(self) -> dict[str, Rest]:

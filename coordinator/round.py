@@ -25,6 +25,8 @@ from broker.tensors import Layout
 
 DRAIN_S_MIN = 60.0
 """How long what was accepted before the deadline may be received after it, if `turn_s` is less."""
+WHY_MAX = 4000
+"""Characters of why a round was abandoned: there may be thousands who have refused."""
 REISSUES_MAX = 32
 """So often a worker may lose its task in one turn and be sent it again."""
 
@@ -76,7 +78,6 @@ class Round:
         self._turns = [tuple(turn) for turn in turns]
         self._turn_s = turn_s
         self._asked: tuple[str, ...] = ()
-        self._closed_turns: set[str] = set()
         self._arriving: set[str] = set()
         self._lost: set[str] = set()
         self._left: set[str] = set()
@@ -94,7 +95,6 @@ class Round:
 
     def begin_turn(self, now: float, *, turn_s: float | None = None) -> tuple[str, ...]:
         """Go on to the next turn, which has `turn_s`, or as long as any; who is to be asked."""
-        self._closed_turns.update(self._asked)
         self._asked = self._turns.pop(0)
         self.deadline_at = now + (self._turn_s if turn_s is None else turn_s)
         self.ends_at = self.deadline_at + max(self._turn_s, DRAIN_S_MIN)
@@ -137,10 +137,12 @@ class Round:
         if worker in self.refused:
             return Verdict.LATE, f"{worker} is out of {self.of}: {self.refused[worker]}"
         if worker not in self._asked:
-            over = worker in self._closed_turns
-            return Verdict.LATE, f"the turn of {worker} in {self.of} {'is over' if over else 'has not come'}"
+            comes = any(worker in turn for turn in self._turns)
+            return Verdict.LATE, f"the turn of {worker} in {self.of} {'has not come' if comes else 'is over'}"
         if self.full:
             return Verdict.LATE, f"the target of {self.of} is reached: {self.target} updates are counted"
+        if self.outcome:
+            return Verdict.LATE, f"{self.of} is being summed up"
         return Verdict.ACCEPTED, "in time"
 
     def accept(self, worker: str) -> None:
@@ -294,7 +296,7 @@ class Round:
         if len(self.counted) >= self.quorum:
             return Phase.CLOSED, f"{tally}: {why}" if self.full and self.outstanding else tally
         refusals = "".join(f"; {worker}: {reason}" for worker, reason in self.refused.items())
-        return Phase.ABANDONED, f"{tally}: {why}{refusals}"
+        return Phase.ABANDONED, f"{tally}: {why}{refusals}"[:WHY_MAX]
 
 
 def judge(
@@ -315,6 +317,4 @@ def judge(
             Verdict.INVALID,
             f"it counts {update.examples} examples, and the plan allows {examples_max} (examples_max)",
         )
-    if now_open.outcome:
-        return Verdict.LATE, f"{now_open.of} is being summed up"
     return verdict, reason

@@ -242,8 +242,6 @@ class Secrecy:
         """
         worker, round_ = ready.worker, here.round
         verdict, reason = round_.judge(ready.of, worker)
-        if verdict is Verdict.ACCEPTED and round_.outcome:
-            verdict, reason = Verdict.LATE, f"{round_.of} is being summed up"
         if verdict not in (Verdict.ACCEPTED, Verdict.DUPLICATE):
             await self._desk.post.tell([worker], Answer(ready.of, verdict.value, reason))
         elif secret.ready.get(worker) != ready:

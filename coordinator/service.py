@@ -8,36 +8,38 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
+from broker.accountant import SPENT
 from broker.changes import encode_change
 from broker.errors import Aborted, LinkError, Unroutable, WireError
 from broker.files import checksum, forget
 from broker.formats import FORMATS
 from broker.link import Link, first_of
-from broker.messages import Answer, Attempt, Closed, Payload, Resumed, Task
+from broker.messages import Attempt, Closed, Payload, Task
 from broker.pinned import Roster as Keys
 from coordinator import history
 from coordinator import plan as plans
-from coordinator.budget import Purse
+from coordinator.budget import Budget, last
 from coordinator.desk import Desk
+from coordinator.history import Facts
 from coordinator.now import Now
-from coordinator.opened import Open, asked, begun, named, releases, task_of
+from coordinator.opened import Open, asked, begun, named, releases
 from coordinator.post import Post
-from coordinator.roster import Rests, may_begin
+from coordinator.roster import may_begin
 from coordinator.round import Phase
 from coordinator.secrecy import Secrecy
-from coordinator.standby import beats
 from coordinator.store import Store
 
 log = logging.getLogger(__name__)
 
 BACKOFF_S_MAX = 30.0
 FINAL_S_MAX = 120.0
+HOLD_S = 2.0
 TICK_S_MAX = 3600.0
 LEFT_S_MIN = 60.0
 """How long a round that is taken up waits at least, if its plan would: its workers may have been cut off, too."""
@@ -60,49 +62,51 @@ class Coordinator:
         self.change: memoryview | None = None  # from the version before, as the plan wants it sent
         self.desk = Desk(store, self.post, self.layout, version, drains=drains)
         self.roster = self.desk.roster
-        self.rests = Rests()
-        lines = store.history()
-        self._former = self.desk.remember(lines)
-        self.rests.remember(lines)
-        self._purse, self._ends = Purse(store, version, model=self.layout), ""  # why, before its rounds are done
-        secure, keys, pay = self.plan.privacy == "secure", keys or Keys({}, 0), self._purse.share
-        self._secrecy = Secrecy(store, self.desk, keys=keys, wait=self._wait, pay=pay) if secure else None
+        self._former = self.desk.remember(store.history())
+        self._budget = Budget(store, version, model=self.layout) if self.plan.dp in plans.ON_SUMS else None
+        self._spent, self._ends = (
+            dict[str, str](),
+            "",
+        )  # whose own budgets are; why the run ends early
+        pay = self._budget.spend if self._budget else lambda _: None
+        self._secrecy: Secrecy | None = None
+        if self.plan.privacy == "secure":
+            self._secrecy = Secrecy(store, self.desk, keys=keys or Keys({}, 0), wait=self._wait, pay=pay)
         self._group = asyncio.TaskGroup()
         self._sealing: asyncio.Task[None] | None = None
-        self._say = Now(store, self.desk, self.rests).say
+        self._alone, self._ready = asyncio.Event(), asyncio.Event()  # nobody else reads the inbox; we may
+        self._say = Now(store, self.desk).say
 
     async def serve(self, *, forced: bool = False) -> None:
         """Make the versions that the plan still asks for.
 
         Args:
-            forced: the coordinator before this one may be there still, and hold what was sent to the run's queues.
-                They are made anew, and everyone who was asked is asked to say again what they have.
+            forced: the one before may be there still, and hold what was sent to the run's queues: they are made anew.
 
         Raises:
-            UsageError: the run's folder cannot be written, or the broker refuses.
+            UsageError: the run's folder cannot be written, the broker refuses, or a copy of the run is at work there.
             RunEnded: another coordinator has taken over.
         """
         if forced:
             await self.post.retire()
         await self.post.declare()
-        await self._tell_former()  # the coordinator before this one may have died before it could
-        if self.desk.version >= self.plan.rounds:
-            log.info("all %d rounds of %s are done; raise --rounds to go on", self.plan.rounds, self.store.folder)
-            await self.post.retire()
-            return
-        taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be counted again
         try:
             async with self._group as group:
-                ears = [
-                    group.create_task(self.post.hear_hellos(self.desk.hear, self.desk.listen)),
-                    group.create_task(self.post.read_inbox(self.desk.read, self._ask_again, asks=self.plan.asks)),
-                    group.create_task(self.desk.drain_uploads()),
-                    group.create_task(self.desk.keeping.keep(lambda: self.desk.open)),
-                    group.create_task(beats(self.store.claim, self.store.folder)),
-                ]
-                await self._make_versions(taken_up)
-                await self._sealed()
-                await self._score_last()
+                post, desk = self.post, self.desk
+                inbox = post.read_inbox(desk.read, self._attend, asks=self.plan.asks)
+                ears = [group.create_task(each) for each in (self._hold(), inbox)]
+                await self._alone.wait()
+                await self._tell_former()  # the coordinator before this one may have died before it could
+                if desk.version >= self.plan.rounds:
+                    log.info("all %d rounds are done; raise --rounds to go on", self.plan.rounds)
+                else:
+                    taken_up = await self._taken_up()  # before anybody is heard: who was counted must not be again
+                    self._ready.set()
+                    hellos, sums = post.hear_hellos(desk.hear, desk.listen), desk.keeping.keep(lambda: desk.open)
+                    ears += [group.create_task(each) for each in (hellos, desk.drain_uploads(), sums)]
+                    await self._make_versions(taken_up)
+                    await self._sealed()
+                    await self._score_last()
                 for ear in ears:
                     ear.cancel()
         except* Exception as several:  # noqa: BLE001 - whichever part failed first is the reason
@@ -110,6 +114,20 @@ class Coordinator:
         self.store.claim.check()
         await self.post.retire()
         self._say("done", self._ends or f"version {self.desk.version} is made")
+
+    async def _attend(self, hearing: bool) -> None:
+        """The inbox is ours alone, or is not any more; what lay in one that was deleted must be said again."""
+        if hearing and not self._alone.is_set():
+            self._alone.set()
+            await self._ready.wait()
+        elif hearing and self.desk.open:
+            await self.post.resume(self.desk.open.round.cohort)
+
+    async def _hold(self) -> None:
+        """End us when another coordinator has taken over, also where nobody says anything."""
+        while True:
+            self.store.claim.check()
+            await asyncio.sleep(HOLD_S)
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
@@ -119,7 +137,7 @@ class Coordinator:
         while self.desk.version < self.plan.rounds:
             if taken_up:
                 here, taken_up = taken_up, None
-            elif self.plan.dp != "none" and (ends := await asyncio.to_thread(self._purse.refusal, self.roster)):
+            elif self.plan.dp != "none" and (ends := await self._last()):
                 self._ends = f"version {self.desk.version} is the last: {ends}"
                 return
             else:
@@ -127,11 +145,15 @@ class Coordinator:
             if await self._try_round(here):
                 failures = 0
                 continue
-            self._purse.note(here.round.refused)
+            self._spent |= {worker: why for worker, why in here.round.refused.items() if why.startswith(SPENT)}
             failures += 1
             pause_s = min(2.0 ** (failures - 1), BACKOFF_S_MAX)
             self._say("waiting", f"round {self.desk.version + 1} is tried again in {pause_s:.0f} s")
             await asyncio.sleep(pause_s)
+
+    async def _last(self) -> str:
+        here = {*self.roster.trainers(self.plan.workers)}  # now: the roster is not the thread's to look at
+        return await asyncio.to_thread(last, self._budget, self._spent, here, least=self.plan.least)
 
     async def _gather(self, gather_s: float) -> list[str]:
         """The next round's cohort, once enough are here; a full one is waited for `gather_s` long."""
@@ -139,9 +161,9 @@ class Coordinator:
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
-            here = self.rests.spare(self.roster.trainers(plan.workers), plan.least)
+            here = self.desk.rests.spare(self.roster.trainers(plan.workers), plan.least)
             waited_s = now - began_at
-            full = plan.population if self._purse.budget else plan.asks
+            full = plan.population if self._budget else plan.asks
             ready, why = may_begin(len(here), full, plan.least, waited_s=waited_s, gather_s=gather_s)
             if ready:
                 break
@@ -149,7 +171,7 @@ class Coordinator:
             self._say("gathering", why if here or not judges else f"{why}; {', '.join(judges)} only evaluate")
             await self._wait(until=began_at + gather_s if waited_s < gather_s else None)
         cohort = asked(plan, here, self.desk.version + 1)
-        if tired := sorted(set(cohort) & self.rests.present.keys()):
+        if tired := sorted(set(cohort) & self.desk.rests.present.keys()):
             log.warning("%s should rest, but there is no quorum without: asked all the same", ", ".join(tired))
         return cohort
 
@@ -179,8 +201,9 @@ class Coordinator:
         return here
 
     def _round(self, of: Attempt, cohort: Sequence[str]) -> Open:
-        self._purse.begin(of.round, self.desk.sums)
-        return Open(begun(self.plan, of, cohort), self.weights, self._check)
+        if self._budget:
+            self.desk.sums.clip = self._budget.clip(of.round)
+        return Open(begun(self.plan, of, cohort), self.weights, self._check, self.desk.facts)
 
     async def _try_round(self, here: Open) -> bool:
         """One attempt at the next version; whether it was made."""
@@ -192,19 +215,12 @@ class Coordinator:
             trouble = str(problem)
         await self._sealed()  # the version before this one
         (phase, why), seconds = trying.outcome or (Phase.OPEN, ""), time.monotonic() - began_at
-        self._rest(here)
+        self.desk.rest(here)
         if phase is Phase.CLOSED and not trouble:
             await self._close(here, why, seconds)
             return True
         await self._abandon(here, trouble or why, seconds)
         return False
-
-    def _rest(self, here: Open) -> None:
-        """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
-        for worker, rest in self.rests.note(here.round.fared, here.facts.struck).items():
-            log.warning("%s keeps failing and rests for %d rounds: %s", worker, rest.rounds, rest.why)
-            here.facts.rested[worker] = {"rounds": rest.rounds, "why": rest.why}
-        self.rests.excuse(here.round.declined)
 
     async def _take_turn(self, here: Open) -> None:
         left_s, here.left_s = here.left_s, None
@@ -218,7 +234,7 @@ class Coordinator:
             await self.desk.begin_turn()
             await self._send(here, [*asked, *(self.roster.evaluators() if first else [])])
         else:
-            await self.post.tell(here.round.outstanding, Resumed(self.plan.run, self.post.epoch))
+            await self.post.resume(here.round.outstanding)
         while True:
             now = time.monotonic()
             self.desk.lapse(now)
@@ -233,11 +249,11 @@ class Coordinator:
                 await self._send(here, again)
                 continue
             await self._wait(until=here.round.deadline_at if now < here.round.deadline_at else here.round.ends_at)
-        if self._secrecy or self._purse.budget:
+        if self._secrecy or self._budget:
             await self._sealed()  # what was put down of the sum before this one is needed until then
         if self._secrecy:
             await self._secrecy.sum_up(here, task)
-        if releases(here, self.desk.sums.updates, veiled=self._purse.budget is not None):
+        if releases(here, self.desk.sums.updates, veiled=self._budget is not None):
             here.weights = await asyncio.to_thread(self._draft, here)
 
     def _draft(self, here: Open) -> memoryview:
@@ -246,7 +262,8 @@ class Coordinator:
         The change is what the version is made of then: whoever applies it to the version before has the same bits.
         """
         plan, number = self.plan, here.round.of.round
-        self._purse.pay(self.desk.sums, here)
+        if self._budget:
+            self._budget.cover(self.desk.sums, here)
         weights = self.store.draft(number, self.layout, lambda put: self.desk.finish(here.weights, put))
         if plan.down != "full":
             dice = np.random.default_rng([plan.seed, number])
@@ -259,10 +276,11 @@ class Coordinator:
     async def _close(self, here: Open, why: str, seconds: float) -> None:
         """The round has made a version. The next one may begin while it is written to the disk."""
         line = history.round_line(here.round, here.facts, why=why, seconds=seconds, at=time.time())
+        line |= {"weights": here.check, **({"start": self._check} if here.round.of.round == 1 else {})}
         self.store.journal.made(line)
         self.weights, self._check = here.weights, here.check
         self.desk.made(here.round)
-        await self._drop_uploads(here)
+        await self.desk.drop_uploads(here)
         self._sealing = self._group.create_task(self._seal(here, line, why))
 
     async def _seal(self, here: Open, line: history.Line, why: str) -> None:
@@ -271,26 +289,21 @@ class Coordinator:
         self.store.journal.flush()  # unless the next round has begun, which was put down together with this
         await asyncio.to_thread(self.store.seal, done.of.round)
         self.store.note(await asyncio.to_thread(self.store.vouched, line))
-        if self._purse.budget:
-            await asyncio.to_thread(self._purse.budget.settle, done.of.round)
+        if self._budget:
+            await asyncio.to_thread(self._budget.settle, done.of.round)
         self.desk.safe(done)
         if self._secrecy:
             self._secrecy.forget()
         log.info("%s closed: %s", done.of, why)
-        await self._tell(done.of, done.cohort, done.counted, why)
+        await self.post.tell_all(done.of, done.cohort, done.counted, why)
         for delivery in here.held:
             await delivery.ack()
-
-    async def _tell(self, of: Attempt, cohort: Iterable[str], counted: Collection[str], why: str) -> None:
-        """Tell everyone who was asked what has become of a round that has made a version."""
-        await self.post.tell(counted, Answer(of, "accepted", f"counted in version {of.round}"))
-        await self.post.tell([w for w in cohort if w not in counted], Closed(of, f"it is closed: {why}"))
 
     async def _tell_former(self) -> None:
         """The coordinator before this one may have died between saving a version and saying so."""
         if line := self._former:
             of = Attempt(self.plan.run, line["round"], line["attempt"])
-            await self._tell(of, line["cohort"], line["counted"], line["why"])
+            await self.post.tell_all(of, line["cohort"], line["counted"], line.get("why", ""))
 
     async def _sealed(self) -> None:
         """Wait until the last version is safe, and all is told."""
@@ -298,20 +311,14 @@ class Coordinator:
             await asyncio.wait({self._sealing})  # should it fail, the group ends us all
 
     async def _abandon(self, here: Open, why: str, seconds: float) -> None:
-        given_up, self.desk.open = here.round, None
+        given_up, self.desk.open, self.desk.facts = here.round, None, Facts()
         self.store.journal.abandon(given_up.of.round)
         self.store.note(history.abandoned_line(given_up, here.facts, why=why, seconds=seconds, at=time.time()))
         log.warning("%s abandoned: %s", given_up.of, why)
         await self.post.tell(list(given_up.cohort), Closed(given_up.of, f"it was abandoned: {why}"[:1000]))
         for delivery in here.held:
             await delivery.ack()
-        await self._drop_uploads(here)
-
-    async def _drop_uploads(self, here: Open) -> None:
-        """Leave nothing of a round that is over in the queues of those who will upload for the next one."""
-        await self.desk.end_turn()  # it may have been given up in the midst of one
-        for worker in sorted(here.untidy | (set(here.round.cohort) - set(here.round.counted))):
-            await self.post.drop_upload(worker)
+        await self.desk.drop_uploads(here)
 
     async def _score_last(self) -> None:
         """Let everyone score the last version: nobody will receive it in a next round."""
@@ -321,33 +328,24 @@ class Coordinator:
         asked = [*trainers, *evaluators]
         if not asked:
             return
+        self.desk.scores.final = final = dict.fromkeys(asked)
         self._say("scoring", f"version {self.desk.version} is scored by {', '.join(asked)}")
         with contextlib.suppress(LinkError):
             sent_to, task = dict.fromkeys(asked, ""), self._task(of, "evaluate", named(of, 0, self._check))
             until = began_at + min(self.plan.round_s, FINAL_S_MAX)
             while time.monotonic() < until:
                 self.desk.lapse(time.monotonic())
-                owing = {
-                    w: self.roster.incarnation(w) for w in asked if w not in self.desk.final and self.roster.has(w)
-                }
+                late = (worker for worker in asked if final[worker] is None and self.roster.has(worker))
+                owing = {worker: self.roster.incarnation(worker) for worker in late}
                 if not owing:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
                     sent_to |= owing
                     await self._send_version(task, self.weights, lost)
                 await self._wait(until=until)
-        for worker in filter(self.desk.final.get, evaluators):
-            self.store.note(history.score_line(self.desk.version, worker, self.desk.final[worker], at=time.time()))
-        scored = {worker: self.desk.final[worker] for worker in trainers if self.desk.final.get(worker)}
-        seconds = time.monotonic() - began_at
-        self.store.note(history.final_line(self.desk.version, scored, seconds=seconds, at=time.time()))
+        self.desk.scores.note_final(self.desk.version, evaluators, seconds=time.monotonic() - began_at)
 
     # -- sending ------------------------------------------------------------------------------------------------
-
-    async def _ask_again(self) -> None:
-        """Let the cohort say again what it has for the open round."""
-        if self.desk.open:
-            await self.post.tell(self.desk.open.round.cohort, Resumed(self.plan.run, self.post.epoch))
 
     async def _send(self, here: Open, workers: list[str]) -> None:
         """Send the open round's task with the weights as they are in this turn; not longer than the turn takes."""
@@ -361,22 +359,24 @@ class Coordinator:
 
     async def _send_version(self, task: Task, weights: memoryview, workers: list[str]) -> int:
         """Send these workers the weights, or their change if they have the version before; bytes sent."""
-        follow = [w for w in workers if self.change is not None and self.desk.holds(w, self.desk.version - 1)]
-        sent = 0
-        if follow and self.change is not None:
+        versions = [(task, weights, workers)]
+        if self.change is not None:
             layout, down = FORMATS[self.plan.down].layout(self.layout), self.plan.down
             change = replace(task.payload, id=f"{task.payload.id}/change", tensors=layout.specs)
-            sent += await self._send_task(replace(task, down=down, payload=change), self.change, follow)
-        if others := [worker for worker in workers if worker not in follow]:
-            sent += await self._send_task(task, weights, others)
-        return sent
+            follow = [worker for worker in workers if self.desk.holds(worker, self.desk.version - 1)]
+            others = [worker for worker in workers if worker not in follow]
+            versions = [(replace(task, down=down, payload=change), self.change, follow), (task, weights, others)]
+        return sum([await self._send_task(*each) for each in versions if each[2]])
 
     def _task(self, of: Attempt, work: Literal["train", "evaluate"], called: str) -> Task:
-        payload = Payload(called, self.plan.part_bytes, self.layout.specs)
-        task = task_of(self.plan, of, payload, work=work, version=self.desk.version)
-        together = len(self.desk.open.round.asked) if self.desk.open else 0
-        secure = self._secrecy.secure if self._secrecy else None
-        return replace(task, epoch=self.post.epoch, clip=self.desk.sums.clip, cohort=together, secure=secure)
+        plan, here = self.plan, self.desk.open
+        return Task(
+            of, work, self.desk.version, plan.round_s, plan.seed, dict(plan.settings),
+            Payload(called, plan.part_bytes, self.layout.specs), format=plan.format, keep=plan.kept,
+            epoch=self.post.epoch, clip=self.desk.sums.clip, examples_max=plan.counts_most,
+            cohort=len(here.round.asked) if here else 0, contract=plan.contract, learner_file=plan.learner_file,
+            noise=plan.noise, secure=self._secrecy.secure if self._secrecy else None,
+        )  # fmt: skip
 
     async def _send_task(self, task: Task, data: memoryview, workers: list[str]) -> int:
         try:

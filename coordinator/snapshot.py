@@ -11,25 +11,24 @@ import json
 import logging
 import mmap
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64, xxh3_64_digest
 
-from broker.files import seal, written
-from broker.formats import CHUNK_ITEMS
-from coordinator.aggregation import Sums
+from coordinator.aggregation import Sums, part_of
 from coordinator.claim import Claim
 from coordinator.history import Facts
 from coordinator.round import Round
+from coordinator.vault import framed, pieces
 
 log = logging.getLogger(__name__)
 
 FILE = "round.sums"
-_DIGEST_BYTES = 8
+_FACTS = "trained", "scored", "others", "struck", "bytes_down", "bytes_up", "within"
 
 
 class _Unwanted(Exception):
@@ -60,16 +59,14 @@ class Snapshot:
         Raises:
             RunEnded: another coordinator has taken over.
         """
-        digest = xxh3_64()
         try:
             if shutil.disk_usage(self._path.parent).free < 2 * (sums.low.nbytes + sums.high.nbytes):
                 return False  # the room is the next version's
-            with written(self._path, tag := f".{self._claim.epoch}") as file:
-                for piece in _while(wanted, _pieces(of, tally, sums)):
-                    digest.update(piece)
-                    file.write(piece)
-                file.write(digest.digest())
-            seal(self._path, durable=False, tag=tag, guard=self._claim.acting)
+            with self._claim.writing(self._path, durable=False) as file:
+                for piece in _pieces(of, tally, sums):
+                    if not wanted():
+                        raise _Unwanted  # noqa: TRY301 (so that nothing is sealed)
+                    file.writelines(framed(piece))
         except _Unwanted:
             return False
         except OSError as problem:
@@ -82,7 +79,7 @@ class Snapshot:
         try:
             with self._path.open("rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            return _filled(of, sums, data)
+            return _filled(of, sums, [*pieces(data)])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as problem:
@@ -93,8 +90,7 @@ class Snapshot:
 
     def drop(self) -> None:
         """Remove it: its round is over."""
-        with self._claim.acting():
-            self._path.unlink(missing_ok=True)
+        self._claim.remove(self._path)
 
 
 def naming(round_: Round, plan: str) -> list[Any]:
@@ -104,11 +100,8 @@ def naming(round_: Round, plan: str) -> list[Any]:
 
 def tally_of(round_: Round, facts: Facts) -> dict[str, Any]:
     """Who was counted and who refused so far, and what is known of them, as it is now."""
-    return {
-        "counted": dict(round_.counted), "refused": dict(round_.refused), "trained": dict(facts.trained),
-        "scored": dict(facts.scored), "others": list(facts.others),
-        "bytes_down": facts.bytes_down, "bytes_up": facts.bytes_up, "within": list(facts.within),
-    }  # fmt: skip
+    known = {name: copy(getattr(facts, name)) for name in _FACTS}
+    return known | {"counted": dict(round_.counted), "refused": dict(round_.refused)}
 
 
 def recall(tally: dict[str, Any], round_: Round, facts: Facts) -> None:
@@ -117,25 +110,8 @@ def recall(tally: dict[str, Any], round_: Round, facts: Facts) -> None:
         round_.count(worker, examples)
     for worker, reason in tally["refused"].items():
         round_.refuse(worker, reason)
-    facts.trained, facts.scored, facts.others = tally["trained"], tally["scored"], tally["others"]
-    facts.bytes_down, facts.bytes_up = tally["bytes_down"], tally["bytes_up"]
-    facts.within = tally["within"]
-
-
-def _part(chunk: int) -> slice:
-    return slice(chunk * CHUNK_ITEMS, (chunk + 1) * CHUNK_ITEMS)
-
-
-def _while(wanted: Callable[[], bool], pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """The pieces.
-
-    Raises:
-        _Unwanted: instead of one.
-    """
-    for piece in pieces:
-        if not wanted():
-            raise _Unwanted
-        yield piece
+    for name in _FACTS:
+        setattr(facts, name, tally[name])
 
 
 def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes | memoryview]:
@@ -145,39 +121,28 @@ def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes 
         "others": others,
         "sums": [sums.examples, sums.updates, sums.reach],
     }  # fmt: skip
-    text = json.dumps(head, allow_nan=False).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    yield json.dumps(head, allow_nan=False).encode()
     for limb, chunks in ((sums.low, low), (sums.high, high)):
-        yield from (limb[_part(chunk)].data.cast("B") for chunk in chunks)
+        yield from (limb[part_of(chunk)].data.cast("B") for chunk in chunks)
     yield from (sums.largest[start].tobytes() for start in others)
 
 
-def _filled(of: list[Any], sums: Sums, data: memoryview) -> dict[str, Any]:
+def _filled(of: list[Any], sums: Sums, found: list[memoryview]) -> dict[str, Any]:
     """See `Snapshot.read`.
 
     Raises:
         ValueError: it is damaged, or another round's; KeyError, TypeError, IndexError likewise.
     """
-    if xxh3_64_digest(data[:-_DIGEST_BYTES]) != bytes(data[-_DIGEST_BYTES:]):
-        raise ValueError("it does not match its checksum")
-    at = 8 + int.from_bytes(data[:8], "little")
-    head: dict[str, Any] = json.loads(bytes(data[8:at]))
+    head: dict[str, Any] = json.loads(bytes(found.pop(0)))
     if head["of"] != of:
         raise ValueError("it is of another round")
-
-    def take(size_bytes: int) -> memoryview:
-        nonlocal at
-        at += size_bytes
-        return data[at - size_bytes : at]
-
     for limb, chunks in ((sums.low, [chunk for chunk, _ in head["low"]]), (sums.high, head["high"])):
         for chunk in chunks:
-            limb[_part(chunk)] = np.frombuffer(take(limb[_part(chunk)].nbytes), np.int64)
+            limb[part_of(chunk)] = np.frombuffer(found.pop(0), np.int64)
     places = {place.start: place for place in sums.layout.segments}
     for place in [places[start] for start in head["others"]]:
-        sums.largest[place.start] = np.frombuffer(take(place.stop - place.start), place.dtype).copy()
-    if at != len(data) - _DIGEST_BYTES:
+        sums.largest[place.start] = np.frombuffer(found.pop(0), place.dtype).copy()
+    if found:
         raise ValueError("it is of another model")
     sums.bounds, sums.carried = dict(head["low"]), set(head["high"])
     sums.examples, sums.updates, sums.reach = head["sums"]

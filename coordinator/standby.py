@@ -5,13 +5,13 @@ was stopped, or whose machine was lost, shows no sign of life. Does not know wha
 act at the same time, whatever shows, is `claim.py`'s work.
 """
 
-import asyncio
 import contextlib
 import fcntl
 import json
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +19,7 @@ from typing import IO, Any
 
 from broker.daemon import StoppedEarly
 from broker.files import write_whole
-from coordinator.claim import Claim, disk, last_beat, locked
-from coordinator.claim import beat as beat_now
+from coordinator.claim import beat, disk, last_beat, locked
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ LOOK_S = 0.25
 def turn(folder: Path) -> Iterator[bool]:
     """Our turn, as soon as it comes; whether the one before may be there still, stopped or cut off.
 
+    While it lasts those who stand by are shown that we are here, whatever takes long: to load a model, to write one.
+
     Raises:
         UsageError: the folder cannot be written.
         StoppedEarly: Ctrl-C came before it.
@@ -45,8 +46,28 @@ def turn(folder: Path) -> Iterator[bool]:
             file, forced = _waited(folder)
     except KeyboardInterrupt:
         raise StoppedEarly("stopped while another coordinator was at work.") from None
-    with file:
+    with file, _beating(file, folder):
         yield forced
+
+
+@contextlib.contextmanager
+def _beating(file: IO[str], folder: Path) -> Iterator[None]:
+    """Give signs of life, until another lock is in the place of ours: then another gives them."""
+    over = threading.Event()
+
+    def give() -> None:
+        while _is_in_force(file, folder):
+            beat(folder)
+            if over.wait(BEAT_S):
+                return
+
+    thread = threading.Thread(target=give, name="beats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def waiting(folder: Path) -> dict[str, Any] | None:
@@ -61,11 +82,11 @@ def waiting(folder: Path) -> dict[str, Any] | None:
 def _waited(folder: Path) -> tuple[IO[str], bool]:
     """The lock, which is ours now, and whether we took it from somebody who gives no sign of life."""
     file = (folder / LOCK).open("a")
-    beat, since = last_beat(folder), time.monotonic()
+    seen, since = last_beat(folder), time.monotonic()
     said_at = float("-inf")
     try:
         while True:
-            if _taken(file, beat):
+            if _taken(file, seen):
                 if _is_in_force(file, folder):
                     return file, False
                 file.close()  # somebody has put another in its place meanwhile
@@ -79,9 +100,9 @@ def _waited(folder: Path) -> tuple[IO[str], bool]:
                 waits = {"process": os.getpid(), "machine": platform.node(), "at": time.time()}
                 with contextlib.suppress(OSError):  # another that stands by may be at it; it is for people alone
                     write_whole(folder / WAITS, json.dumps(waits).encode(), durable=False)
-            if (seen := last_beat(folder)) != beat:
-                beat, since = seen, now
-            if now - since > STALE_S and (taken := _wrested(folder, beat)):
+            if (now_seen := last_beat(folder)) != seen:
+                seen, since = now_seen, now
+            if now - since > STALE_S and (taken := _wrested(folder, seen)):
                 log.warning("no sign of life of the coordinator of %s for %.0f s: taking over", folder, now - since)
                 file.close()
                 return taken, True
@@ -94,11 +115,11 @@ def _waited(folder: Path) -> tuple[IO[str], bool]:
             (folder / WAITS).unlink(missing_ok=True)
 
 
-def _taken(file: IO[str], beat: int) -> bool:
+def _taken(file: IO[str], seen: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
-        return not isinstance(problem, BlockingIOError) and not beat  # a disk without locks, and nobody was ever here
+        return not isinstance(problem, BlockingIOError) and not seen  # a disk without locks, and nobody was ever here
     return True
 
 
@@ -108,26 +129,18 @@ def _is_in_force(file: IO[str], folder: Path) -> bool:
     return False
 
 
-def _wrested(folder: Path, beat: int) -> IO[str] | None:
+def _wrested(folder: Path, seen: int) -> IO[str] | None:
     """A lock of ours in the place of the one that is held; None if somebody has given a sign of life after all.
 
     Whoever held that one holds nothing any more, and those who wait for it find that out: they wait for us.
     """
     with locked(folder):
-        if last_beat(folder) != beat:
+        if last_beat(folder) != seen:
             return None
         beside = folder / f"{LOCK}.new"
         file = beside.open("w")
         with contextlib.suppress(OSError):  # see `_taken`
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         beside.replace(folder / LOCK)
-        beat_now(folder)
+        beat(folder)
     return file
-
-
-async def beats(claim: Claim, folder: Path) -> None:
-    """Show those who stand by that we are here, for as long as we are the ones to be."""
-    while True:
-        claim.check()
-        beat_now(folder)
-        await asyncio.sleep(BEAT_S)

@@ -7,18 +7,18 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from broker.chain import Chain, bare
 from broker.errors import UsageError
-from broker.files import Put, checksum, draft_version, in_order, read_version, seal, write_whole
+from broker.files import Put, checksum, draft_version, in_order, read_record, read_version, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator import updates
 from coordinator.claim import Claim, disk
-from coordinator.history import checksum_of, is_line
+from coordinator.history import checksum_of, is_line, rounds
 from coordinator.journal import Journal
 from coordinator.plan import Plan
 
@@ -39,7 +39,7 @@ class Store:
         self.folder = folder
         self.plan = plan
         self.claim = Claim(folder)
-        self.journal = Journal(folder, self._write)
+        self.journal = Journal(folder, self.write)
         self._chain = Chain()
 
     @classmethod
@@ -87,7 +87,7 @@ class Store:
         if self.latest() and changed != ["rounds"]:
             names = ", ".join(key for key in changed if key != "rounds")
             raise UsageError(f"{self.folder} is frozen since version 1: make another run to change {names}.")
-        self._write(self.folder / plans.FILE, plans.to_toml(plan))
+        self.write(self.folder / plans.FILE, plans.to_toml(plan))
         self.plan = plan
 
     def path(self, version: int) -> Path:
@@ -116,12 +116,7 @@ class Store:
         """
         about = {"fluffle_run": self.plan.run, "fluffle_version": str(version), "learner": self.plan.learner}
         with disk(self.folder):
-            return draft_version(self.path(version), layout, fill, about, tag=self._tag)
-
-    @property
-    def _tag(self) -> str:
-        """Drafts of two coordinators have different names."""
-        return f".{self.claim.epoch}" if self.claim.epoch else ""
+            return draft_version(self.path(version), layout, fill, about, tag=self.claim.tag)
 
     def seal(self, version: int) -> None:
         """Make the draft of a version the version; when this returns it survives a power failure.
@@ -131,7 +126,7 @@ class Store:
             RunEnded: another coordinator has taken over.
         """
         with disk(self.folder):
-            seal(self.path(version), tag=self._tag, guard=self.claim.acting)
+            self.claim.seal(self.path(version))
 
     def save(self, version: int, layout: Layout, weights: memoryview) -> None:
         """Draft and seal a version.
@@ -153,7 +148,7 @@ class Store:
             raise UsageError(
                 f"{self.path(version)} belongs to the run {about['fluffle_run']}: put the right file back."
             )
-        noted = checksum_of(self.history(), version)
+        noted = checksum_of(rounds(self.history()), version)
         if noted and checksum(weights) != noted:
             raise UsageError(
                 f"{self.path(version)} is not the version {version} of this run's history: its bytes have changed "
@@ -164,20 +159,21 @@ class Store:
     def vouched(self, line: dict[str, Any]) -> dict[str, Any]:
         """The line of a round, with the checksums of what it is about: its version, and the updates that are kept.
 
+        A line that has the version's already is believed: whoever loads the version compares the two.
+
         Raises:
             UsageError: a version cannot be read.
         """
         number, found = line["version"], dict[str, Any]()
-        found["weights"] = checksum(read_version(self.path(number))[1])
-        if number == 1:
-            found["start"] = checksum(read_version(self.path(0))[1])
+        if "weights" not in line:  # a journal of a former fluffle
+            found["weights"] = checksum(read_version(self.path(number))[1])
         if self.plan.keep_updates:
             found["updates"] = updates.settle(self.folder, number, line["counted"])
         return line | found
 
     def note(self, line: dict[str, Any]) -> None:
         """Add a line to the history; it survives a power failure."""
-        with self._acting(), (self.folder / HISTORY).open("ab+") as file:
+        with disk(self.folder), self.claim.acting(), (self.folder / HISTORY).open("ab+") as file:
             self._chain.append(file, line)
             os.fsync(file.fileno())
 
@@ -201,38 +197,23 @@ class Store:
             epoch = self.claim.begin()
         for left in [*(self.folder / VERSIONS).glob(".*.new"), *self.folder.glob(".*.new")]:  # of those who are gone
             left.unlink(missing_ok=True)
-        self.journal = Journal(self.folder, self._write)  # as whoever acted before has left it
+        self.journal = Journal(self.folder, self.write)  # as whoever acted before has left it
         return epoch
 
     def tidy(self) -> None:
         """Leave no version behind that we have begun and not made safe: whoever goes on makes it again."""
-        for left in (self.folder / VERSIONS).glob(f".*{self._tag}.new"):
+        for left in (self.folder / VERSIONS).glob(f".*{self.claim.tag}.new"):
             left.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def _acting(self) -> Iterator[None]:
-        """Change the run, if that is still ours to do.
-
-        Raises:
-            RunEnded: another coordinator has taken over.
-            UsageError: the disk is full or not writable.
-        """
-        with disk(self.folder), self.claim.acting():
-            yield
-
-    def _write(self, path: Path, data: bytes) -> None:
-        with self._acting():
-            write_whole(path, data)
-
-    def write_secret(self, path: Path, data: bytes) -> None:
-        """Write a file of the run's that only its owner may read; it survives a power failure.
+    def write(self, path: Path, data: bytes, *, mode: int = 0o666) -> None:
+        """Write a file of the run's that is old or new and never half, also after a power failure.
 
         Raises:
             UsageError: the disk is full or not writable.
             RunEnded: another coordinator has taken over.
         """
-        with self._acting():
-            write_whole(path, data, mode=0o600)
+        with disk(self.folder), self.claim.writing(path, mode=mode) as file:
+            file.write(data)
 
     def settle(self) -> None:
         """Note the line of a version that was saved just before a crash, if it was."""
@@ -250,11 +231,9 @@ class Store:
 
     def now(self) -> dict[str, Any]:
         """What was last said to be happening; empty when nothing was."""
-        try:
-            found = json.loads((self.folder / NOW).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            return read_record(self.folder / NOW)
+        return {}
 
 
 def new_run_name(folder: Path) -> str:

@@ -81,9 +81,8 @@ class Unmasking:
 
     def advert(self, advert: pact.Advert) -> bool:
         """A worker is ready."""
-        if _said(self._adverts, advert.worker, advert):
+        if not self._is_news("adverts", self._adverts, advert.worker, advert):
             return False
-        self._at("adverts", advert.worker)
         insist(len(self._adverts) < pact.COHORT_MAX, f"a secure round has at most {pact.COHORT_MAX} members.")
         pact.check_advert(self._context, advert, self._roster)
         pact.check_keys(advert)
@@ -107,9 +106,8 @@ class Unmasking:
 
     def shares(self, worker: str, shares: pact.Shares) -> bool:
         """A member has dealt."""
-        if _said(self._shares, worker, shares):
+        if not self._is_news("shares", self._shares, worker, shares):
             return False
-        self._at("shares", worker)
         neighbours = len(self.pact.neighbours(worker))
         dealt = len(shares.sealed) == neighbours and all(shares.sealed)
         insist(dealt, f"{worker} has not dealt to its neighbours, of whom there are {neighbours}.")
@@ -175,9 +173,8 @@ class Unmasking:
 
     def vow(self, worker: str, vow: pact.Vow) -> bool:
         """A finisher has vowed."""
-        if _said(self._vows, worker, vow):
+        if not self._is_news("vows", self._vows, worker, vow):
             return False
-        self._at("vows", worker)
         pact.check_signature(self._roster, worker, vow.signature, self._vowed)
         self._vows[worker] = vow
         return True
@@ -194,9 +191,8 @@ class Unmasking:
 
     def opened(self, worker: str, opened: pact.Opened) -> bool:
         """A finisher has opened its shares."""
-        if _said(self._opened, worker, opened):
+        if not self._is_news("opened", self._opened, worker, opened):
             return False
-        self._at("opened", worker)
         holders = self.pact.holders(worker)
         insist(len(opened.shares) == len(holders), f"{worker} has not opened one share for each of its holders.")
         for dealer, share in zip(holders, opened.shares, strict=True):
@@ -250,6 +246,17 @@ class Unmasking:
         public = X25519PrivateKey.from_private_bytes(found).public_key().public_bytes_raw()
         return public == self.pact.keys[dealer][:32]
 
+    def _is_news(self, stage: Stage, before: Mapping[str, object], worker: str, said: object) -> bool:
+        """Whether a worker has not said just this before.
+
+        Raises:
+            Refused: it has said something else, or must not say anything by now.
+        """
+        insist(before.get(worker, said) == said, f"{worker} has said something else before.")
+        if worker not in before:
+            self._at(stage, worker)
+        return worker not in before
+
     def _at(self, stage: Stage, worker: str) -> None:
         """Refuse what comes too late, too early, or from a stranger."""
         insist(self.stage == stage, f"{worker} is late or early: it speaks of {stage}, the stage is {self.stage}.")
@@ -262,16 +269,6 @@ class Unmasking:
         for dealer in self._shares:
             left = sum(holder in here for holder in ours.holders(dealer))
             _enough(left, ours.settled.threshold, f"holders of {dealer}'s secrets {did}")
-
-
-def _said(before: Mapping[str, object], worker: str, said: object) -> bool:
-    """Whether a worker has said just this before.
-
-    Raises:
-        Refused: it has said something else.
-    """
-    insist(before.get(worker, said) == said, f"{worker} has said something else before.")
-    return worker in before
 
 
 def _enough(found: int, needed: int, what: str) -> None:

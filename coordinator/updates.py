@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from broker.errors import UsageError
-from broker.files import FORGET_BYTES, checksum, draft_version, forgetting, in_order, read_version, seal, sync
+from broker.files import FORGET_BYTES, checksum, draft_version, forgetting, in_order, read_version, sync
 from broker.messages import Update
 from broker.tensors import Layout
-from coordinator.claim import Claim
+from coordinator.claim import Claim, disk
 
 FOLDER, ENDING = "updates", ".update"
 
@@ -49,19 +49,13 @@ def keep(update: Update, data: memoryview, layout: Layout, *, run: Path, claim: 
     about = {"fluffle_run": of.run, "worker": update.worker, "round": str(of.round), "attempt": str(of.attempt)}
     about |= {"examples": str(update.examples), "check": checksum(data)}
     pieces = (data[at : at + FORGET_BYTES] for at in range(0, len(data), FORGET_BYTES))
-    tag = f".{claim.epoch}"
-    try:
+    with disk(where):
         if not where.parent.is_dir():
             where.parent.mkdir(parents=True, exist_ok=True)
             for above in (where.parent.parent, run):
                 sync(above)
-        draft_version(where, layout, in_order(forgetting(pieces, data, len)), about, tag=tag)
-        seal(where, tag=tag, guard=claim.acting)
-    except OSError as problem:
-        raise UsageError(
-            f"{where} cannot be kept, all {len(data)} bytes of it ({problem.strerror}): make room or mend its "
-            "folder's permissions, then start again; this run's plan keeps every update."
-        ) from None
+        draft_version(where, layout, in_order(forgetting(pieces, data, len)), about, tag=claim.tag)
+        claim.seal(where)
 
 
 def read(run: Path, version: int, worker: str) -> Kept:

@@ -1,19 +1,20 @@
 """The masked sum of a round that was released, and all that was said in it, in one file: `round.masked`.
 
-Knows that file. Does not know what the words or the messages mean, nor when it is written. It says no more than the
-broker has seen: words that are masked, shares that are sealed, and, in the end, those that were opened.
+Knows that file, and how pieces lie in a file. Does not know what the words or the messages mean, nor when it is
+written. It says no more than the broker has seen: words that are masked, shares that are sealed, and, in the end,
+those that were opened.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from xxhash import xxh3_64_digest
 
 from broker.errors import WireError
-from broker.files import seal, written
 from broker.masks import Words
 from broker.messages import Ready, Step, decode, encode
-from coordinator.claim import Claim
+from coordinator.claim import Claim, disk
 
 FILE = "round.masked"
 _LENGTH_BYTES, _DIGEST_BYTES = 8, 8
@@ -40,47 +41,53 @@ class Vault:
             said: in order.
 
         Raises:
-            OSError: the disk is full or not writable.
+            UsageError: the disk is full or not writable.
             RunEnded: another coordinator has taken over.
         """
-        pieces: list[bytes | memoryview] = [name.encode(), words.data.cast("B"), *map(encode, said)]
-        with written(self._path, tag := f".{self._claim.epoch}") as file:
-            for piece in pieces:
-                file.writelines(_framed(piece))
-        seal(self._path, tag=tag, guard=self._claim.acting)
+        with disk(self._path.parent), self._claim.writing(self._path) as file:
+            file.writelines([*framed(name.encode()), *framed(words.data.cast("B"))])
+            for each in said:
+                file.writelines(framed(encode(each)))
 
     def add(self, said: Step) -> None:
-        """One more; should a power failure take it, it is asked for again."""
-        with self._claim.acting(), self._path.open("ab") as file:
-            file.writelines(_framed(encode(said)))
+        """One more; should a power failure take it, it is asked for again.
+
+        Raises:
+            UsageError, RunEnded: as for `keep`.
+        """
+        with disk(self._path.parent), self._claim.acting(), self._path.open("ab") as file:
+            file.writelines(framed(encode(said)))
 
     def read(self, name: str) -> tuple[memoryview, list[Ready | Step]] | None:
         """The words, and what was said as far as it is whole; None if there is nothing of this name."""
-        try:
-            pieces = _pieces(memoryview(self._path.read_bytes()))
-            if bytes(next(pieces, b"")) == name.encode() and (words := next(pieces, None)) is not None:
-                said = [decode(piece) for piece in pieces]
-                return words, [each for each in said if isinstance(each, Ready | Step)]
-        except (OSError, WireError):
-            pass
+        found = list[memoryview]()
+        with contextlib.suppress(OSError, ValueError):
+            found.extend(pieces(memoryview(self._path.read_bytes())))
+        with contextlib.suppress(WireError):
+            if len(found) > 1 and found[0] == name.encode():
+                return found[1], [each for each in map(decode, found[2:]) if isinstance(each, Ready | Step)]
         return None
 
     def drop(self) -> None:
         """Remove it: its version is safe."""
-        with self._claim.acting():
-            self._path.unlink(missing_ok=True)
+        self._claim.remove(self._path)
 
 
-def _framed(piece: bytes | memoryview) -> tuple[bytes, bytes, bytes | memoryview]:
+def framed(piece: bytes | memoryview) -> tuple[bytes, bytes, bytes | memoryview]:
+    """A piece as it is written."""
     return len(piece).to_bytes(_LENGTH_BYTES, "big"), xxh3_64_digest(piece), piece
 
 
-def _pieces(data: memoryview) -> Iterator[memoryview]:
-    """What was framed, until something is torn."""
+def pieces(data: memoryview) -> Iterator[memoryview]:
+    """What was framed.
+
+    Raises:
+        ValueError: the next one is torn, or damaged.
+    """
     while data:
         at = _LENGTH_BYTES + _DIGEST_BYTES
         piece = data[at : at + int.from_bytes(data[:_LENGTH_BYTES], "big")]
         if xxh3_64_digest(piece) != data[_LENGTH_BYTES:at]:
-            return
+            raise ValueError("it is torn, or does not match its checksum")
         yield piece
         data = data[at + len(piece) :]

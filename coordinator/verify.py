@@ -56,7 +56,7 @@ def _versions(store: Store, rounds: dict[int, dict[str, Any]]) -> Iterator[Findi
             there.add(int(named[1]))
         elif not DRAFT.fullmatch(path.name):
             yield Finding(f"{path} is not one of this run's versions: move it elsewhere.")
-    first, lines = min(there, default=0), store.history()
+    first = min(there, default=0)
     if first:
         yield Finding(f"the versions before {first} are not kept: nothing can be said of them.", bad=False)
     layout: Layout | None = None
@@ -73,7 +73,7 @@ def _versions(store: Store, rounds: dict[int, dict[str, Any]]) -> Iterator[Findi
         layout = layout or found
         if said := _unlike(store, number, about) or layout.difference(found):
             yield Finding(f"{path} is not version {number} of this run: {said}.")
-        yield from _noted(path, number, history.checksum_of(lines, number), weights)
+        yield from _noted(path, number, history.checksum_of(rounds, number), weights)
 
 
 def _noted(path: Path, number: int, noted: str | None, weights: memoryview) -> Iterator[Finding]:

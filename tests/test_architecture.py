@@ -47,7 +47,7 @@ MAY_AWAIT = {
     "broker/daemon.py",  # signals
     "broker/amqp.py", "broker/channels.py", "broker/lanes.py", "broker/link.py", "broker/rabbit.py",
     "coordinator/cli.py", "coordinator/desk.py", "coordinator/keeping.py", "coordinator/post.py",
-    "coordinator/secrecy.py", "coordinator/service.py", "coordinator/standby.py",
+    "coordinator/secrecy.py", "coordinator/service.py",
     "workers/cli.py", "workers/guarded.py", "workers/host.py", "workers/outbox.py", "workers/post.py",
     "workers/service.py", "workers/training.py",
 }  # fmt: skip

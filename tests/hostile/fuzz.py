@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import logging
 import random
@@ -75,6 +76,7 @@ with _instrumented:
     from coordinator.roster import Rests
     from coordinator.snapshot import Snapshot
     from coordinator.store import HISTORY, NOW, Store
+    from coordinator.vault import framed, pieces
     from tests.summed import finished
     from workers import journal as kept_updates
 
@@ -228,7 +230,7 @@ def past(data: bytes) -> None:
     lines = store.history()
     made = history.rounds(lines)
     for number in [*made, 0]:
-        history.checksum_of(lines, number)
+        history.checksum_of(made, number)
     for point in history.curve(lines):
         coordinator.cli._metrics(point.scored)
         [coordinator.cli._metrics(each) for each in point.held_out.values()]
@@ -269,7 +271,7 @@ def sums(data: bytes) -> None:
     """`round.sums`, damaged, or with a checksum that fits."""
     total = MEAN.init(MODEL, FORMATS["float32"])
     there = Snapshot(FOLDER / "sums", RunClaim(FOLDER / "sums"))
-    for raw in (data, data + xxh3_64_digest(data)):
+    for raw in (data, b"".join(framed(data))):
         _file(f"sums/{snapshot.FILE}", raw)
         there.read(["run", 3], total)
 
@@ -358,7 +360,7 @@ def _sums() -> Iterator[bytes]:
     total = MEAN.init(MODEL, FORMATS["float32"])
     MEAN.add(total, 3, memoryview(bytes(MODEL.size_bytes)))
     tally = {"counted": {"ada": 3}, "refused": {}, "trained": {}, "scored": {}, "others": []}
-    yield b"".join(bytes(piece) for piece in snapshot._pieces(["run", 3], tally, total))
+    yield b"".join(itertools.chain(*map(framed, snapshot._pieces(["run", 3], tally, total))))
 
 
 def _kept() -> Iterator[bytes]:
@@ -409,6 +411,16 @@ def _headed(found: Any) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes.fromhex(found[1])
 
 
+def _unframed(data: bytes) -> Any:
+    """What was framed: some JSON, and the rest."""
+    head, *others = map(bytes, pieces(memoryview(data)))
+    return [json.loads(head), *(each.hex() for each in others)]
+
+
+def _framed(found: Any) -> bytes:
+    return b"".join(itertools.chain(*map(framed, [_json(found[0]), *map(bytes.fromhex, found[1:])])))
+
+
 def _json(data: Any) -> bytes:
     return json.dumps(data).encode()
 
@@ -430,7 +442,7 @@ TARGETS: dict[str, Kind] = {
     "plan": Kind(plan, lambda: [plans.to_toml(PLAN)], _toml, _dumped),
     "past": Kind(past, lambda: [_lines()], _rows, lambda rows: b"\n".join(map(_json, rows)) + b"\n"),
     "round": Kind(round_, _tries, json.loads),
-    "sums": Kind(sums, _sums, _head, _headed),
+    "sums": Kind(sums, _sums, _unframed, _framed),
     "kept": Kind(kept, _kept, msgpack.unpackb, msgpack.packb),
     "version": Kind(version, _saved, _head, _headed),
     "invitation": Kind(invitation, _invited, _toml, _dumped),

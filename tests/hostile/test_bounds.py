@@ -13,8 +13,10 @@ from broker.amqp import Connection
 from broker.errors import WireError
 from broker.invitation import Access
 from broker.link import Delivery, Outgoing
-from broker.messages import Refusal, Step, encode
+from broker.messages import MAP_MAX, Attempt, Goodbye, Refusal, Score, Step, encode
 from broker.pact import Masked
+from coordinator import history, scores
+from tests.hostile.liar import LIAR, OF, RUN, a_liar_among_two, parts, update
 from tests.memory import MemoryLink
 from tests.system.rig import SECURE, federation, read, secure_expected
 
@@ -79,6 +81,63 @@ async def test_what_strangers_refuse_and_vow_in_a_secure_sum_is_not_in_the_histo
         assert fed.counted() == [[*FIVE]]
         assert fed.lines("round")[0]["secure"]["gone"] == {}
         await voice.close()
+
+
+LONG = {f"{number}".rjust(200, "\U0001f407"): 0.1 for number in range(MAP_MAX)}
+"""As many metrics as one message may bring, under names that take twelve bytes a character in the history."""
+
+
+async def test_metrics_that_would_fill_the_history_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """A liar, or a careless learner, reports a megabyte of metrics with its score and with its update."""
+    async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
+        await liar.say(Score(OF, LIAR, 0, LONG))
+        await liar.upload(parts())
+        await liar.say(update(metrics=LONG))
+        answer = await liar.answer()
+        said = f"its 512 metrics would take {history.size_of(LONG)} bytes of the history, over the limit of 32768"
+        assert (answer.verdict, answer.reason) == ("invalid", f"{said}: report fewer, or under shorter names")
+        await liar.leave()
+        assert fed.counted() == [["a", "b"]]
+        assert fed.lines("round")[0]["refused"] == {LIAR: answer.reason}
+        assert (fed.run / "history.jsonl").stat().st_size < 10_000
+
+
+async def test_scores_under_names_without_number_do_not_fill_the_history_nor_crowd_out_whom_the_plan_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody says hello, to evaluate, under one name after another, and scores every version at length."""
+    monkeypatch.setattr(scores, "SCORES_BYTES_MAX", 20_000)
+    async with a_liar_among_two(tmp_path, rounds=1, workers=["a", "b", LIAR, "judge"]) as (fed, liar):
+        long = {f"metric-{number}": 0.1 for number in range(MAP_MAX // 4)}
+        for name in (*(f"ghost-{number}" for number in range(50)), "judge"):
+            await liar.hello(worker=name, trains=False, lease_s=3000.0)
+            await liar.say(Score(OF, name, 0, long), topology.inbox_key(RUN, name))
+        await fed.until(lambda: "judge" in {line["worker"] for line in fed.lines("score")})
+        assert fed.coordinator
+        ghosts = [line for line in fed.lines("score") if line["worker"] != "judge"]
+        assert 0 < sum(map(history.size_of, ghosts)) < 20_000
+        assert len(fed.coordinator.desk.scores._judged) == len(ghosts) + 1
+        for name in fed.here():
+            if name.startswith(("ghost", "judge")):
+                await liar.say(Goodbye(name, "done"), topology.hello_key(name))
+        await liar.leave()
+        assert fed.counted() == [["a", "b"]]
+
+
+async def test_only_who_is_asked_for_the_last_score_is_remembered_with_one(tmp_path: Path) -> None:
+    """Somebody says what it makes of the last version before anybody is asked, under many names, and later again."""
+    async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
+        for number in range(50):
+            name = f"ghost-{number}"
+            await liar.hello(worker=name, lease_s=0.01)
+            await liar.say(Score(Attempt(RUN, 0, 0), name, 0, {"loss": 1.0}), topology.inbox_key(RUN, name))
+        await liar.hello(worker="last", lease_s=0.01)
+        await fed.until(lambda: "last" in fed.here() or "ghost-49" not in fed.here())
+        assert fed.coordinator
+        assert fed.coordinator.desk.scores.final == {}
+        await liar.leave()
+        assert fed.coordinator.desk.scores.final.keys() == {"a", "b"}
+        assert fed.lines("final")[0]["workers"] == ["a", "b"]
 
 
 async def test_tables_in_tables_end_a_connection_and_nothing_else() -> None:

@@ -162,3 +162,26 @@ def test_an_invitation_with_a_certificate_that_is_none_is_of_no_use(
     file.chmod(0o600)
     with pytest.raises(UsageError, match=r"ada\.fluffle cannot be used \(no PEM\): ask whoever runs the federation"):
         Access.invited(file)
+
+
+def test_status_prints_json_for_every_reader_whatever_numbers_a_folder_holds(tmp_path: Path) -> None:
+    """Somebody, or a former fluffle, has written numbers that only some readers of JSON know."""
+    run, bad = (
+        a_run(tmp_path),
+        '{"event": "score", "version": 0, "worker": "a", "at": NaN, "metrics": {"loss": 1e999}}\n',
+    )
+    (run / HISTORY).write_text(bad + '{"event": "x", "why": "\\ud800"}\n')
+    (run / NOW).write_text('{"why": "open", "left": -Infinity}')
+
+    def strict(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    found = json.loads(shown("status", run, "--json"), parse_constant=strict)
+    assert found["history"][0] == {
+        "event": "score",
+        "version": 0,
+        "worker": "a",
+        "at": None,
+        "metrics": {"loss": None},
+    }
+    assert found["now"]["left"] is None

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from broker.pact import Reveal
 from broker.tensors import view
 from coordinator.budget import FILE
 from coordinator.journal import Journal
+from coordinator.roster import Roster
 from coordinator.store import Store
 from coordinator.vault import Vault
 from tests.system.rig import SECURE, Federation, federation, learned, read, start_weights
@@ -64,6 +67,24 @@ async def test_the_run_ends_before_the_round_that_would_pass_the_budget_and_stay
         await fed.end()
         assert (fed.store.latest(), fed.weights()) == (2, before)
         assert json.loads((fed.run / FILE).read_bytes())["releases"] == 2
+
+
+async def test_nobody_but_the_event_loop_looks_at_the_roster_while_workers_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a next round would cost takes long, and is reckoned in a thread: the roster may change meanwhile."""
+    lookers, usual = set[str](), Roster.trainers
+
+    def trainers(roster: Roster, invited: Sequence[str] = ()) -> list[str]:
+        lookers.add(threading.current_thread().name)
+        return usual(roster, invited)
+
+    monkeypatch.setattr(Roster, "trainers", trainers)
+    async with federation(tmp_path, rounds=2, **CENTRAL) as fed:
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert lookers == {"MainThread"}
 
 
 async def test_a_killed_coordinator_releases_nothing_twice(tmp_path: Path) -> None:

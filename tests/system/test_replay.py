@@ -125,7 +125,7 @@ async def test_a_full_disk_ends_the_coordinator_with_a_sentence_and_nothing_is_l
 
         with monkeypatch.context() as patch:
             patch.setattr(updates, "draft_version", full)
-            with pytest.raises(UsageError, match=r"000001/.\.update cannot be kept, all \d+ bytes of it \(No space"):
+            with pytest.raises(UsageError, match=r"000001/.\.update cannot be written \(No space"):
                 await fed.end()
         assert fed.lines() == []
         await fed.end()

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+import coordinator.post
 from broker import topology
-from broker.errors import RunEnded
+from broker.errors import RunEnded, UsageError
 from broker.link import Delivery, Outgoing
 from broker.messages import Answer, Claim, Part, Refusal, Score, Task, Update
 from coordinator.claim import read_epoch
 from coordinator.journal import Journal
+from coordinator.post import Post
 from coordinator.service import Coordinator
 from coordinator.snapshot import FILE, Snapshot
 from coordinator.store import Store
@@ -264,9 +266,9 @@ async def test_a_version_that_was_saved_without_saying_so_is_said_to_be_by_the_n
 ) -> None:
     async with federation(tmp_path, rounds=rounds) as fed:
         accepted: list[str] = []
-        tell, fails = Coordinator._tell, [True]
+        tell, fails = Post.tell_all, [True]
 
-        async def dying(self: Coordinator, *arguments: Any) -> None:
+        async def dying(self: Post, *arguments: Any) -> None:
             if fails and fails.pop():
                 fed.kill()
                 await asyncio.sleep(60)
@@ -278,7 +280,7 @@ async def test_a_version_that_was_saved_without_saying_so_is_said_to_be_by_the_n
                 accepted.extend([message.verdict] * len(what.keys))
 
         fed.hook = look
-        monkeypatch.setattr(Coordinator, "_tell", dying)
+        monkeypatch.setattr(Post, "tell_all", dying)
         await run_through(fed)
         assert accepted[:3] == ["accepted"] * 3
         assert set(accepted) == {"accepted"}
@@ -330,6 +332,47 @@ async def test_a_coordinator_that_has_been_followed_ends_and_does_no_harm(tmp_pa
         await wire.close()
         assert second.post.epoch > former
         assert_as_undisturbed(fed)
+
+
+async def test_of_two_copies_of_a_run_on_one_broker_the_second_ends_and_the_first_does_not_notice(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, rounds=ROUNDS) as fed:
+        fed.patch.setattr(coordinator.post, "RIVAL_S", 0.05)
+        places = [fed.join(name) for name in NAMES]
+        for place in places:
+            place.lesson.gate.clear()
+        fed.begin()
+        for place in places:
+            await place.lesson.began.wait()
+        shutil.copytree(fed.run, tmp_path / "copy")
+        copy, wire = Store.open(tmp_path / "copy"), Wire(fed.broker)
+        with pytest.raises(UsageError, match="run test is at work on this broker, in another folder"):
+            await asyncio.wait_for(Coordinator(copy, wire).serve(), 20)
+        await wire.close()
+        for place in places:
+            place.lesson.gate.set()
+        await fed.end()
+        assert (copy.latest(), copy.history()) == (0, [])
+        assert_as_undisturbed(fed)
+
+
+async def test_of_two_copies_of_a_run_one_ends_also_where_the_broker_was_away_and_the_other_was_quicker(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, rounds=ROUNDS) as fed:
+        fed.patch.setattr(coordinator.post, "RIVAL_S", 0.05)
+        serving = fed.begin()
+        await fed.until(lambda: "phase" in fed.store.now())
+        other = Wire(fed.broker)
+        fed.broker.pause()
+        for queue in (topology.hello_queue("test"), topology.inbox_queue("test")):
+            fed.broker.consume(queue, prefetch=1, alone=True)
+        fed.broker.resume()
+        with pytest.raises(UsageError, match="end one of them; a copy of a run needs a broker"):
+            await asyncio.wait_for(asyncio.shield(serving), 20)
+        await other.close()
+        await fed._bury()
 
 
 async def test_workers_do_not_listen_to_a_coordinator_that_has_been_followed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from broker import topology
+from broker.files import checksum
 from broker.link import Delivery, Outgoing
 from broker.messages import Answer, Part, Score, Task, Update
 from tests.memory import MemoryLink
@@ -53,6 +54,26 @@ async def test_a_run_of_five_rounds_makes_what_the_sum_makes(tmp_path: Path) -> 
         assert first["bytes_up"] > 1_500_000
         assert (final["version"], final["workers"], final["scored"]["examples"]) == (5, ["a", "b", "c"], 30.0)
         await nothing_waits(fed)
+
+
+async def test_the_bytes_of_a_version_are_summed_once_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed: list[str] = []
+
+    def counting(data: memoryview) -> str:
+        summed.append(checksum(data))
+        return summed[-1]
+
+    for module in ("service", "store", "updates"):
+        monkeypatch.setattr(f"coordinator.{module}.checksum", counting)
+    async with federation(tmp_path, rounds=3) as fed:
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        lines = fed.lines("round")
+        assert summed == [lines[0]["start"], *(line["weights"] for line in lines)]
+        assert summed[3] == checksum(fed.store.load(3)[1])
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(NAMES)))

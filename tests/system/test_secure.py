@@ -1,10 +1,13 @@
 """Secure rounds: only the sum is seen, it is the plain sum's bits, and whoever drops out or dies costs no more."""
 
 import asyncio
+import errno
+import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,10 +29,11 @@ from broker.pact import Advert, Dealt, Finishers, Masked, Opened, Reveal, Settle
 from broker.pinned import Roster, public_of, shown_roster
 from broker.topology import CONTROL
 from coordinator import secrecy
+from coordinator.claim import Claim
 from coordinator.journal import Journal
 from coordinator.store import Store
 from coordinator.unmasking import Unmasking
-from coordinator.vault import Vault
+from coordinator.vault import FILE, Vault
 from tests.memory import MemoryLink
 from tests.system.rig import (
     BOUND_S,
@@ -413,6 +417,54 @@ async def test_a_coordinator_that_dies_beside(
             fed.join(name)
         await fed.end()
         assert calls > 1
+        assert fed.counted() == [list(THREE)] * 2
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 2)
+
+
+@pytest.mark.parametrize("method", ["keep", "add"])
+async def test_a_disk_that_is_full_when_a_sum_is_put_down_is_reported_in_a_sentence_and_the_sum_is_completed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    fails = [True]
+
+    class Full:
+        """Of a file whose disk has no room: as a write finds out, it names no file."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def writelines(self, lines: Any) -> None:
+            if fails:
+                fails.clear()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.file.writelines(lines)
+
+    usual, usually = Claim.writing, Path.open
+
+    @contextmanager
+    def writing(claim: Claim, path: Path, **how: Any) -> Iterator[Any]:
+        with usual(claim, path, **how) as file:
+            yield Full(file) if path.name == FILE else file
+
+    @contextmanager
+    def opened(file: Any) -> Iterator[Any]:
+        with file:
+            yield Full(file)
+
+    def open_(path: Path, *how: Any, **more: Any) -> Any:
+        file = usually(path, *how, **more)
+        return opened(file) if path.name == FILE and "ab" in how else file
+
+    if method == "keep":
+        monkeypatch.setattr(Claim, "writing", writing)
+    else:
+        monkeypatch.setattr(Path, "open", open_)
+    async with federation(tmp_path, **SECURE, rounds=2) as fed:
+        for name in THREE:
+            fed.join(name)
+        with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\): make room or mend its"):
+            await fed.end()
+        await fed.end()
         assert fed.counted() == [list(THREE)] * 2
         assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 2)
 

@@ -193,7 +193,7 @@ async def test_the_coordinator_after_this_one_knows_who_rests(tmp_path: Path) ->
         assert [line["failed"] for line in fed.lines("round")] == [{"c": FAILS}] * 3 + [{}]
         await fed.begin()
         assert fed.coordinator
-        assert fed.coordinator.rests.present == {"c": Rest(1, FAILS)}
+        assert fed.coordinator.desk.rests.present == {"c": Rest(1, FAILS)}
 
 
 async def test_a_worker_that_should_rest_is_asked_all_the_same_if_there_is_no_quorum_without(
@@ -244,7 +244,7 @@ async def test_a_worker_that_says_that_it_is_stopping_has_not_failed(tmp_path: P
         await fed.end()
         assert fed.lines("round")[0]["refused"] == {"c": "it left: it was told to stop"}
         assert fed.coordinator
-        assert fed.coordinator.rests._records == {}
+        assert fed.coordinator.desk.rests._records == {}
 
 
 # -- what `fluffle status` says -------------------------------------------------------------------------------------

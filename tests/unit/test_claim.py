@@ -102,7 +102,7 @@ def test_a_store_that_has_been_followed_changes_nothing_more(folder: Path) -> No
         lambda: former.journal.begin(2, "plan", ("a",), 0.0),
         lambda: former.adopt(plans.make({"run": "r", "learner": "x", "rounds": 99})),
     ):
-        with pytest.raises((RunEnded, UsageError)):
+        with pytest.raises(RunEnded):
             act()
     assert former.now() == {"phase": "theirs"}
     assert sorted((file, file.read_bytes()) for file in folder.rglob("*") if file.is_file()) == before
@@ -291,3 +291,29 @@ def test_beats_can_be_told_apart(tmp_path: Path) -> None:
         seen.add(last_beat(tmp_path))
         time.sleep(0.02)  # a disk's clock is coarse
     assert len(seen) == 3
+
+
+def test_whoever_has_the_turn_gives_signs_of_life_from_then_on_and_while_its_own_thread_is_busy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standby, "BEAT_S", 0.005)
+    seen = set()
+    with standby.turn(folder):
+        for _ in range(20_000):
+            seen.add(last_beat(folder))
+            if len(seen) == 4:
+                break
+            threading.Event().wait(0.001)
+    assert len(seen) == 4, "it was busy with something else, such as a large model"
+
+
+def test_whoever_was_followed_gives_no_signs_of_life_in_the_name_of_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standby, "BEAT_S", 0.005)
+    with standby.turn(folder):
+        (beats,) = [each for each in threading.enumerate() if each.name == "beats"]
+        (folder / "theirs").touch()
+        (folder / "theirs").replace(folder / standby.LOCK)
+        beats.join(20)
+        assert not beats.is_alive()

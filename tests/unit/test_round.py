@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from broker.messages import PART_BYTES_MIN, Attempt, Payload, Update
 from broker.tensors import Layout, TensorSpec
-from coordinator.round import REISSUES_MAX, Phase, Round, Verdict, judge
+from coordinator.round import REISSUES_MAX, WHY_MAX, Phase, Round, Verdict, judge
 
 OF = Attempt("run", 7, 1)
 TURN_S = 600.0
@@ -527,3 +527,15 @@ def test_a_round_always_ends_and_counts_whole_updates_no_more_than_its_target(
     assert here.outcome is not None
     assert here.outcome[0] is (Phase.CLOSED if len(here.counted) >= quorum else Phase.ABANDONED)
     assert {worker for worker, why in here.fared.items() if not why} == set(here.counted)
+
+
+def test_why_a_round_was_abandoned_is_said_at_a_length_that_can_be_read_however_many_have_refused() -> None:
+    names = [f"w{number}" for number in range(1000)]
+    crowd = Round(OF, [names], quorum=1000, turn_s=60)
+    crowd.begin_turn(0)
+    for name in names:
+        crowd.refuse(name, "x" * 1000)
+    phase, why = crowd.phase(1)
+    assert phase is Phase.ABANDONED
+    assert why.startswith("0/1000 updates, quorum 1000: everyone who was asked has answered; w0: xxx")
+    assert len(why) == WHY_MAX

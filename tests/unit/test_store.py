@@ -173,9 +173,11 @@ def test_a_damaged_version_is_named(store: Store) -> None:
 
 
 def test_a_version_that_is_not_what_the_history_speaks_of_is_not_begun_with(store: Store) -> None:
-    for version in (1, 2):
+    start = checksum(ZERO)
+    for version, told in ((1, {"start": start}), (2, {})):
         save(store, version)
-        store.note(store.vouched({"event": "round", "version": version, "counted": {}}))
+        line = {"event": "round", "round": version, "attempt": 1, "version": version, "cohort": [], "counted": {}}
+        store.note(store.vouched(line | told))
     path, again = store.path(2), Store.open(store.folder)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(UsageError, match=r"000002\.safetensors is not the version 2 of this run's .* Restore it, or"):

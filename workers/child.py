@@ -1,8 +1,8 @@
 """The training process: forked by `guard.py`, for the daemon's `training.py`.
 
-Knows the other end of the socket it inherited: requests and answers are maps of msgpack behind four bytes of length,
-one answer a request. Large models never go through the socket: they lie in files that both processes map. Does not
-know the broker, rounds or what becomes of an answer.
+Knows the other end of the socket it inherited: requests and answers are maps of msgpack, one answer a request. Large
+models never go through the socket: they lie in files that both processes map. Does not know the broker, rounds or
+what becomes of an answer.
 
 It holds the user's data for as long as it lives and must never outlive the guard: the kernel kills it when the guard
 dies, and, where the kernel cannot, the daemon's closed socket does. What the user's code prints goes to stderr.
@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
 from workers import learner, task, weights
-from workers.work import CLOSED, LENGTH_BYTES, MEANT_FOR_DAEMON, Work, framed, layout_of, told
+from workers.work import CLOSED, MEANT_FOR_DAEMON, Work, bytes_of, layout_of, told
 
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
@@ -45,9 +46,9 @@ def serve(link: socket.socket) -> None:
     _mind_no_signals()
     np.random.seed()  # noqa: NPY002 (numpy's global dice, which a fork has inherited as they were)
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
-    pupil = Pupil()
+    pupil, requests = Pupil(), msgpack.Unpacker(link.makefile("rb", buffering=0))
     while True:
-        request = _receive(link)
+        request = _receive(requests)
         try:
             answer = getattr(pupil, f"on_{request['do']}")(request)
         except FluffleError as problem:
@@ -84,32 +85,20 @@ def _end_with(link: socket.socket) -> None:
     os._exit(0)
 
 
-def _receive(link: socket.socket) -> dict[str, Any]:
+def _receive(requests: Iterator[dict[str, Any]]) -> dict[str, Any]:
     try:
-        length = int.from_bytes(_exactly(link, LENGTH_BYTES), "big")
-        request: dict[str, Any] = msgpack.unpackb(_exactly(link, length))
-    except EOFError:
+        return next(requests)
+    except StopIteration:
         os._exit(0)
     except OSError:
         os._exit(CLOSED)
-    return request
-
-
-def _exactly(link: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        piece = link.recv(count - len(data))
-        if not piece:
-            raise EOFError
-        data += piece
-    return data
 
 
 def _send(link: socket.socket, answer: Answer) -> None:
     with suppress(Exception):  # the learner may have closed or replaced it
         sys.stdout.flush()
     try:
-        link.sendall(framed(answer))
+        link.sendall(bytes_of(answer))
     except BrokenPipeError:
         os._exit(0)
     except OSError:
@@ -174,7 +163,7 @@ class Pupil:
             done = task.do(
                 place, work, layout=layout, received=received or b"", into=room if as_it_is else self._scratch(layout)
             )
-        except LearnerFailed:
+        except FluffleError:
             self._mend()
             raise
         delta, examples = done.delta, done.examples and min(done.examples, work.examples_max)

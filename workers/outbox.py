@@ -35,8 +35,10 @@ VERDICT_S = 10.0
 """How long an update may wait for its verdict once the next task is here: that is sent while the version is saved."""
 AGAIN_S = 5.0
 """How long after a publish that was given up the next one is begun, unless there is a reason before."""
-SENT_MAX = 2
-"""Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
+SENT_MAX, SENT_MAX_OF_ALL = 2, 8
+"""Updates of a run, and of all, that may be on their way or wait for verdicts; the oldest is given up for another."""
+RUNS_MAX = 256
+"""Of how many runs a worker remembers who speaks for them, and what it refused them."""
 CALLS_MAX = 16
 """Calls that may wait to be heeded, of which a sum has five; one that is lost is asked for again."""
 _THREADS = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "secret")
@@ -106,7 +108,7 @@ class Outbox:
         self._tell = tell
         self._rest = rest
         self._sent: list[Sent] = []
-        self._refusal: Refusal | None = None  # the last, until another task is here
+        self._refusals: dict[str, Refusal] = {}  # run → the last one, until another task of it is here
 
     @property
     def tasks(self) -> list[Task]:
@@ -118,7 +120,8 @@ class Outbox:
         sent = Sent(task, done)
         self._sent.append(sent)
         sent.work = start(self._send(sent))
-        for former in self._sent[:-SENT_MAX]:
+        of_run = [each for each in self._sent if each.task.of.run == task.of.run]
+        for former in {*of_run[:-SENT_MAX], *self._sent[:-SENT_MAX_OF_ALL]}:
             self._give_up(former, "newer ones are on their way")
             if former.work:
                 former.work.cancel()
@@ -145,7 +148,7 @@ class Outbox:
 
     def hurry(self, task: Task) -> None:
         """A run's next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
-        self._refusal = None
+        self._refusals.pop(task.of.run, None)
         for sent in self._sent:
             if sent.task.of == task.of and sent.task.work == task.work:
                 self._give_up(sent, "it is asked for anew, from other weights")
@@ -182,13 +185,15 @@ class Outbox:
         """
         self._tell(f"{task.of} refused: {reason}", logging.WARNING)
         self._owner.note("refused", task.of, reason=reason)
-        self._refusal = Refusal(task.of, self._worker, reason[:TEXT_MAX], declined)
-        await self._try_to_say(self._refusal)
+        said = self._refusals[task.of.run] = Refusal(task.of, self._worker, reason[:TEXT_MAX], declined)
+        while len(self._refusals) > RUNS_MAX:
+            del self._refusals[next(iter(self._refusals))]
+        await self._try_to_say(said)
 
     async def refuse_again(self, run: str) -> None:
         """The inbox of a run may be a new one: say again what was refused, unless something of it is on its way."""
-        last = self._refusal
-        if last and last.of.run == run and last.of not in (task.of for task in self.tasks):
+        last = self._refusals.get(run)
+        if last and last.of not in (task.of for task in self.tasks):
             await self._try_to_say(last)
 
     # -- one of them --------------------------------------------------------------------------------------------

@@ -9,18 +9,21 @@ written over in the next round: making and mapping a new file would cost as much
 import fcntl
 import mmap
 import os
-from asyncio import Future
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 from weakref import ReferenceType, WeakValueDictionary, finalize, ref
 
 import numpy as np
 
+from broker.changes import apply_change
 from broker.errors import LearnerFailed, UsageError
+from broker.formats import Format
 from broker.messages import Part, Payload
 from broker.parts import Aimed, Assembly
+from broker.tensors import Layout
 from workers.journal import Kept, Place, all_kept
 from workers.residuals import remove_left
 
@@ -55,8 +58,8 @@ class Landing:
     Attributes:
         slot: where they land.
         base: the weights of which they are the change, where they are one and `weights` is not there yet.
+        room: where the weights are made then.
         weights: the version's weights, when they have been made of what landed.
-        unfolding: the making.
     """
 
     def __init__(self, payload: Payload, slot: Slot) -> None:
@@ -64,13 +67,18 @@ class Landing:
         self.slot = slot
         self.base: Slot | None = None
         self.weights: Slot | None = None
-        self.unfolding: Future[None] | None = None
+        self.room: Slot | None = None
+        self._alone = Lock()
         self._assembly = Assembly(payload, slot.data)
 
     @property
     def complete(self) -> bool:
         """Whether every part has landed."""
         return self._assembly.complete
+
+    def awaits(self, part: Part) -> bool:
+        """Whether it is a part of this payload."""
+        return part.payload == self.payload.id
 
     def aim(self, begins: memoryview, size: int) -> Aimed | None:
         """See `broker.parts.Aim`."""
@@ -85,9 +93,18 @@ class Landing:
         if not self.complete:
             self._assembly.add(part)
 
-    def unfold(self, weights: Slot) -> None:
-        """The weights have been made of what landed."""
-        self.weights, self.base = weights, None
+    def unfold(self, layout: Layout, fmt: Format) -> None:
+        """Make the weights in `room`, of the base and the change that landed, unless another thread has.
+
+        Raises:
+            WireError: the change lies.
+        """
+        with self._alone:
+            if self.weights is None:
+                assert self.base is not None
+                assert self.room is not None
+                apply_change(self.base.data, self.slot.data, layout, fmt, self.room.data)
+                self.weights, self.base = self.room, None
 
 
 class Held(NamedTuple):

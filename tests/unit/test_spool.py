@@ -173,7 +173,7 @@ def test_the_newest_versions_are_held_and_older_ones_are_not(spool: Spool) -> No
     held = []
     for number in range(4):
         landing = spool.expect(payload(f"p{number}"))
-        landing.unfold(landing.slot)
+        landing.weights = landing.slot
         held.append(spool.hold(("run", number), landing))
         assert held[-1].weights is landing.slot
     del landing

@@ -38,6 +38,10 @@ def attack(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Read digits off updates, as a curious or a malicious server could: what averages, masks and noise are worth."""
+    if out is not None:  # found out now, and not when minutes of work are done
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "attack.json").touch()
+        _figure(1.0)
     x, y = _digits()
     from workers.attack import Scene, classroom  # noqa: PLC0415 - torch takes seconds to load: not for --help
     from workers.learners.toy import ROWS  # noqa: PLC0415
@@ -55,7 +59,6 @@ def attack(
         for name, said in classroom({name: ROWS[name] for name in ("bob", "alice")}):
             Console().print(f"The classroom, off {name}'s delta: {said}", highlight=False)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "attack.json").write_text(json.dumps(told, indent=1) + "\n")
         _picture(shown, out / "attack.png")
 
@@ -111,12 +114,16 @@ def _show(shown: list[Shown]) -> None:
     )
 
 
-def _picture(shown: list[Shown], path: Path) -> None:
+def _figure(width: float) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
         raise UsageError(f"the picture {EXTRA}") from None
-    figure = Figure(figsize=(1.2 * len(shown) + 1, 3.4))
+    return Figure(figsize=(width, 3.4))
+
+
+def _picture(shown: list[Shown], path: Path) -> None:
+    figure = _figure(1.2 * len(shown) + 1)
     for at, (what, scene, each) in enumerate(shown):
         for row, pixels in enumerate(each.shown):
             axes = figure.add_subplot(2, len(shown), row * len(shown) + at + 1)

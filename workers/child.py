@@ -146,9 +146,10 @@ class Pupil:
     def on_draw(self, request: dict[str, Any]) -> Answer:
         """Draw the weights of a fresh model."""
         model = task.new_model(self.place.learner, seed=request["seed"])
-        layout, room = weights.layout_of(model), self._room(request["weights"])
-        drawn = weights.read(model, layout, into=room) if room is None or layout == self.place.layout else None
-        return {"specs": told(layout), "weights": drawn if room is None else None}
+        layout = weights.layout_of(model)
+        if layout == self.place.layout:
+            weights.read(model, layout, into=self._room(request["weights"]))
+        return {"specs": told(layout)}
 
     def on_task(self, request: dict[str, Any]) -> Answer:
         """Do one task."""
@@ -157,12 +158,11 @@ class Pupil:
         if another := other_file(place.learner.file, work.learner_file):
             raise LearnerFailed(another)  # it was changed after the daemon had looked
         layout = self.place.layout if request["specs"] is None else layout_of(request["specs"])
-        received, room = self._room(request["weights"]), self._room(request["delta"])
+        received, room = self._room(request["weights"]), self._room(request["delta"]) if work.train else None
         as_it_is = work.format == "float32"
         try:
-            done = task.do(
-                place, work, layout=layout, received=received or b"", into=room if as_it_is else self._scratch(layout)
-            )
+            into = room if as_it_is else self._scratch(layout)
+            done = task.do(place, work, layout=layout, received=received, into=into)
         except FluffleError:
             self._mend()
             raise
@@ -171,11 +171,10 @@ class Pupil:
         if delta is not None and work.clip:
             within = clip(FORMATS["float32"], layout, memoryview(delta), work.clip) <= work.clip
         if delta is not None and not as_it_is:
-            delta = _packed(layout, memoryview(delta), work, room=room, residual=request["residual"])
+            _pack(layout, memoryview(delta), work, room=room, residual=request["residual"])
         return {
             "examples": examples, "metrics": done.metrics, "scores": done.scores,
-            "delta": delta if room is None else None, "seconds": time.monotonic() - began,
-            "within": within, "released": done.released,
+            "seconds": time.monotonic() - began, "within": within, "released": done.released,
         }  # fmt: skip
 
     def _scratch(self, layout: Layout) -> bytearray:
@@ -205,12 +204,8 @@ class Pupil:
             self.ready_s += time.monotonic() - began
         return task.Place(self.place.learner, self.place.model, self._data[source], self.place.layout)
 
-    def _room(self, where: dict[str, Any] | None) -> memoryview | None:
-        """The bytes that a request speaks of; None for room that goes back through the socket."""
-        if where is None:
-            return None
-        if "data" in where:
-            return memoryview(bytearray(where["data"])) if where["data"] else None
+    def _room(self, where: dict[str, Any]) -> memoryview:
+        """The bytes that a request speaks of."""
         if where["file"] not in self._files:  # which is there as long as the daemon wants it, and so are its pages
             self._files = {name: mapped for name, mapped in self._files.items() if Path(name).exists()}
             with Path(where["file"]).open("r+b") as file:
@@ -218,10 +213,10 @@ class Pupil:
         return memoryview(self._files[where["file"]])[where["at"] : where["at"] + where["size"]]
 
 
-def _packed(
+def _pack(
     layout: Layout, delta: memoryview, work: Work, *, room: memoryview | None, residual: tuple[str, str] | None
-) -> memoryview:
-    """The update as its format writes it; what that leaves out is added to what is owed.
+) -> None:
+    """Write the update as its format has it; what that leaves out is added to what is owed.
 
     Raises:
         LearnerFailed: the format cannot carry it, or there is no room for what it leaves out.
@@ -243,7 +238,6 @@ def _packed(
             f"what the format {work.format} leaves out of an update cannot be kept ({problem.strerror}): "
             "make room on this worker's disk, or choose another folder with --state."
         ) from None
-    return packed
 
 
 def _read_floats(file: Path, count: int) -> NDArray[np.float32]:

@@ -32,9 +32,6 @@ class Job:
 
 
 def is_same(task: Task, known: Task) -> bool:
-    """Whether a task that has come is one that we have: of the same try, and with the same weights or their change.
-
-    Of one that an earlier process has done we know what its update was called, which begins with the weights' name.
-    """
-    weights = task.payload.id.removesuffix("/change")
-    return task.of == known.of and f"{known.payload.id}/".startswith(f"{weights}/")
+    """Whether a task that has come is one that we have: of the same try, with the same weights or their change."""
+    one, other = (each.payload.id.removesuffix("/change") for each in (task, known))
+    return task.of == known.of and one == other

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from xxhash import xxh3_64_digest
 
@@ -129,14 +129,10 @@ class Outbox:
     def restore(self, kept: Kept, delta: Slot, start: Start) -> None:
         """Send what an earlier process of this worker has finished; its parts only if they are asked for."""
         update, left_s = kept.update, max(kept.until - time.time() - SAY_S, 0.0)
-        task = Task(
-            update.of, "train", update.version, left_s, 0, {}, update.payload, format=cast(Any, kept.format)
-        )  # fmt: skip
-        task = replace(kept.task, deadline_s=left_s) if kept.task else task
-        layout = update.payload.layout
+        task, layout = replace(kept.task, deadline_s=left_s), update.payload.layout
         done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, layout, kept.model, update.within)
         sent = Sent(task, done, update.payload, unsent=False)
-        size = f"{update.payload.layout.size_bytes:,} bytes"
+        size = f"{layout.size_bytes:,} bytes"
         self._tell(f"{update.of} of {update.of.run} was finished before: sending it again, {size}", logging.INFO)
         self._sent.append(sent)
         sent.work = start(self._send(sent))
@@ -314,14 +310,10 @@ class Outbox:
         """Keep the update for the process after this one; if the disk will not, it would be trained again."""
         task, done, delta = sent.task, sent.done, sent.done.delta
         assert delta is not None
-        where: bytes | Place = bytes(delta.data) if delta.file is None else b""
+        path, at = delta.file
+        place = Place(path.name, at, len(delta.data), await asyncio.to_thread(xxh3_64_digest, delta.data))
+        kept = Kept(task, update, done.scores, time.time() + patience_s(task), place, done.model)
         try:
-            if delta.file is not None:
-                path, at = delta.file
-                where = Place(path.name, at, len(delta.data), await asyncio.to_thread(xxh3_64_digest, delta.data))
-            kept = Kept(update, done.scores, task.format, time.time() + patience_s(task), where)
-            if task.secure:
-                kept = replace(kept, task=task, model=done.model)
             if not sent.over:  # or it would be written after it is forgotten
                 keep(self._folder, kept)
         except OSError as problem:

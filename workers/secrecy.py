@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
@@ -26,14 +25,9 @@ from workers.work import Done, Who
 
 Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part."""
+Note = Callable[..., None]
+"""Writes a line into the ledger of the data's owner: see `Ledger.write`."""
 UNMASKED = "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it."
-
-
-class Note(Protocol):
-    """Writes a line into the ledger of the data's owner."""
-
-    def __call__(self, event: str, **facts: object) -> None:
-        """See above."""
 
 
 def check(task: Task, who: Who) -> None:

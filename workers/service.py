@@ -73,8 +73,8 @@ class Worker:
         self._incarnation = ""  # empty while we do not listen
         self._landing: dict[str, Job] = {}  # run → its task whose parts are landing
         self._jobs: list[Job] = []  # claimed; the first has its turn
-        self._turn = asyncio.Lock()  # those who wait for it get it in the order in which they came
         self._holds: Held | None = None
+        self._turn = asyncio.Lock()  # those who wait for it get it in the order in which they came
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heard = True

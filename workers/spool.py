@@ -2,8 +2,8 @@
 
 Knows where models lie and that the disk may be full. Does not know what is in them, nor when they are wanted.
 
-A small model is a few bytes of memory. A large one lies in a file that both processes map, and whose pages are
-written over in the next round: making and mapping a new file would cost as much as filling it.
+A model lies in a file that both processes map, and whose pages are written over in the next round: making and mapping
+a new file would cost as much as filling it.
 """
 
 import fcntl
@@ -27,8 +27,6 @@ from broker.tensors import Layout
 from workers.journal import Kept, Place, all_kept
 from workers.residuals import remove_left
 
-SMALL_BYTES = 64 * 1024
-"""What is no larger stays in memory, and goes to the training process through its socket."""
 FILE_BYTES = 64 * 1024 * 1024
 """How large a file of several slots may become: a thousand workers must not need a thousand open files."""
 HELD_MAX = 2
@@ -44,10 +42,10 @@ class Slot:
 
     Attributes:
         data: the bytes, writable.
-        file: what else maps them: the file and the first byte in it. None for a small one.
+        file: what else maps them: the file and the first byte in it.
     """
 
-    def __init__(self, data: memoryview, file: tuple[Path, int] | None = None) -> None:
+    def __init__(self, data: memoryview, file: tuple[Path, int]) -> None:
         self.data = data
         self.file = file
 
@@ -159,8 +157,6 @@ class Spool:
         Raises:
             LearnerFailed: there is none.
         """
-        if size_bytes <= SMALL_BYTES:
-            return Slot(memoryview(bytearray(size_bytes)))
         free = self._free[size_bytes] = self._free.pop(size_bytes, [])  # the last to be taken is the last there
         if not free:
             self._forget_sizes()
@@ -250,7 +246,7 @@ class Spool:
 
     def _remove_files(self, but: list[Kept]) -> None:
         """All that only this process can use, but for finished updates."""
-        needed = {kept.delta.file for kept in but if isinstance(kept.delta, Place)}
+        needed = {kept.delta.file for kept in but}
         for left in self.folder.glob(f"*{SUFFIX}"):
             if left.name not in needed:
                 left.unlink()
@@ -259,14 +255,11 @@ class Spool:
     def _recover(self, found: list[Kept]) -> dict[str, list[tuple[Kept, Slot]]]:
         """Finished updates by worker, each in a slot as when it was made; what else is in their files is free."""
         self._remove_files(found)
-        places = [kept.delta for kept in found if isinstance(kept.delta, Place)]
+        places = [kept.delta for kept in found]
         files = {place.file: self._opened(place) for place in places}
         recovered: dict[str, list[tuple[Kept, Slot]]] = {}
         for kept in found:
-            if isinstance(kept.delta, bytes):
-                slot = Slot(memoryview(bytearray(kept.delta)))
-            else:
-                slot = self._slot(self.folder / kept.delta.file, files[kept.delta.file], kept.delta)
+            slot = self._slot(self.folder / kept.delta.file, files[kept.delta.file], kept.delta)
             recovered.setdefault(kept.update.worker, []).append((kept, slot))
         taken = {(place.file, place.at) for place in places}
         for place in places:
@@ -287,8 +280,8 @@ class Spool:
 
 
 def _pitch(size_bytes: int) -> int:
-    """From one slot to the next: whole pages."""
-    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+    """From one slot to the next: whole pages, one at least."""
+    return -(-max(size_bytes, 1) // PAGE_BYTES) * PAGE_BYTES
 
 
 def _locked(folder: Path) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from broker.errors import LearnerFailed, UsageError
-from broker.messages import EXAMPLES_MAX, MAP_MAX
+from broker.messages import EXAMPLES_MAX, KEY_MAX, MAP_MAX
 from broker.tensors import Layout
 from workers import weights
 from workers.imprint import suspicion
@@ -25,8 +25,6 @@ from workers.learner import Learner, blaming
 from workers.privacy import KEY as PRIVATE
 from workers.privacy import Private
 from workers.work import Outcome, Work
-
-METRIC_NAME_LENGTH_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +165,10 @@ def _metrics(found: Any, name: str) -> dict[str, float]:
         raise LearnerFailed(f"{name}() returned {len(found)} metrics: at most {MAP_MAX} travel.")
     metrics = {}
     for key, value in found.items():
-        if not isinstance(key, str) or len(key) > METRIC_NAME_LENGTH_MAX:
+        if not isinstance(key, str) or len(key) > KEY_MAX:
             raise LearnerFailed(
                 f"{name}() returned a metric called {str(key)[:40]!r}: "
-                f"its name must be text of at most {METRIC_NAME_LENGTH_MAX} characters."
+                f"its name must be text of at most {KEY_MAX} characters."
             )
         metrics[key] = _number(value, f"{name}() returned the metric {key!r} as")
     return {key: value for key, value in metrics.items() if math.isfinite(value)}

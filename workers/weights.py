@@ -119,22 +119,10 @@ def delta(model: nn.Module, layout: Layout, received: Raw, *, into: Raw | None =
 
 def _difference(layout: Layout, state: Mapping[str, Tensor]) -> str:
     """In words, how the tensors of a model's state dict differ from `layout`; empty when equal."""
-    if len(state) == len(layout.specs) and all(_is(state.get(spec.name), spec) for spec in layout.specs):
-        return ""
     try:
         return layout.difference(_layout_of(state))
     except UsageError as problem:
         return str(problem)
-
-
-def _is(tensor: Tensor | None, spec: TensorSpec) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.dtype == DTYPES[spec.dtype]
-        and tensor.layout == torch.strided
-        and not is_lazy(tensor)
-        and tensor.shape == spec.shape
-    )
 
 
 def _subtract(trained: Tensor, before: Tensor, place: Tensor) -> bool:

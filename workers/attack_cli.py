@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,18 +18,8 @@ from broker.errors import UsageError
 
 WORK = 600  # rows that a line of the table is worth
 EXTRA = "needs scikit-learn and matplotlib: pip install 'fluffle[demo]'."
-
-
-Line = tuple[str, dict[str, Any]]
-"""What the server sees, in words, and the scene."""
-
-
-class Shown(NamedTuple):
-    """A line of the table: in words, as a scene, and what came of it; the last two are `attack.py`'s."""
-
-    what: str
-    scene: Any
-    found: Any
+Shown = tuple[Any, Any]
+"""A scene and what was found, of `attack.py`, which loads torch."""
 
 
 def attack(
@@ -46,12 +36,13 @@ def attack(
     from workers.attack import Scene, classroom  # noqa: PLC0415 - torch takes seconds to load: not for --help
     from workers.learners.toy import ROWS  # noqa: PLC0415
 
-    scenes = [(what, Scene(**facts)) for what, facts in _lines()]
-    shown = []
-    for what, scene in scenes:
+    shown = list[Shown]()
+    for scene in (Scene(what=what, **facts) for what, facts in _lines()):
         trials = max(5, min(100, WORK // (scene.workers * scene.rows)))
-        shown.append(Shown(what, scene, scene.play(x, y, trials=trials, seed=seed)))
-    told = [{"what": each.what, **asdict(each.scene), **_plain(each.found)} for each in shown]
+        shown.append((scene, scene.play(x, y, trials=trials, seed=seed)))
+    told = [asdict(scene) | asdict(found) for scene, found in shown]
+    for each in told:
+        del each["shown"]  # the pictures
     if as_json:
         sys.stdout.write(json.dumps(told) + "\n")
     else:
@@ -72,7 +63,7 @@ def _digits() -> tuple[Any, Any]:
     return pixels / 16.0, digits
 
 
-def _lines() -> Iterator[Line]:
+def _lines() -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in ("linear", "mlp"):
         one, ten = {"model": kind, "workers": 1, "rows": 1}, {"model": kind, "workers": 10, "rows": 1}
         for n in (1, 8, 64):
@@ -90,18 +81,14 @@ def _lines() -> Iterator[Line]:
     yield "mean, imprint, noise z = 1", {**imprint, "defence": "dp"}
 
 
-def _plain(found: Any) -> dict[str, Any]:
-    return {name: value for name, value in asdict(found).items() if name != "shown"}
-
-
 def _show(shown: list[Shown]) -> None:
     console = Console()
     table = Table(
         "model", "the server sees", "workers", "rows each", "clear", "rounds with one", "best, dB", "claimed"
     )
-    for what, scene, each in shown:
+    for scene, each in shown:
         table.add_row(
-            scene.model, what, str(scene.workers), str(scene.rows), f"{each.clear / each.rows:.1%}",
+            scene.model, scene.what, str(scene.workers), str(scene.rows), f"{each.clear / each.rows:.1%}",
             f"{each.rounds:.0%}", f"{each.median_db:.0f} (top {each.top_db:.0f})",
             f"{each.right} right of {each.claimed}" if not scene.imprint else "",
         )  # fmt: skip
@@ -124,13 +111,13 @@ def _figure(width: float) -> Any:
 
 def _picture(shown: list[Shown], path: Path) -> None:
     figure = _figure(1.2 * len(shown) + 1)
-    for at, (what, scene, each) in enumerate(shown):
+    for at, (scene, each) in enumerate(shown):
         for row, pixels in enumerate(each.shown):
             axes = figure.add_subplot(2, len(shown), row * len(shown) + at + 1)
             axes.imshow(pixels.clip(0, 1).reshape(8, 8), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            said = f"{scene.model}\n{what}\n{scene.workers} × {scene.rows}" if not row else f"{each.median_db:.0f} dB"
-            axes.set_title(said, fontsize=6)
+            said = f"{scene.model}\n{scene.what}\n{scene.workers} × {scene.rows}"
+            axes.set_title(f"{each.median_db:.0f} dB" if row else said, fontsize=6)
     figure.text(0.005, 0.62, "row", fontsize=7)
     figure.text(0.005, 0.22, "read", fontsize=7)
     figure.savefig(path, dpi=140)

@@ -33,6 +33,8 @@ from workers.work import Done
 
 VERDICT_S = 10.0
 """How long an update may wait for its verdict once the next task is here: that is sent while the version is saved."""
+LOOK_S, STILL_S = 0.05, 2.0
+"""How often it is looked whether what was uploaded for another run is drained, and how long that may stand still."""
 AGAIN_S = 5.0
 """How long after a publish that was given up the next one is begun, unless there is a reason before."""
 SENT_MAX, SENT_MAX_OF_ALL = 2, 8
@@ -57,6 +59,7 @@ class Sent:
     over: bool = False
     calls: deque[Call] = field(default_factory=lambda: deque(maxlen=CALLS_MAX))  # of a secure sum, to be heeded
     unsent: bool = True  # its parts are to be sent, for the first time or again
+    uploaded: bool = False  # parts of it may lie in the upload queue
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
     bell: asyncio.TimerHandle | None = None
     work: asyncio.Task[None] | None = None
@@ -108,6 +111,7 @@ class Outbox:
         self._tell = tell
         self._rest = rest
         self._sent: list[Sent] = []
+        self._uploading = asyncio.Lock()
         self._refusals: dict[str, Refusal] = {}  # run → the last one, until another task of it is here
 
     @property
@@ -131,7 +135,7 @@ class Outbox:
         update, left_s = kept.update, max(kept.until - time.time() - SAY_S, 0.0)
         task, layout = replace(kept.task, deadline_s=left_s), update.payload.layout
         done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, layout, kept.model, update.within)
-        sent = Sent(task, done, update.payload, unsent=False)
+        sent = Sent(task, done, update.payload, unsent=False, uploaded=True)
         size = f"{layout.size_bytes:,} bytes"
         self._tell(f"{update.of} of {update.of.run} was finished before: sending it again, {size}", logging.INFO)
         self._sent.append(sent)
@@ -242,7 +246,7 @@ class Outbox:
                 try:
                     if not uploaded:
                         sent.unsent = False
-                        await self._post.upload(payload, done.delta.data)
+                        await self._upload(sent, payload, done.delta.data)
                         uploaded = True
                     if scored:
                         await scored  # before the update, which may end the round
@@ -261,6 +265,23 @@ class Outbox:
         finally:
             if keeping:  # or it would be written after it is forgotten
                 await asyncio.wait([keeping])
+
+    async def _upload(self, sent: Sent, payload: Payload, data: memoryview) -> None:
+        """Upload its parts when those of other runs are drained: a coordinator leaves nothing that it comes upon.
+
+        Where nobody drains them they are lost to it, and will be asked for again.
+        """
+        now, run = asyncio.get_running_loop().time, sent.task.of.run
+        async with self._uploading:
+            left, since = -1, now()
+            while any(each.uploaded and each.task.of.run != run for each in self._sent):
+                if (lie := await self._post.uploads()) != left:
+                    left, since = lie, now()
+                if not lie or now() > since + STILL_S:
+                    break
+                await asyncio.sleep(LOOK_S)
+            sent.uploaded = True
+            await self._post.upload(payload, data)
 
     async def _outwait(self, sent: Sent, problem: LinkError) -> None:
         self._tell(f"{sent.task.of}: the update waits for the broker: {problem}", logging.WARNING)
@@ -287,7 +308,7 @@ class Outbox:
                     if await self._partake(sent, partial(talk.heed, call)):
                         owed, sent.unsent = True, isinstance(call.says, Dealt)
                 if sent.unsent and talk.words and talk.payload:
-                    await self._post.upload(talk.payload, talk.words.data)
+                    await self._upload(sent, talk.payload, talk.words.data)
                     sent.unsent, owed = False, True
                 if owed and talk.said:
                     await self._post.say(talk.said)

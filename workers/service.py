@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 from broker.errors import Declined, LearnerFailed, LinkError, Refused, UsageError, WireError
 from broker.formats import FORMATS
 from broker.link import Delivery, first_of, read
-from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
+from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Goodbye, Hello, Message, Part, Resumed, Task
 from broker.pact import model_digest
 from broker.parts import Aimed
 from broker.tensors import Layout
 from workers.jobs import Job, is_same
 from workers.outbox import RUNS_MAX, Outbox
 from workers.owner import Owner
-from workers.post import PREFETCH_MIN, Post, Shared
+from workers.post import GOODBYE_S, PREFETCH_MIN, Post, Shared
 from workers.residuals import Residuals
 from workers.secrecy import UNMASKED, Secrecy, check
 from workers.spending import Spending
@@ -61,14 +61,14 @@ class Worker:
         self._rest = asyncio.Event()  # something is done with
         self._owner = Owner(who, shared.spool.folder)
         self._residuals = Residuals(shared.spool.folder, who.name)
-        self._spending = Spending(shared.spool.folder, who.name)
+        self._spending = Spending(shared.spool.folder, who.name, self._owner)
         self._outbox = Outbox(
             who.name, self.post, owner=self._owner, residuals=self._residuals, tell=self._tell, rest=self._rest.set,
         )  # fmt: skip
         if who.member:
             self._outbox.secrecy = Secrecy(
-                who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write,
-                least=self._owner.least, pay=lambda task, form: self._spending.share(task, form, self._owner),
+                who.member, shared.spool.folder, room=shared.spool.take, note=self._owner.ledger.write,
+                least=self._owner.least, pay=self._spending.share,
             )  # fmt: skip
         self._incarnation = ""  # empty while we do not listen
         self._landing: dict[str, Job] = {}  # run → its task whose parts are landing
@@ -101,7 +101,7 @@ class Worker:
                 await self._finish()
                 for task in [*self._tasks]:
                     task.cancel()
-                await self.post.say_goodbye("it was told to stop")
+                await self.post.greet(Goodbye(self.who.name, "it was told to stop"), within_s=GOODBYE_S)
                 self._tell(f"{self.who.name} has left")
         except* Exception as several:  # noqa: BLE001 - whichever part failed first is the reason
             raise first_of(several) from None
@@ -154,7 +154,7 @@ class Worker:
             return
         who, doing = self.who, self._in_hand[-1].of if self._in_hand else None
         hello = Hello(who.name, self._incarnation, who.learner[:TEXT_MAX], who.trains, who.lease_s, doing)
-        heard = await self.post.say_hello(hello, within_s=who.lease_s / 3)
+        heard = await self.post.greet(hello, within_s=who.lease_s / 3)
         if heard != self._heard:
             self._tell("a coordinator is listening" if heard else "no coordinator is listening yet")
         self._heard = heard
@@ -192,9 +192,11 @@ class Worker:
                 await self._expect(message, delivery)
             else:
                 if isinstance(message, Part):  # else, or of something that is over: nothing
-                    concerned = [run for run in concerned if self._landing[run].landing.awaits(message)]
+                    parts = {run: job.landing.parts for run, job in self._landing.items()}
+                    concerned = [run for run in parts if parts[run].payload.id == message.payload]
                     for run in concerned:
-                        self._landing[run].landing.add(message)
+                        if not parts[run].complete:  # by what another of this process was sent
+                            parts[run].add(message)
                 await delivery.ack()
         except WireError as problem:
             await delivery.ack()
@@ -202,12 +204,12 @@ class Worker:
             for run in concerned:
                 await self._turn_away(run, str(problem))
         for job in [*self._landing.values()]:
-            if job.landing.complete:
+            if job.landing.parts.complete:
                 self._begin_work(job)
 
     def _aim(self, begins: memoryview, size: int) -> Aimed | None:
         """See `broker.parts.Aim`."""
-        aims = (job.landing.aim(begins, size) for job in self._landing.values())
+        aims = (job.landing.parts.aim(begins, size) for job in self._landing.values())
         return next(filter(None, aims), None)
 
     def _drop(self, run: str) -> Job | None:
@@ -332,7 +334,6 @@ class Worker:
         work, private = work_for(task, self.who), self.who.trains and task.noise is not None
         self._owner.take(task, trains=train)
         if train and private:
-            self._spending.most = self._owner.policy.epsilon_max
             await asyncio.to_thread(self._spending.check, task, self.layout)
         weights = await self._unfold(task, job.landing)
         self._holds = self.spool.hold((task.of.run, task.version), job.landing)
@@ -343,7 +344,7 @@ class Worker:
         done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
         done = replace(done, model=model)
         if train and private:
-            done = await asyncio.to_thread(self._spending.pay, task, done, self._owner)
+            done = await asyncio.to_thread(self._spending.pay, task, done)
         told = (done.metrics or done.scores) if self._owner.policy.log == "metrics" else {}
         said = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
         self._tell(f"{task.of}: {'trained' if train else 'scored'} in {done.seconds:.2f} s: {said}")

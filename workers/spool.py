@@ -21,8 +21,8 @@ import numpy as np
 from broker.changes import apply_change
 from broker.errors import LearnerFailed, UsageError
 from broker.formats import Format
-from broker.messages import Part, Payload
-from broker.parts import Aimed, Assembly
+from broker.messages import Payload
+from broker.parts import Assembly
 from broker.tensors import Layout
 from workers.journal import Kept, Place, all_kept
 from workers.residuals import remove_left
@@ -55,41 +55,19 @@ class Landing:
 
     Attributes:
         slot: where they land.
+        parts: those that have landed.
         base: the weights of which they are the change, where they are one and `weights` is not there yet.
         room: where the weights are made then.
         weights: the version's weights, when they have been made of what landed.
     """
 
     def __init__(self, payload: Payload, slot: Slot) -> None:
-        self.payload = payload
         self.slot = slot
+        self.parts = Assembly(payload, slot.data)
         self.base: Slot | None = None
         self.weights: Slot | None = None
         self.room: Slot | None = None
         self._alone = Lock()
-        self._assembly = Assembly(payload, slot.data)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every part has landed."""
-        return self._assembly.complete
-
-    def awaits(self, part: Part) -> bool:
-        """Whether it is a part of this payload."""
-        return part.payload == self.payload.id
-
-    def aim(self, begins: memoryview, size: int) -> Aimed | None:
-        """See `broker.parts.Aim`."""
-        return self._assembly.aim(begins, size)
-
-    def add(self, part: Part) -> None:
-        """Let a part land, unless it is of another payload, or a copy of one that has landed.
-
-        Raises:
-            WireError: it lies.
-        """
-        if not self.complete:
-            self._assembly.add(part)
 
     def unfold(self, layout: Layout, fmt: Format) -> None:
         """Make the weights in `room`, of the base and the change that landed, unless another thread has.
@@ -178,7 +156,7 @@ class Spool:
             LearnerFailed: there is no room for it.
         """
         landing = self._landings.get(payload.id)
-        if landing is None or landing.payload != payload:
+        if landing is None or landing.parts.payload != payload:
             landing = Landing(payload, self.take(payload.layout.size_bytes))
             self._landings[payload.id] = landing
         return landing

@@ -145,18 +145,18 @@ def test_a_payload_lands_once_for_all_who_expect_it(spool: Spool) -> None:
     assert ann is ben
     parts = list(split(payload(), data))
     for part in parts[:2]:
-        ann.add(part)
+        ann.parts.add(part)
     for part in parts[1:]:
-        assert not ann.complete
-        ben.add(part)
-    assert ann.complete
+        assert not ann.parts.complete
+        ben.parts.add(part)
+    assert ann.parts.complete
     assert ann.slot.data == data
     assert spool.in_use == 1
     late = spool.expect(payload())
-    assert late.complete
+    assert late.parts.complete
     del ann, ben, late
     assert spool.in_use == 0
-    assert not spool.expect(payload()).complete, "nobody had it any more"
+    assert not spool.expect(payload()).parts.complete, "nobody had it any more"
 
 
 def test_another_payload_lands_elsewhere_and_so_does_one_that_only_has_the_same_name(spool: Spool) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,20 +85,18 @@ def forget(folder: Path, worker: str, of: Attempt) -> None:
 
 def all_kept(folder: Path) -> list[Kept]:
     """What an earlier process has kept here and may still be waited for; the rest is removed, and why is logged."""
-    return [kept for path in sorted(folder.glob(f"*{SUFFIX}")) for kept in _looked_at(path)]
-
-
-def _looked_at(path: Path) -> Iterator[Kept]:
-    try:
-        kept = _read(path)
-    except (OSError, ValueError, KeyError, TypeError, WireError, msgpack.UnpackException) as problem:
-        log.warning("%s is damaged (%s): what it held will be trained again", path, problem)
-    else:
-        if time.time() < kept.until:
-            yield kept
-            return
-    with contextlib.suppress(OSError):
-        path.unlink()
+    found = []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            kept = _read(path)
+            if time.time() < kept.until:
+                found.append(kept)
+                continue
+        except (OSError, ValueError, KeyError, TypeError, WireError, msgpack.UnpackException) as problem:
+            log.warning("%s is damaged (%s): what it held will be trained again", path, problem)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return found
 
 
 def _read(path: Path) -> Kept:

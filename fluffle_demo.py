@@ -267,7 +267,7 @@ def _compare(store: Store, cast: Cast) -> dict[str, Any]:
 
     plan = store.plan
     request = Request(
-        plan.learner, cast.workers, str(store.path(0)), plan.rounds, plan.seed, dict(plan.settings),
+        plan.learner, cast.workers, str(store.path(0).absolute()), plan.rounds, plan.seed, dict(plan.settings),
         pooled=cast.pooled, held_out=cast.held_out,
     )  # fmt: skip
     try:

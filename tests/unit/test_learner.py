@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import UsageError
-from fluffle_demo import _cast, make_run
+from fluffle_demo import _cast, _compare, make_run
 from workers.learner import EXAMPLES, learner_name, load, told
 
 GOOD = """
@@ -189,7 +189,9 @@ def test_whatever_a_demo_says_that_is_none_is_one_sentence(tmp_path: Path, demo:
 def test_a_learner_that_goes_elsewhere_leaves_us_where_we_were(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     written(tmp_path / "odd.py", "import os\nos.chdir('elsewhere')\n" + MODEL + "Odd = nn.Linear\n")
-    assert _cast("odd.py", 2, ["here", "there"], 0).workers == {"worker-1": "here", "worker-2": "there"}
-    make_run("odd.py", Path("run"), {})
+    cast = _cast("odd.py", 2, ["here", "there"], 0)
+    assert cast.workers == {"worker-1": "here", "worker-2": "there"}
+    store = make_run("odd.py", Path("run"), {"rounds": 1})
+    assert _compare(store, cast) == {"alone": {"worker-1": {}, "worker-2": {}}, "pooled": None}
     assert Path.cwd() == tmp_path
     assert (tmp_path / "run" / "plan.toml").exists()

@@ -156,3 +156,12 @@ def test_a_picture_of_chance_is_between_three_and_nine_db() -> None:
 
     found = [psnr(dice.random(64), row) for row in X[:50]]
     assert 3 < min(found) < max(found) < 9
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("workers.attack_cli._digits", lambda: pytest.fail("the work was begun"))
+    with pytest.raises(OSError, match="Not a directory"):
+        run("--out", str(tmp_path / "file" / "folder"))

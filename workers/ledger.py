@@ -58,8 +58,8 @@ class Ledger:
 
     def _has_room(self, event: str, line: Line) -> bool:
         """Whether one more is written; the last before a pause says so, the next after it how many were not."""
-        now, (since, count) = time.monotonic(), self._floods.get(event, (-math.inf, 0))
-        if now >= since + FLOOD_S:
+        now, (since, count) = line["at"], self._floods.get(event, (-math.inf, 0))
+        if not 0 <= now - since < FLOOD_S:  # a clock may be set back
             line |= {"unwritten": count - FLOOD_MAX} if count > FLOOD_MAX else {}
             since, count = now, 0
         self._floods[event] = since, count + 1

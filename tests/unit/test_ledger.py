@@ -172,7 +172,7 @@ def test_refusals_without_end_do_not_fill_the_disk_and_how_many_there_were_is_to
 ) -> None:
     """Whoever may ask can be refused as often as it likes; what left, and other events, are written all the same."""
     clock = SimpleNamespace(now=5.0)
-    monkeypatch.setattr("workers.ledger.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("workers.ledger.time", SimpleNamespace(time=lambda: clock.now))
     account = Ledger(tmp_path / "a.ledger")
     for number in range(250):
         account.write("refused", reason=f"no {number}")

@@ -82,8 +82,7 @@ def init(
         store = Store.open(run)
         sys.stdout.write(f"{run} holds the run {store.plan.run} already\n")
         return
-    # as it is called from here: a learner may go elsewhere
-    store = make_run(learner, run.absolute(), {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
+    store = make_run(learner, run, {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
     sys.stdout.write(f"{run} is ready: run {store.plan.run}, version 0 is {store.path(0)}\n")
 
 

@@ -9,18 +9,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass
+from contextlib import ExitStack, chdir, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from broker import wording
 from broker.contract import fingerprint
 from broker.daemon import PARENT
 from broker.errors import FluffleError, RunEnded, UsageError
@@ -52,21 +54,23 @@ def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = Fal
     from workers import task, weights  # noqa: PLC0415
 
     plan = plans.make({"run": new_run_name(run), "learner": learner, **values}, "these options")
-    found = learners.load(learner)
-    model = task.new_model(found, seed=plan.seed)
-    layout = weights.layout_of(model)
+    with chdir("."):  # a learner may go elsewhere, but paths are as they were typed
+        found = learners.load(learner)
+        model = task.new_model(found, seed=plan.seed)
+        layout = weights.layout_of(model)
+        drawn = memoryview(weights.read(model, layout))
     plan = plans.change(plan, {"contract": fingerprint(layout), "learner_file": found.file if pin else ""})
-    return Store.create(run, plan, layout, memoryview(weights.read(model, layout)))
+    return Store.create(run, plan, layout, drawn)
 
 
 _scratch = partial(tempfile.TemporaryDirectory, prefix="fluffle-")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Cast:
     """Who takes part in a demonstration, as a learner's `demo()` says it. Each value is a source for `data()`."""
 
-    workers: dict[str, str]
+    workers: Annotated[dict[str, str], Field(min_length=1)]
     held_out: str | None
     pooled: str | None
     settings: dict[str, Any]
@@ -135,12 +139,16 @@ def _free_folder(wanted: Path) -> Path:
 def _cast(learner: str, workers: int, sources: list[str], seed: int) -> Cast:
     from workers import learner as learners  # noqa: PLC0415 (see make_run)
 
-    found = learners.load(learner)
+    with chdir("."):  # see make_run
+        found = learners.load(learner)
     if sources:
         return Cast({f"worker-{k}": source for k, source in enumerate(sources, 1)}, None, None, {}, 10)
     if found.demo is None:
         raise UsageError(f"the learner {learner!r} has no demo(): give each worker's source with --data.")
-    return Cast(**found.demo(workers, seed))
+    whose = f"demo() of the learner {found.name}"
+    with chdir("."), learners.blaming(f"{whose} failed:"):
+        said = dict(found.demo(workers, seed))
+    return wording.make(Cast, said, whose)
 
 
 def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
@@ -261,11 +269,11 @@ def _compare(store: Store, cast: Cast) -> dict[str, Any]:
 
     plan = store.plan
     request = Request(
-        plan.learner, cast.workers, str(store.path(0)), plan.rounds, plan.seed, dict(plan.settings),
+        plan.learner, cast.workers, str(store.path(0).absolute()), plan.rounds, plan.seed, dict(plan.settings),
         pooled=cast.pooled, held_out=cast.held_out,
     )  # fmt: skip
     try:
-        with redirect_stdout(sys.stderr):  # what the learner prints must not come between the JSON
+        with chdir("."), redirect_stdout(sys.stderr):  # what the learner prints must not come between the JSON
             return baseline(request)
     except FluffleError as problem:
         raise RunEnded(f"the comparison failed: {problem}") from problem

@@ -32,6 +32,7 @@ _WORDS = {
     "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
+    "too_short": "must not be empty",
     "too_long": "may have at most {max_length} entries",
     "tuple_type": "must be a list of names",
     "unexpected_keyword_argument": "is not a setting",

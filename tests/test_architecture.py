@@ -49,7 +49,7 @@ MAY_AWAIT = {
     "coordinator/cli.py", "coordinator/desk.py", "coordinator/keeping.py", "coordinator/post.py",
     "coordinator/secrecy.py", "coordinator/service.py",
     "workers/cli.py", "workers/guarded.py", "workers/host.py", "workers/outbox.py", "workers/post.py",
-    "workers/service.py", "workers/training.py",
+    "workers/service.py", "workers/training.py", "workers/trial.py",
 }  # fmt: skip
 MAY_IMPORT_AMQP = {
     "broker/amqp.py", "broker/channels.py", "broker/frames.py", "broker/lanes.py", "broker/rabbit.py",

@@ -207,6 +207,7 @@ class Scene:
             mean with noise z.
         imprint: the server sends a model made for reading rows off.
         format: how updates are written.
+        what: what the server sees, in words.
     """
 
     model: Literal["linear", "mlp"]
@@ -217,6 +218,7 @@ class Scene:
     z: float = 1.0
     imprint: bool = False
     format: str = "float32"
+    what: str = ""
 
     def play(self, x: Floats, y: NDArray[Any], *, trials: int, seed: int) -> Found:
         """Attack `trials` rounds, each with rows and a model drawn anew from `x` (n × pixels, 0 to 1) and `y`."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,18 +19,8 @@ from broker.errors import UsageError
 WORK = 600  # rows that a line of the table is worth
 ACROSS = 9  # scenes beside each other in the picture
 EXTRA = "needs scikit-learn and matplotlib: pip install 'fluffle[demo]'."
-
-
-Line = tuple[str, dict[str, Any]]
-"""What the server sees, in words, and the scene."""
-
-
-class Shown(NamedTuple):
-    """A line of the table: in words, as a scene, and what came of it; the last two are `attack.py`'s."""
-
-    what: str
-    scene: Any
-    found: Any
+Shown = tuple[Any, Any]
+"""A scene and what was found, of `attack.py`, which loads torch."""
 
 
 def attack(
@@ -39,16 +29,21 @@ def attack(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Read digits off updates, as a curious or a malicious server could: what averages, masks and noise are worth."""
+    if out is not None:  # found out now, and not when minutes of work are done
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "attack.json").touch()
+        _figure(1.0, 1.0)
     x, y = _digits()
     from workers.attack import Scene, classroom  # noqa: PLC0415 - torch takes seconds to load: not for --help
     from workers.learners.toy import ROWS  # noqa: PLC0415
 
-    scenes = [(what, Scene(**facts)) for what, facts in _lines()]
-    shown = []
-    for what, scene in scenes:
+    shown = list[Shown]()
+    for scene in (Scene(what=what, **facts) for what, facts in _lines()):
         trials = max(5, min(100, WORK // (scene.workers * scene.rows)))
-        shown.append(Shown(what, scene, scene.play(x, y, trials=trials, seed=seed)))
-    told = [{"what": each.what, **asdict(each.scene), **_plain(each.found)} for each in shown]
+        shown.append((scene, scene.play(x, y, trials=trials, seed=seed)))
+    told = [asdict(scene) | asdict(found) for scene, found in shown]
+    for each in told:
+        del each["shown"]  # the pictures
     if as_json:
         sys.stdout.write(json.dumps(told) + "\n")
     else:
@@ -56,7 +51,6 @@ def attack(
         for name, said in classroom({name: ROWS[name] for name in ("bob", "alice")}):
             Console().print(f"The classroom, off {name}'s delta: {said}", highlight=False)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "attack.json").write_text(json.dumps(told, indent=1) + "\n")
         _picture(shown, out / "attack.png")
 
@@ -70,7 +64,7 @@ def _digits() -> tuple[Any, Any]:
     return pixels / 16.0, digits
 
 
-def _lines() -> Iterator[Line]:
+def _lines() -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in ("linear", "mlp"):
         one, ten = {"model": kind, "workers": 1, "rows": 1}, {"model": kind, "workers": 10, "rows": 1}
         for n in (1, 8, 64):
@@ -88,18 +82,14 @@ def _lines() -> Iterator[Line]:
     yield "mean, imprint, noise z = 1", {**imprint, "defence": "dp"}
 
 
-def _plain(found: Any) -> dict[str, Any]:
-    return {name: value for name, value in asdict(found).items() if name != "shown"}
-
-
 def _show(shown: list[Shown]) -> None:
     console = Console()
     table = Table(
         "model", "the server sees", "workers", "rows each", "clear", "rounds with one", "best, dB", "claimed"
     )
-    for what, scene, each in shown:
+    for scene, each in shown:
         table.add_row(
-            scene.model, what, str(scene.workers), str(scene.rows), f"{each.clear / each.rows:.1%}",
+            scene.model, scene.what, str(scene.workers), str(scene.rows), f"{each.clear / each.rows:.1%}",
             f"{each.rounds:.0%}", f"{each.median_db:.0f} (top {each.top_db:.0f})",
             f"{each.right} right of {each.claimed}" if not scene.imprint else "",
         )  # fmt: skip
@@ -112,20 +102,24 @@ def _show(shown: list[Shown]) -> None:
     )
 
 
-def _picture(shown: list[Shown], path: Path) -> None:
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
         raise UsageError(f"the picture {EXTRA}") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _picture(shown: list[Shown], path: Path) -> None:
     bands = -(-len(shown) // ACROSS)
-    figure = Figure(figsize=(1.25 * ACROSS, 3.1 * bands), layout="constrained")
-    for at, (what, scene, each) in enumerate(shown):
+    figure = _figure(1.25 * ACROSS, 3.1 * bands)
+    for at, (scene, each) in enumerate(shown):
         band, column = divmod(at, ACROSS)
         for row, pixels in enumerate(each.shown):
             axes = figure.add_subplot(2 * bands, ACROSS, (2 * band + row) * ACROSS + column + 1)
             axes.imshow(pixels.clip(0, 1).reshape(8, 8), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            said = f"{scene.model}, {scene.workers} × {scene.rows}\n" + what.replace(", ", ",\n")
+            said = f"{scene.model}, {scene.workers} × {scene.rows}\n" + scene.what.replace(", ", ",\n")
             axes.set_title(f"read: {each.median_db:.0f} dB" if row else said, fontsize=7)
     figure.suptitle("a row, and below it what a server reads of it: model, workers × rows, what it sees", fontsize=9)
     figure.savefig(path, dpi=140)

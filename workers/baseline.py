@@ -29,7 +29,6 @@ class Request:
         settings: what train() is given.
         pooled: source of everybody's rows; None to leave that comparison out.
         held_out: source of the rows on which all are scored; None for the pooled ones, or else each one's own.
-        threads: how many threads torch computes with.
     """
 
     learner: str
@@ -40,7 +39,6 @@ class Request:
     settings: dict[str, Scalar] = field(default_factory=dict)
     pooled: str | None = None
     held_out: str | None = None
-    threads: int = 1
 
 
 def baseline(request: Request) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def baseline(request: Request) -> dict[str, Any]:
         UsageError: the learner, a source or the version cannot be loaded.
         LearnerFailed: training failed, or the version is of another learner.
     """
-    torch.set_num_threads(request.threads)
+    torch.set_num_threads(1)  # as workers do
     found = learner.load(request.learner)
     where = request.held_out or request.pooled
     judge = None if where is None else task.set_up(found, where)

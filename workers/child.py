@@ -1,8 +1,8 @@
 """The training process: forked by `guard.py`, for the daemon's `training.py`.
 
-Knows the other end of the socket it inherited: requests and answers are maps of msgpack behind four bytes of length,
-one answer a request. Large models never go through the socket: they lie in files that both processes map. Does not
-know the broker, rounds or what becomes of an answer.
+Knows the other end of the socket it inherited: requests and answers are maps of msgpack, one answer a request. Large
+models never go through the socket: they lie in files that both processes map. Does not know the broker, rounds or
+what becomes of an answer.
 
 It holds the user's data for as long as it lives and must never outlive the guard: the kernel kills it when the guard
 dies, and, where the kernel cannot, the daemon's closed socket does. What the user's code prints goes to stderr.
@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
 from workers import learner, task, weights
-from workers.work import CLOSED, LENGTH_BYTES, MEANT_FOR_DAEMON, Work, framed, layout_of, told
+from workers.work import CLOSED, MEANT_FOR_DAEMON, Work, bytes_of, layout_of, told
 
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
@@ -45,9 +46,9 @@ def serve(link: socket.socket) -> None:
     _mind_no_signals()
     np.random.seed()  # noqa: NPY002 (numpy's global dice, which a fork has inherited as they were)
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
-    pupil = Pupil()
+    pupil, requests = Pupil(), msgpack.Unpacker(link.makefile("rb", buffering=0))
     while True:
-        request = _receive(link)
+        request = _receive(requests)
         try:
             answer = getattr(pupil, f"on_{request['do']}")(request)
         except FluffleError as problem:
@@ -84,32 +85,20 @@ def _end_with(link: socket.socket) -> None:
     os._exit(0)
 
 
-def _receive(link: socket.socket) -> dict[str, Any]:
+def _receive(requests: Iterator[dict[str, Any]]) -> dict[str, Any]:
     try:
-        length = int.from_bytes(_exactly(link, LENGTH_BYTES), "big")
-        request: dict[str, Any] = msgpack.unpackb(_exactly(link, length))
-    except EOFError:
+        return next(requests)
+    except StopIteration:
         os._exit(0)
     except OSError:
         os._exit(CLOSED)
-    return request
-
-
-def _exactly(link: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        piece = link.recv(count - len(data))
-        if not piece:
-            raise EOFError
-        data += piece
-    return data
 
 
 def _send(link: socket.socket, answer: Answer) -> None:
     with suppress(Exception):  # the learner may have closed or replaced it
         sys.stdout.flush()
     try:
-        link.sendall(framed(answer))
+        link.sendall(bytes_of(answer))
     except BrokenPipeError:
         os._exit(0)
     except OSError:
@@ -157,9 +146,10 @@ class Pupil:
     def on_draw(self, request: dict[str, Any]) -> Answer:
         """Draw the weights of a fresh model."""
         model = task.new_model(self.place.learner, seed=request["seed"])
-        layout, room = weights.layout_of(model), self._room(request["weights"])
-        drawn = weights.read(model, layout, into=room) if room is None or layout == self.place.layout else None
-        return {"specs": told(layout), "weights": drawn if room is None else None}
+        layout = weights.layout_of(model)
+        if layout == self.place.layout:
+            weights.read(model, layout, into=self._room(request["weights"]))
+        return {"specs": told(layout)}
 
     def on_task(self, request: dict[str, Any]) -> Answer:
         """Do one task."""
@@ -168,13 +158,12 @@ class Pupil:
         if another := other_file(place.learner.file, work.learner_file):
             raise LearnerFailed(another)  # it was changed after the daemon had looked
         layout = self.place.layout if request["specs"] is None else layout_of(request["specs"])
-        received, room = self._room(request["weights"]), self._room(request["delta"])
+        received, room = self._room(request["weights"]), self._room(request["delta"]) if work.train else None
         as_it_is = work.format == "float32"
         try:
-            done = task.do(
-                place, work, layout=layout, received=received or b"", into=room if as_it_is else self._scratch(layout)
-            )
-        except LearnerFailed:
+            into = room if as_it_is else self._scratch(layout)
+            done = task.do(place, work, layout=layout, received=received, into=into)
+        except FluffleError:
             self._mend()
             raise
         delta, examples = done.delta, done.examples and min(done.examples, work.examples_max)
@@ -182,11 +171,10 @@ class Pupil:
         if delta is not None and work.clip:
             within = clip(FORMATS["float32"], layout, memoryview(delta), work.clip) <= work.clip
         if delta is not None and not as_it_is:
-            delta = _packed(layout, memoryview(delta), work, room=room, residual=request["residual"])
+            _pack(layout, memoryview(delta), work, room=room, residual=request["residual"])
         return {
             "examples": examples, "metrics": done.metrics, "scores": done.scores,
-            "delta": delta if room is None else None, "seconds": time.monotonic() - began,
-            "within": within, "released": done.released,
+            "seconds": time.monotonic() - began, "within": within, "released": done.released,
         }  # fmt: skip
 
     def _scratch(self, layout: Layout) -> bytearray:
@@ -216,12 +204,8 @@ class Pupil:
             self.ready_s += time.monotonic() - began
         return task.Place(self.place.learner, self.place.model, self._data[source], self.place.layout)
 
-    def _room(self, where: dict[str, Any] | None) -> memoryview | None:
-        """The bytes that a request speaks of; None for room that goes back through the socket."""
-        if where is None:
-            return None
-        if "data" in where:
-            return memoryview(bytearray(where["data"])) if where["data"] else None
+    def _room(self, where: dict[str, Any]) -> memoryview:
+        """The bytes that a request speaks of."""
         if where["file"] not in self._files:  # which is there as long as the daemon wants it, and so are its pages
             self._files = {name: mapped for name, mapped in self._files.items() if Path(name).exists()}
             with Path(where["file"]).open("r+b") as file:
@@ -229,10 +213,10 @@ class Pupil:
         return memoryview(self._files[where["file"]])[where["at"] : where["at"] + where["size"]]
 
 
-def _packed(
+def _pack(
     layout: Layout, delta: memoryview, work: Work, *, room: memoryview | None, residual: tuple[str, str] | None
-) -> memoryview:
-    """The update as its format writes it; what that leaves out is added to what is owed.
+) -> None:
+    """Write the update as its format has it; what that leaves out is added to what is owed.
 
     Raises:
         LearnerFailed: the format cannot carry it, or there is no room for what it leaves out.
@@ -254,7 +238,6 @@ def _packed(
             f"what the format {work.format} leaves out of an update cannot be kept ({problem.strerror}): "
             "make room on this worker's disk, or choose another folder with --state."
         ) from None
-    return packed
 
 
 def _read_floats(file: Path, count: int) -> NDArray[np.float32]:

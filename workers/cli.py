@@ -8,7 +8,6 @@ import json
 import re
 import socket
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from broker import daemon, rabbit
 from broker.chain import check
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE, legible
-from broker.files import read_version
 from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.options import (
@@ -48,8 +46,8 @@ from workers.post import Shared
 from workers.service import Worker
 from workers.spool import Spool
 from workers.training import RENEW_AFTER, Seat, Trainer
-from workers.trial import Report, try_learner
-from workers.work import Who, Work
+from workers.trial import Report, score, try_learner
+from workers.work import Who
 
 MEMORY_MB_MIN = 512
 """Torch alone takes half of it."""
@@ -256,22 +254,7 @@ def evaluate(
     threads: Threads = 1,
 ) -> None:
     """Score a version on data of one's own."""
-    layout, weights, _ = read_version(version)
-    work = Work(train=False, evaluate=True, seed=0, settings={}, round=0)
-
-    async def score(folder: Path) -> dict[str, float]:
-        spool = Spool(folder)
-        trainer = Trainer(learner, spool, threads=threads)
-        try:
-            received = spool.take(len(weights))
-            received.data[:] = weights
-            return (await Seat(trainer, data).run(work, layout, weights=received)).scores
-        finally:
-            await trainer.stop()
-            spool.remove()
-
-    with tempfile.TemporaryDirectory(prefix="fluffle-evaluate-") as folder:
-        Console().print(_metrics(asyncio.run(score(Path(folder)))))
+    Console().print(_metrics(score(learner, version, data, threads=threads)))
 
 
 def _metrics(metrics: dict[str, float]) -> str:

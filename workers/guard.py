@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from broker.daemon import die_with
-from workers.work import MEANT_FOR_DAEMON, Ended, framed
+from workers.work import MEANT_FOR_DAEMON, Ended, bytes_of
 
 PR_SET_CHILD_SUBREAPER = 36
 LOG_BYTES, LOG_S = 64 * 1024, 60.0
@@ -188,7 +188,7 @@ def _write(data: bytes) -> None:
 
 def _say(link: int, what: Ended) -> None:
     with suppress(OSError), socket.socket(fileno=os.dup(link)) as line:  # the daemon may have hung up
-        line.sendall(framed(what))
+        line.sendall(bytes_of(what))
 
 
 def _reaped(pid: int) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import msgpack
 
 from broker.errors import LearnerFailed
-from workers.work import CLOSED, LENGTH_BYTES, framed
+from workers.work import CLOSED, bytes_of
 
 START, KILL = b"s", b"k"
 END_S = 5.0  # a killed process is gone at once, unless the kernel holds it, and then no waiting helps
@@ -34,7 +34,7 @@ class Line(asyncio.Protocol):
         self.pid: int | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.WriteTransport | None = None
-        self._arrived = bytearray()
+        self._arrived = msgpack.Unpacker()
         self._waiting: asyncio.Future[dict[str, Any]] | None = None
         self._failed = ""
 
@@ -45,7 +45,7 @@ class Line(asyncio.Protocol):
         if self._failed or self._transport.is_closing():  # it has died while idle, or its guard has
             self._fail(GONE)
         else:
-            self._transport.write(framed(request))
+            self._transport.write(bytes_of(request))
         return self._waiting
 
     def close(self) -> None:
@@ -59,12 +59,8 @@ class Line(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        self._arrived += data
-        while (end := LENGTH_BYTES + int.from_bytes(self._arrived[:LENGTH_BYTES], "big")) > LENGTH_BYTES:
-            if len(self._arrived) < end:
-                return
-            message = msgpack.unpackb(memoryview(self._arrived)[LENGTH_BYTES:end])
-            self._arrived = self._arrived[end:]
+        self._arrived.feed(data)
+        for message in self._arrived:
             self._take(message)
 
     def connection_lost(self, _why: Exception | None) -> None:

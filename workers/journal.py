@@ -1,6 +1,6 @@
 """Finished updates that have no verdict yet, kept on the disk: a worker that died sends them again untrained.
 
-Knows one small file for each, and where the update's bytes lie: in the file itself, or in a slot that the spool maps.
+Knows one small file for each, and where the update's bytes lie: in a slot that the spool maps.
 Does not know when an update is sent, nor what becomes of it.
 
 A killed process loses nothing of what it has written or mapped: the system has it. A power failure may; nothing is
@@ -11,8 +11,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from xxhash import xxh3_64, xxh3_64_digest
 
 from broker.errors import WireError
 from broker.files import write_whole
-from broker.formats import FORMATS
-from broker.messages import Attempt, Metrics, Task, Update, decode, encode
+from broker.messages import Attempt, Metrics, Score, Task, Update, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +46,19 @@ class Kept:
     """A finished update.
 
     Attributes:
+        task: what was asked.
         update: what is said of it.
         scores: what evaluate said of the version that it was made from.
-        format: how it is written.
         until: when nobody will wait for it any more, in seconds since 1970.
-        delta: its bytes, or where they are.
-        task: of a secure round: what was asked.
+        delta: where its bytes are.
         model: of a secure round: see `work.Done`.
     """
 
+    task: Task
     update: Update
     scores: Metrics
-    format: str
     until: float
-    delta: bytes | Place
-    task: Task | None = None
+    delta: Place
     model: bytes = b""
 
 
@@ -72,11 +68,10 @@ def keep(folder: Path, kept: Kept) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    where = kept.delta
     record = {
-        "update": encode(kept.update), "scores": kept.scores, "format": kept.format, "until": kept.until,
-        "task": encode(kept.task) if kept.task else b"", "model": kept.model,
-        "delta": where if isinstance(where, bytes) else [where.file, where.at, where.size_bytes, where.check],
+        "task": encode(kept.task), "update": encode(kept.update), "until": kept.until,
+        "score": encode(Score(kept.update.of, kept.update.worker, kept.update.version, kept.scores)),
+        "delta": astuple(kept.delta), "model": kept.model,
     }  # fmt: skip
     packed: bytes = msgpack.packb(record)
     path = _path(folder, kept.update.worker, kept.update.of)
@@ -90,20 +85,18 @@ def forget(folder: Path, worker: str, of: Attempt) -> None:
 
 def all_kept(folder: Path) -> list[Kept]:
     """What an earlier process has kept here and may still be waited for; the rest is removed, and why is logged."""
-    return [kept for path in sorted(folder.glob(f"*{SUFFIX}")) for kept in _looked_at(path)]
-
-
-def _looked_at(path: Path) -> Iterator[Kept]:
-    try:
-        kept = _read(path)
-    except (OSError, ValueError, KeyError, TypeError, WireError, msgpack.UnpackException) as problem:
-        log.warning("%s is damaged (%s): what it held will be trained again", path, problem)
-    else:
-        if time.time() < kept.until:
-            yield kept
-            return
-    with contextlib.suppress(OSError):
-        path.unlink()
+    found = []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            kept = _read(path)
+            if time.time() < kept.until:
+                found.append(kept)
+                continue
+        except (OSError, ValueError, KeyError, TypeError, WireError, msgpack.UnpackException) as problem:
+            log.warning("%s is damaged (%s): what it held will be trained again", path, problem)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return found
 
 
 def _read(path: Path) -> Kept:
@@ -111,31 +104,23 @@ def _read(path: Path) -> Kept:
     if xxh3_64_digest(data[CHECK_BYTES:]) != data[:CHECK_BYTES]:
         raise ValueError("it does not match its checksum")
     record: dict[str, Any] = msgpack.unpackb(data[CHECK_BYTES:])
-    update, where = decode(record["update"]), record["delta"]
-    if not isinstance(update, Update) or path != _path(path.parent, update.worker, update.of):
-        raise ValueError("it is another worker's")
-    scores, until = record["scores"], record["until"]
-    sane = record["format"] in FORMATS and type(until) is float and isinstance(scores, dict)
-    if not sane or not all(isinstance(name, str) and isinstance(score, float) for name, score in scores.items()):
-        raise ValueError("it does not say what a kept update says")
-    if isinstance(where, bytes):
-        place: bytes | Place = where
-    else:
-        place = Place(*where)
-        if FILE.fullmatch(place.file) is None or not 0 <= place.at < place.at + place.size_bytes < 2**63:
-            raise ValueError("it names a place that is none of ours")
-        with (path.parent / place.file).open("rb") as file:
-            file.seek(place.at)
-            sum_, left = xxh3_64(), place.size_bytes
-            while piece := file.read(min(left, PIECE_BYTES)):  # a model need not fit into memory for this
-                sum_.update(piece)
-                left -= len(piece)
-            if left or sum_.digest() != place.check:
-                raise ValueError("its bytes do not match their checksum")
-    task = decode(record["task"]) if record.get("task") else None
-    if not isinstance(task, Task | None):
-        raise ValueError("it was made of something else than a task")  # noqa: TRY004 (as of all that is damaged)
-    return Kept(update, scores, record["format"], until, place, task=task, model=record.get("model", b""))
+    task, update, score = (decode(record[name]) for name in ("task", "update", "score"))
+    place, until = Place(*record["delta"]), record["until"]
+    if not (isinstance(task, Task) and isinstance(update, Update) and isinstance(score, Score)):
+        raise ValueError("it does not say what a kept update says")  # noqa: TRY004 (as of all that is damaged)
+    if type(until) is not float or path != _path(path.parent, update.worker, update.of):
+        raise ValueError("it is not what a kept update of this name says")
+    if FILE.fullmatch(place.file) is None or not 0 <= place.at < place.at + place.size_bytes < 2**63:
+        raise ValueError("it names a place that is none of ours")
+    with (path.parent / place.file).open("rb") as file:
+        file.seek(place.at)
+        sum_, left = xxh3_64(), place.size_bytes
+        while piece := file.read(min(left, PIECE_BYTES)):  # a model need not fit into memory for this
+            sum_.update(piece)
+            left -= len(piece)
+        if left or sum_.digest() != place.check:
+            raise ValueError("its bytes do not match their checksum")
+    return Kept(task, update, score.metrics, until, place, model=record.get("model", b""))
 
 
 def _path(folder: Path, worker: str, of: Attempt) -> Path:

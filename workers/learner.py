@@ -9,8 +9,8 @@ import importlib.util
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import workers.learners
-from broker.errors import UsageError
+from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError
 
 EXAMPLES = tuple(sorted(module.name for module in pkgutil.iter_modules(workers.learners.__path__)))
 FUNCTIONS = ("model", "data", "train", "evaluate")
@@ -59,12 +59,8 @@ def load(where: str) -> Learner:
     Raises:
         UsageError: not found, cannot be imported, or lacks one of the four functions.
     """
-    try:
+    with blaming(f"the learner {where!r} cannot be imported:"):
         module = _module(where)
-    except UsageError:
-        raise
-    except (Exception, SystemExit) as problem:
-        raise UsageError(f"the learner {where!r} cannot be imported: {told(problem)}") from problem
     missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
         raise UsageError(
@@ -74,6 +70,21 @@ def load(where: str) -> Learner:
     demo = getattr(module, "demo", None)
     file = sha256(Path(module.__file__).read_bytes()).hexdigest() if module.__file__ else ""
     return Learner(name=learner_name(where), **functions, file=file, demo=demo if callable(demo) else None)
+
+
+@contextmanager
+def blaming(what: str, error: type[FluffleError] = UsageError) -> Iterator[None]:
+    """Turn whatever the user's code raises in here into an error that begins with `what` and says where that was.
+
+    Ctrl-C stays what it is: where a learner is called at the command line, it is no failure of the learner's.
+    """
+    try:
+        yield
+    except (FluffleError, KeyboardInterrupt):
+        raise
+    except BaseException as problem:  # noqa: BLE001 (sys.exit in a learner is its failure, not the process's end)
+        kind = OutOfMemory if error is LearnerFailed and out_of_memory(problem) else error
+        raise kind(f"{what} {told(problem)}") from None
 
 
 def learner_name(where: str) -> str:

@@ -4,6 +4,7 @@ Knows how a line is written so that nobody can change it later without a trace (
 is read. Does not know when something is written (`owner.py`, `outbox.py`), nor how it is shown.
 
 No coordinator can write here: of what it says only short texts are told, with whatever is not for the eye escaped.
+Nor can it fill the disk with refusals: an hour has only so many of them, and how many there were is told.
 """
 
 import contextlib
@@ -27,6 +28,9 @@ SUFFIX = ".ledger"
 TEXT_MAX, ENTRIES_MAX = 500, 100
 """Characters of a text in a line, and names in a list; what is longer is cut."""
 
+FLOODS, FLOOD_MAX, FLOOD_S = ("refused", "alarm"), 100, 3600.0
+"""Of each of these events so many lines in so many seconds, for others can cause them, and nothing leaves by them."""
+
 Line = dict[str, Any]
 
 
@@ -36,6 +40,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._chain, self._alone = Chain(), Lock()  # what is done in secret is noted by a thread
+        self._floods: dict[str, tuple[float, int]] = {}  # event → since when, and how many
         self._named = False  # the folder has the file's name, also after a power failure
 
     def write(self, event: str, **facts: Any) -> None:
@@ -45,8 +50,21 @@ class Ledger:
             LearnerFailed: the disk is full or not writable.
         """
         line = {"event": event, "at": round(time.time(), 3)} | {name: plain(fact) for name, fact in facts.items()}
-        with self._alone, self._disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
-            self._chain.append(file, line)
+        with self._alone:
+            if event in FLOODS and not self._has_room(event, line):
+                return
+            with self._disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
+                self._chain.append(file, line)
+
+    def _has_room(self, event: str, line: Line) -> bool:
+        """Whether one more is written; the last before a pause says so, the next after it how many were not."""
+        now, (since, count) = line["at"], self._floods.get(event, (-math.inf, 0))
+        if not 0 <= now - since < FLOOD_S:  # a clock may be set back
+            line |= {"unwritten": count - FLOOD_MAX} if count > FLOOD_MAX else {}
+            since, count = now, 0
+        self._floods[event] = since, count + 1
+        line |= {"further": f"are counted only, for {FLOOD_S:g} s"} if count == FLOOD_MAX - 1 else {}
+        return count < FLOOD_MAX
 
     def keep(self) -> None:
         """See to it that what was written stays written. Takes as long as the disk does; call it in a thread.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from xxhash import xxh3_64_digest
 
@@ -33,10 +33,14 @@ from workers.work import Done
 
 VERDICT_S = 10.0
 """How long an update may wait for its verdict once the next task is here: that is sent while the version is saved."""
+LOOK_S, STILL_S = 0.05, 2.0
+"""How often it is looked whether what was uploaded for another run is drained, and how long that may stand still."""
 AGAIN_S = 5.0
 """How long after a publish that was given up the next one is begun, unless there is a reason before."""
-SENT_MAX = 2
-"""Updates that may be on their way or wait for their verdict; the oldest is given up for another one."""
+SENT_MAX, SENT_MAX_OF_ALL = 2, 8
+"""Updates of a run, and of all, that may be on their way or wait for verdicts; the oldest is given up for another."""
+RUNS_MAX = 256
+"""Of how many runs a worker remembers who speaks for them, and what it refused them."""
 CALLS_MAX = 16
 """Calls that may wait to be heeded, of which a sum has five; one that is lost is asked for again."""
 _THREADS = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "secret")
@@ -55,6 +59,7 @@ class Sent:
     over: bool = False
     calls: deque[Call] = field(default_factory=lambda: deque(maxlen=CALLS_MAX))  # of a secure sum, to be heeded
     unsent: bool = True  # its parts are to be sent, for the first time or again
+    uploaded: bool = False  # parts of it may lie in the upload queue
     news: asyncio.Event = field(default_factory=asyncio.Event)  # a verdict, or a reason to send it again
     bell: asyncio.TimerHandle | None = None
     work: asyncio.Task[None] | None = None
@@ -106,7 +111,8 @@ class Outbox:
         self._tell = tell
         self._rest = rest
         self._sent: list[Sent] = []
-        self._refusal: Refusal | None = None  # the last, until another task is here
+        self._uploading = asyncio.Lock()
+        self._refusals: dict[str, Refusal] = {}  # run → the last one, until another task of it is here
 
     @property
     def tasks(self) -> list[Task]:
@@ -118,7 +124,8 @@ class Outbox:
         sent = Sent(task, done)
         self._sent.append(sent)
         sent.work = start(self._send(sent))
-        for former in self._sent[:-SENT_MAX]:
+        of_run = [each for each in self._sent if each.task.of.run == task.of.run]
+        for former in {*of_run[:-SENT_MAX], *self._sent[:-SENT_MAX_OF_ALL]}:
             self._give_up(former, "newer ones are on their way")
             if former.work:
                 former.work.cancel()
@@ -126,14 +133,10 @@ class Outbox:
     def restore(self, kept: Kept, delta: Slot, start: Start) -> None:
         """Send what an earlier process of this worker has finished; its parts only if they are asked for."""
         update, left_s = kept.update, max(kept.until - time.time() - SAY_S, 0.0)
-        task = Task(
-            update.of, "train", update.version, left_s, 0, {}, update.payload, format=cast(Any, kept.format)
-        )  # fmt: skip
-        task = replace(kept.task, deadline_s=left_s) if kept.task else task
-        layout = update.payload.layout
+        task, layout = replace(kept.task, deadline_s=left_s), update.payload.layout
         done = Done(update.examples, update.metrics, dict(kept.scores), delta, 0.0, layout, kept.model, update.within)
-        sent = Sent(task, done, update.payload, unsent=False)
-        size = f"{update.payload.layout.size_bytes:,} bytes"
+        sent = Sent(task, done, update.payload, unsent=False, uploaded=True)
+        size = f"{layout.size_bytes:,} bytes"
         self._tell(f"{update.of} of {update.of.run} was finished before: sending it again, {size}", logging.INFO)
         self._sent.append(sent)
         sent.work = start(self._send(sent))
@@ -145,7 +148,7 @@ class Outbox:
 
     def hurry(self, task: Task) -> None:
         """A run's next task is here: a verdict comes soon, or never. With other weights it replaces what was made."""
-        self._refusal = None
+        self._refusals.pop(task.of.run, None)
         for sent in self._sent:
             if sent.task.of == task.of and sent.task.work == task.work:
                 self._give_up(sent, "it is asked for anew, from other weights")
@@ -182,13 +185,15 @@ class Outbox:
         """
         self._tell(f"{task.of} refused: {reason}", logging.WARNING)
         self._owner.note("refused", task.of, reason=reason)
-        self._refusal = Refusal(task.of, self._worker, reason[:TEXT_MAX], declined)
-        await self._try_to_say(self._refusal)
+        said = self._refusals[task.of.run] = Refusal(task.of, self._worker, reason[:TEXT_MAX], declined)
+        while len(self._refusals) > RUNS_MAX:
+            del self._refusals[next(iter(self._refusals))]
+        await self._try_to_say(said)
 
     async def refuse_again(self, run: str) -> None:
         """The inbox of a run may be a new one: say again what was refused, unless something of it is on its way."""
-        last = self._refusal
-        if last and last.of.run == run and last.of not in (task.of for task in self.tasks):
+        last = self._refusals.get(run)
+        if last and last.of not in (task.of for task in self.tasks):
             await self._try_to_say(last)
 
     # -- one of them --------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ class Outbox:
                 try:
                     if not uploaded:
                         sent.unsent = False
-                        await self._post.upload(payload, done.delta.data)
+                        await self._upload(sent, payload, done.delta.data)
                         uploaded = True
                     if scored:
                         await scored  # before the update, which may end the round
@@ -260,6 +265,23 @@ class Outbox:
         finally:
             if keeping:  # or it would be written after it is forgotten
                 await asyncio.wait([keeping])
+
+    async def _upload(self, sent: Sent, payload: Payload, data: memoryview) -> None:
+        """Upload its parts when those of other runs are drained: a coordinator leaves nothing that it comes upon.
+
+        Where nobody drains them they are lost to it, and will be asked for again.
+        """
+        now, run = asyncio.get_running_loop().time, sent.task.of.run
+        async with self._uploading:
+            left, since = -1, now()
+            while any(each.uploaded and each.task.of.run != run for each in self._sent):
+                if (lie := await self._post.uploads()) != left:
+                    left, since = lie, now()
+                if not lie or now() > since + STILL_S:
+                    break
+                await asyncio.sleep(LOOK_S)
+            sent.uploaded = True
+            await self._post.upload(payload, data)
 
     async def _outwait(self, sent: Sent, problem: LinkError) -> None:
         self._tell(f"{sent.task.of}: the update waits for the broker: {problem}", logging.WARNING)
@@ -286,7 +308,7 @@ class Outbox:
                     if await self._partake(sent, partial(talk.heed, call)):
                         owed, sent.unsent = True, isinstance(call.says, Dealt)
                 if sent.unsent and talk.words and talk.payload:
-                    await self._post.upload(talk.payload, talk.words.data)
+                    await self._upload(sent, talk.payload, talk.words.data)
                     sent.unsent, owed = False, True
                 if owed and talk.said:
                     await self._post.say(talk.said)
@@ -309,14 +331,10 @@ class Outbox:
         """Keep the update for the process after this one; if the disk will not, it would be trained again."""
         task, done, delta = sent.task, sent.done, sent.done.delta
         assert delta is not None
-        where: bytes | Place = bytes(delta.data) if delta.file is None else b""
+        path, at = delta.file
+        place = Place(path.name, at, len(delta.data), await asyncio.to_thread(xxh3_64_digest, delta.data))
+        kept = Kept(task, update, done.scores, time.time() + patience_s(task), place, done.model)
         try:
-            if delta.file is not None:
-                path, at = delta.file
-                where = Place(path.name, at, len(delta.data), await asyncio.to_thread(xxh3_64_digest, delta.data))
-            kept = Kept(update, done.scores, task.format, time.time() + patience_s(task), where)
-            if task.secure:
-                kept = replace(kept, task=task, model=done.model)
             if not sent.over:  # or it would be written after it is forgotten
                 keep(self._folder, kept)
         except OSError as problem:

@@ -57,9 +57,10 @@ class Owner:
             trained = (moment(line) for line in self.ledger.read() if line.get("work") == "train")
             self._today = now.date()
             self._done_today = sum(at is not None and at.date() == self._today for at in trained)
+        noise = task.noise if self._who.trains else None  # who only evaluates tells its score as it is
         asked = Asked(
             task.of.run, self._who.learner, coordinator, trains, task.cohort, task.payload.layout.size_bytes,
-            secure=task.secure is not None, delta=task.noise.delta if task.noise else None,
+            secure=self._who.trains and task.secure is not None, delta=noise.delta if noise else None,
         )  # fmt: skip
         if why := self.policy.permits(asked, minute=60 * now.hour + now.minute, done_today=self._done_today):
             raise Declined(why)

@@ -36,7 +36,7 @@ class Asked:
         trains: it is to be trained, not only scored.
         cohort: how many are asked at the same time, as the coordinator says.
         size_bytes: of the model.
-        secure: the update is only added up in secret.
+        secure: what comes of it is only added up in secret.
         delta: for which its ε is counted; None: there is no noise in it.
     """
 
@@ -64,9 +64,10 @@ class Policy:
         model_bytes_max: the largest model.
         examples_min: fewest examples that an update, or a score, must be made from to leave.
         metrics: which of the learner's figures leave; `examples` among the scores is one of them.
-        privacy: `secure`: only rounds are trained in which updates are added up in secret.
+        privacy: `secure`: only tasks are done whose outcome is added up in secret, and none is scored for itself.
         threshold_min: secure rounds: more than this part of those who hold shares must help to open a secret.
-        epsilon_max: the largest ε that may be spent; no round is trained then without noise of this worker's,
+        epsilon_max: the largest ε that may be spent; no task is done then without noise of this worker's, also none
+            that is only scored,
         delta_max: nor one that counts ε for a larger δ.
         log: what the worker's log tells of tasks: with `metrics`, without (`tasks`), or only `refusals` and trouble.
     """
@@ -107,9 +108,9 @@ class Policy:
             (not _listed(self.learners, asked.learner), "does not allow this learner"),
             (not self.is_open(minute), f"serves at {' and '.join(self.hours)} only, by its clock it is {clock}"),
             (asked.size_bytes > self.model_bytes_max, f"takes models of {self.model_bytes_max} bytes at the most"),
-            (trains and self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
+            (self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
             (
-                trains and self.is_unbounded(asked.delta),
+                self.is_unbounded(asked.delta),
                 f"bounds epsilon, for a delta of {self.delta_max:g} at the most",
             ),
             (trains and asked.cohort < self.cohort_min, f"asks for a cohort of {self.cohort_min} at the least"),

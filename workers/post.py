@@ -7,14 +7,14 @@ the worker's (`service.py`).
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
 from broker import topology
 from broker.errors import BrokerRefused, GaveUp, Lacking, LinkError, QueueInUse, Unroutable, UsageError, WireError
 from broker.link import Delivery, Lane, Link, Outgoing, heard, publish_parts
 from broker.messages import Claim, Goodbye, Hello, Message, Payload, Ready, Refusal, Score, Step, Update, encode
 from broker.parts import Aim, split
-from workers.spool import Slot, Spool
+from workers.spool import Spool
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Post:
 
     async def _ask_for_queues(self) -> None:
         """An invited worker's are a coordinator's to make anew, who hears of it by a hello without incarnation."""
-        await self.say_hello(Hello(self.worker, "", "", trains=False, lease_s=0.0, doing=None), within_s=ASK_S)
+        await self.greet(Hello(self.worker, "", "", trains=False, lease_s=0.0, doing=None), within_s=ASK_S)
 
     @contextmanager
     def _allowed(self) -> Iterator[None]:
@@ -112,32 +112,20 @@ class Post:
                 raise
             raise Lacking(str(problem)) from None
 
-    def room(self, size_bytes: int) -> Slot:
-        """Room for what is to be uploaded; see `Spool.take`."""
-        return self._shared.spool.take(size_bytes)
-
     # -- saying -------------------------------------------------------------------------------------------------
 
-    async def say_hello(self, hello: Hello, *, within_s: float) -> bool:
-        """Give a sign of life; whether anybody listens."""
-        message = Outgoing(topology.UP, (topology.hello_key(self.worker),), encode(hello), persistent=False)
+    async def greet(self, greeting: Hello | Goodbye, *, within_s: float) -> bool:
+        """Give a sign of life, or leave, if the broker hears of it soon; whether anybody listens."""
+        key, lasting = topology.hello_key(self.worker), isinstance(greeting, Goodbye)
         try:
             with self._allowed():
-                await self._link.publish(message, within_s=within_s)
+                said = Outgoing(topology.UP, (key,), encode(greeting), persistent=lasting)
+                await self._link.publish(said, within_s=within_s)
         except Unroutable:
             return False
         except LinkError as problem:
-            log.debug("no sign of life sent: %s", problem)
+            log.debug("no greeting sent: %s", problem)
         return True
-
-    async def say_goodbye(self, reason: str) -> None:
-        """Leave, if the broker hears of it soon."""
-        bye = Outgoing(topology.UP, (topology.hello_key(self.worker),), encode(Goodbye(self.worker, reason)))
-        try:
-            with self._allowed():
-                await self._link.publish(bye, within_s=GOODBYE_S)
-        except LinkError as problem:
-            log.debug("no goodbye said: %s", problem)
 
     async def say(self, message: Claim | Score | Update | Refusal | Ready | Step) -> None:
         """Send a small message to the coordinator of its run; if that is gone for good, nobody needs it.
@@ -153,6 +141,12 @@ class Post:
                 await self._link.publish(said, within_s=SAY_S)
         except Unroutable:
             self._tell(f"the run {message.of.run} has no coordinator any more", logging.INFO)
+
+    async def uploads(self) -> int:
+        """How many parts lie in the worker's upload queue; none, where that cannot be known."""
+        with suppress(LinkError, BrokerRefused):
+            return await self._link.depth(topology.upload_queue(self.worker)) or 0
+        return 0
 
     async def upload(self, payload: Payload, data: memoryview) -> None:
         """Put a payload's parts into the worker's upload queue. Nothing may change in `data` meanwhile.

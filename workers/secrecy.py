@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
@@ -26,14 +25,9 @@ from workers.work import Done, Who
 
 Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part."""
+Note = Callable[..., None]
+"""Writes a line into the ledger of the data's owner: see `Ledger.write`."""
 UNMASKED = "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it."
-
-
-class Note(Protocol):
-    """Writes a line into the ledger of the data's owner."""
-
-    def __call__(self, event: str, **facts: object) -> None:
-        """See above."""
 
 
 def check(task: Task, who: Who) -> None:
@@ -245,10 +239,10 @@ class Talk:
 
     def _advertise(self, serial: int) -> None:
         """Fresh keys for another sum; nothing is left of the one before."""
-        task, (_, threshold_min) = self._task, self._secrecy.least()
+        task, (least, part) = self._task, self._secrecy.least()
         assert task.secure
         of, model, roster = task.of, self._done.model, self._secrecy.roster(task.secure)
-        member = replace(self._secrecy.member, threshold_min=threshold_min, roster=roster)
+        member = replace(self._secrecy.member, cohort_min=least, threshold_min=part, roster=roster)
         bound = context(of.run, of.round, of.attempt << 32 | serial, model=model, plan=task.terms, roster=roster)
         self._masking = Masking(member, bound, secrets.token_bytes, answered=self._secrecy.answered(of))
         self._serial, self.words, self.payload, self._heard = serial, None, None, []
@@ -258,9 +252,8 @@ class Talk:
         match says:
             case Settled():
                 assert self._task.secure
-                members, (least, _) = len(says.workers), self._secrecy.least()
+                members = len(says.workers)
                 insist(members <= self._task.secure.cohort, f"the ring has no room for a cohort of {members}.")
-                insist(members >= least, f"the data's owner wants a cohort of {least} at the least.")
                 self._form = Form(ring_for(self._task), self._done.layout, says.metrics)
                 return masking.shares(says, self._metrics)
             case Dealt():

@@ -3,9 +3,10 @@
 Knows the order of things, and what to do when the broker goes away. Does not know how training is done
 (`training.py`) or how bytes travel (`post.py`, `outbox.py`), nor torch: models lie in slots (`spool.py`).
 
-A worker trains one model at a time; what it made before may still be on its way, or wait for its verdict. What it was
-sent and has not claimed yet is lost when its connection is lost; it then takes a new incarnation, which tells every
-coordinator to send again.
+A worker trains one model at a time; what it made before may still be on its way, or wait for its verdict. Runs that
+ask at the same time are served in turn, and of one run only the newest task waits. What a worker was sent and has not
+claimed yet is lost when its connection is lost; it then takes a new incarnation, which tells all coordinators to send
+it again.
 """
 
 import asyncio
@@ -17,29 +18,30 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from broker.changes import apply_change
 from broker.errors import Declined, LearnerFailed, LinkError, Refused, UsageError, WireError
-from broker.formats import FORMATS, Format
+from broker.formats import FORMATS
 from broker.link import Delivery, first_of, read
-from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Hello, Message, Part, Resumed, Task
+from broker.messages import TEXT_MAX, Answer, Call, Claim, Closed, Goodbye, Hello, Message, Part, Resumed, Task
 from broker.pact import model_digest
 from broker.parts import Aimed
 from broker.tensors import Layout
-from workers.jobs import Arrival, Job, is_same
-from workers.outbox import Outbox
+from workers.jobs import Job, is_same
+from workers.outbox import RUNS_MAX, Outbox
 from workers.owner import Owner
-from workers.post import Post, Shared
+from workers.post import GOODBYE_S, PREFETCH_MIN, Post, Shared
 from workers.residuals import Residuals
 from workers.secrecy import UNMASKED, Secrecy, check
 from workers.spending import Spending
 from workers.spool import Held, Landing, Slot
 from workers.training import Seat
-from workers.work import Done, Who, Work, task_seed
+from workers.work import Done, Who, work_for
 
 log = logging.getLogger(__name__)
 
-RUNS_MAX = 256
-"""Of how many runs a worker remembers who speaks for them."""
+WAITING_MAX = 8
+"""So many runs may have a task here that is being done or waits for its turn; a task of another one is refused."""
+LANDING_MAX = PREFETCH_MIN - 1
+"""Of so many runs parts may be landing: the headers are not acknowledged meanwhile, and must leave room for parts."""
 
 _Result = TypeVar("_Result")
 
@@ -59,21 +61,20 @@ class Worker:
         self._rest = asyncio.Event()  # something is done with
         self._owner = Owner(who, shared.spool.folder)
         self._residuals = Residuals(shared.spool.folder, who.name)
-        self._spending = Spending(shared.spool.folder, who.name)
+        self._spending = Spending(shared.spool.folder, who.name, self._owner)
         self._outbox = Outbox(
             who.name, self.post, owner=self._owner, residuals=self._residuals, tell=self._tell, rest=self._rest.set,
         )  # fmt: skip
         if who.member:
             self._outbox.secrecy = Secrecy(
-                who.member, shared.spool.folder, room=self.post.room, note=self._owner.ledger.write,
-                least=self._owner.least, pay=lambda task, form: self._spending.share(task, form, self._owner),
+                who.member, shared.spool.folder, room=shared.spool.take, note=self._owner.ledger.write,
+                least=self._owner.least, pay=self._spending.share,
             )  # fmt: skip
         self._incarnation = ""  # empty while we do not listen
-        self._arrival: Arrival | None = None
-        self._next: Job | None = None
-        self._job: Job | None = None
+        self._landing: dict[str, Job] = {}  # run → its task whose parts are landing
+        self._jobs: list[Job] = []  # claimed; the first has its turn
         self._holds: Held | None = None
-        self._landed = asyncio.Event()
+        self._turn = asyncio.Lock()  # those who wait for it get it in the order in which they came
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heard = True
@@ -95,13 +96,12 @@ class Worker:
                 receiving = group.create_task(self.post.receive_tasks(self._begin, self._take, self._lose, self._aim))
                 self._start(self._beat())
                 self._start(self.post.hear_answers(self._hear, self._outbox.ask_again))
-                self._start(self._work_off())
                 await stop.wait()
                 receiving.cancel()
                 await self._finish()
                 for task in [*self._tasks]:
                     task.cancel()
-                await self.post.say_goodbye("it was told to stop")
+                await self.post.greet(Goodbye(self.who.name, "it was told to stop"), within_s=GOODBYE_S)
                 self._tell(f"{self.who.name} has left")
         except* Exception as several:  # noqa: BLE001 - whichever part failed first is the reason
             raise first_of(several) from None
@@ -109,7 +109,9 @@ class Worker:
     async def _finish(self) -> None:
         """Let what is in hand come to its end, within `drain_s`."""
         self._lose()
-        self._next = None
+        for job in [*self._jobs]:
+            if not job.begun:
+                self._give_up(job, "this worker leaves")
         if self._in_hand:
             self._tell(f"stopping when {self._in_hand[-1].of} is done, at most {self.who.drain_s:.0f} s")
         with contextlib.suppress(TimeoutError):
@@ -128,7 +130,7 @@ class Worker:
     @property
     def _in_hand(self) -> list[Task]:
         """What was claimed and is not done with, the oldest first."""
-        return [*self._outbox.tasks, *(job.task for job in (self._job, self._next) if job)]
+        return [*self._outbox.tasks, *(job.task for job in self._jobs)]
 
     def _tell(self, what: str, level: int = logging.INFO) -> None:
         """A line in the log; one of many workers says who it is, and what is usual only to those who ask for it."""
@@ -152,7 +154,7 @@ class Worker:
             return
         who, doing = self.who, self._in_hand[-1].of if self._in_hand else None
         hello = Hello(who.name, self._incarnation, who.learner[:TEXT_MAX], who.trains, who.lease_s, doing)
-        heard = await self.post.say_hello(hello, within_s=who.lease_s / 3)
+        heard = await self.post.greet(hello, within_s=who.lease_s / 3)
         if heard != self._heard:
             self._tell("a coordinator is listening" if heard else "no coordinator is listening yet")
         self._heard = heard
@@ -172,34 +174,53 @@ class Worker:
     async def _begin(self) -> None:
         """What is in hand goes on; all else that we were sent is lost, and must be sent again."""
         self._lose()
+        await self._renew()
+
+    async def _renew(self) -> None:
         self._incarnation = secrets.token_hex(8)
         await self._say_hello()
 
     def _lose(self) -> None:
-        self._incarnation = ""
-        self._arrival = self._holds = None
+        self._incarnation, self._holds = "", None
+        self._landing.clear()  # and no broker waits for us to acknowledge their headers
 
     async def _take(self, delivery: Delivery) -> None:
+        concerned = [*self._landing]  # of bytes that cannot be read nobody can say whose they are
         try:
             message = read(delivery)
             if isinstance(message, Task) and not self._outdated(message.of.run, message.epoch):
                 await self._expect(message, delivery)
             else:
-                if isinstance(message, Part) and self._arrival:
-                    self._arrival.landing.add(message)  # or, if it is a part of something that is over, nothing
+                if isinstance(message, Part):  # else, or of something that is over: nothing
+                    parts = {run: job.landing.parts for run, job in self._landing.items()}
+                    concerned = [run for run in parts if parts[run].payload.id == message.payload]
+                    for run in concerned:
+                        if not parts[run].complete:  # by what another of this process was sent
+                            parts[run].add(message)
                 await delivery.ack()
         except WireError as problem:
             await delivery.ack()
             self._tell(f"refused what came from the coordinator: {problem}", logging.WARNING)
-            if self._arrival:
-                arrival, self._arrival = self._arrival, None
-                await self._outbox.refuse(arrival.task, str(problem))
-        if self._arrival and self._arrival.landing.complete:
-            self._begin_work(self._arrival)
+            for run in concerned:
+                await self._turn_away(run, str(problem))
+        for job in [*self._landing.values()]:
+            if job.landing.parts.complete:
+                self._begin_work(job)
 
     def _aim(self, begins: memoryview, size: int) -> Aimed | None:
         """See `broker.parts.Aim`."""
-        return self._arrival.landing.aim(begins, size) if self._arrival else None
+        aims = (job.landing.parts.aim(begins, size) for job in self._landing.values())
+        return next(filter(None, aims), None)
+
+    def _drop(self, run: str) -> Job | None:
+        """The parts of the run's task are waited for no more; the job, if there was one."""
+        if job := self._landing.pop(run, None):
+            self._start(job.header.ack())
+        return job
+
+    async def _turn_away(self, run: str, reason: str) -> None:
+        if job := self._drop(run):
+            await self._outbox.refuse(job.task, reason)
 
     async def _expect(self, task: Task, delivery: Delivery) -> None:
         """A task's header has come: make room for its parts, or refuse it at once."""
@@ -207,9 +228,8 @@ class Worker:
             await delivery.ack()  # the same task again, while it is being done or waits
             self._outbox.ask_again(task.of.run)  # whoever sends it has not heard what came of it
             return
-        if self._arrival:
-            await self._arrival.header.ack()
-            self._arrival = None
+        run = task.of.run
+        self._drop(run)
         try:
             self._owner.admit(task, delivery.user, trains=self._trains(task))
             landing = self._room_for(task)
@@ -221,20 +241,24 @@ class Worker:
             # from now on, also while its parts land and others of this process are trained
             margin_s = min(REFUSING_S, task.deadline_s / 10)
             due_at = asyncio.get_running_loop().time() + task.deadline_s - margin_s
-            self._arrival = Arrival(task, delivery, landing, due_at)
+            self._landing[run] = Job(task, delivery, landing, due_at)
+            if len(self._landing) > LANDING_MAX:
+                await self._turn_away(next(iter(self._landing)), "other runs' tasks came before all of its parts.")
             return
         await delivery.ack()
         self._tell(f"{task.of} takes a version or a roster that is not here: asking for the whole")
-        await self._begin()
+        await self._renew()
 
     def _room_for(self, task: Task) -> Landing | None:
         """Where the parts of a task land; None where it takes a version that we do not hold, or an unseen roster.
 
         Raises:
-            LearnerFailed: it is of another model, or there is no room, or it is not for us.
+            LearnerFailed: it is of another model, or there is no room, or it is not for us, or too many runs wait.
             Refused: whether we may take part cannot be known.
             UsageError: the model has names that the format of the change needs.
         """
+        if len({job.task.of.run for job in self._jobs} - {task.of.run}) >= WAITING_MAX:
+            raise LearnerFailed(f"tasks of {WAITING_MAX} other runs wait here already: ask again later.")
         check(task, self.who)
         if task.secure and (secrecy := self._outbox.secrecy):
             if secrecy.answered(task.of):  # by an attempt that we have in hand no more
@@ -253,84 +277,74 @@ class Worker:
             landing.base = self._holds.weights
         return landing if task.down == "full" or landing.base or landing.weights else None
 
-    def _begin_work(self, arrival: Arrival) -> None:
+    def _begin_work(self, job: Job) -> None:
         """All parts are here."""
-        self._arrival, task = None, arrival.task
-        self._next = Job(task, arrival.landing, arrival.due_at)
-        self._landed.set()
-        if self._job and self._trains(self._job.task):
-            self._give_up(self._job, "a newer task has come")  # an evaluation is finished first: it is still wanted
-        self._outbox.hurry(task)
+        run = job.task.of.run
+        del self._landing[run]
+        for older in [*self._jobs]:
+            if older.task.of.run == run:
+                self._give_up(older, "a newer task has come")
+        self._outbox.hurry(job.task)
+        self._jobs.append(job)
         # not waited for: parts that landed for another worker of this process already must not pile up meanwhile
-        self._start(self._claim(arrival))
+        self._start(self._claim(job))
+        job.work = self._start(self._work_on(job))
 
-    async def _claim(self, arrival: Arrival) -> None:
+    async def _claim(self, job: Job) -> None:
         """Tell the coordinator, and only then let the broker forget the task."""
         try:
-            await self.post.say(Claim(arrival.task.of, self.who.name, self._incarnation))
+            await self.post.say(Claim(job.task.of, self.who.name, self._incarnation))
         except LinkError as problem:
-            self._tell(f"{arrival.task.of}: the claim could not be sent: {problem}", logging.WARNING)
+            self._tell(f"{job.task.of}: the claim could not be sent: {problem}", logging.WARNING)
         else:
-            await arrival.header.ack()
+            await job.header.ack()
 
     # -- working ------------------------------------------------------------------------------------------------
 
     def _trains(self, task: Task) -> bool:
         return self.who.trains and task.work == "train"
 
-    async def _work_off(self) -> None:
-        """Do what has landed, for ever; what came of it is on its way while the next is done."""
-        while True:
-            await self._landed.wait()
-            self._landed.clear()
-            while self._next:
-                job, self._next = self._next, None
-                await self._work_on(job)
-                del job  # or its models would stay until the next one comes
-            self._rest.set()
-
     async def _work_on(self, job: Job) -> None:
-        self._job = job
-        job.work = work = self._start(self._do(job))
-        await asyncio.wait([work])
-        self._job = job.work = None
-        if not work.cancelled() and (done := work.result()):
-            self._outbox.put(job.task, done, self._start)
-
-    async def _do(self, job: Job) -> Done | None:
-        """What came of a job; None when it was refused."""
-        task, train = job.task, self._trains(job.task)
-        landing, job.landing = job.landing, None
-        assert landing is not None
-        private = task.noise if self.who.trains else None
-        noise = private if private and private.of == "row" else None
-        work = Work(  # what is found out about rows without noise does not travel
-            train=train, evaluate=private is None, seed=task_seed(task.seed, task.of.round, self.who.name),
-            settings=task.settings, round=task.of.round, format=task.format, keep=task.keep,
-            clip=task.clip, examples_max=task.examples_max,
-            learner_file=task.learner_file,
-            row_noise=noise.multiplier if noise else 0.0, row_clip=noise.clip if noise else 1.0,
-        )  # fmt: skip
+        """Have its turn; what came of a job is on its way while the next one has its own."""
         try:
-            self._owner.take(task, trains=train)
-            async with asyncio.timeout_at(job.due_at):
-                if train and private:
-                    self._spending.most = self._owner.policy.epsilon_max
-                    await asyncio.to_thread(self._spending.check, task, self.layout)
-                weights = await self._unfold(task, landing)
-                self._holds = self.spool.hold((task.of.run, task.version), landing)
-                if work.owes:
-                    await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
-                owed = self._residuals.of(task.of) if work.owes else None
-                model = await asyncio.to_thread(model_digest, weights.data) if task.secure else b""
-                done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
-                done = replace(done, model=model)
-                if train and private:
-                    done = await asyncio.to_thread(self._spending.pay, task, done, self._owner)
+            async with asyncio.timeout_at(job.due_at), self._turn:
+                job.begun = True
+                done = await self._do(job)
         except (Declined, LearnerFailed, WireError, TimeoutError) as problem:
-            late = f"not done within the {task.deadline_s:.0f} s of the task"
-            await self._outbox.refuse(task, str(problem) or late, declined=isinstance(problem, Declined))
-            return None
+            late = "not done" if job.begun else "other runs had their turn, and this one's did not come"
+            reason = str(problem) or f"{late} within the {job.task.deadline_s:.0f} s of the task"
+            await self._outbox.refuse(job.task, reason, declined=isinstance(problem, Declined))
+        else:
+            self._outbox.put(job.task, done, self._start)
+        finally:
+            self._is_over(job)
+
+    def _is_over(self, job: Job) -> None:
+        if job in self._jobs:
+            self._jobs.remove(job)
+        self._rest.set()
+
+    async def _do(self, job: Job) -> Done:
+        """What came of a job.
+
+        Raises:
+            LearnerFailed, Declined, WireError: why nothing did.
+        """
+        task, train = job.task, self._trains(job.task)
+        work, private = work_for(task, self.who), self.who.trains and task.noise is not None
+        self._owner.take(task, trains=train)
+        if train and private:
+            await asyncio.to_thread(self._spending.check, task, self.layout)
+        weights = await self._unfold(task, job.landing)
+        self._holds = self.spool.hold((task.of.run, task.version), job.landing)
+        if work.owes:
+            await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
+        owed = self._residuals.of(task.of) if work.owes else None
+        model = await asyncio.to_thread(model_digest, weights.data) if task.secure else b""
+        done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
+        done = replace(done, model=model)
+        if train and private:
+            done = await asyncio.to_thread(self._spending.pay, task, done)
         told = (done.metrics or done.scores) if self._owner.policy.log == "metrics" else {}
         said = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
         self._tell(f"{task.of}: {'trained' if train else 'scored'} in {done.seconds:.2f} s: {said}")
@@ -343,25 +357,22 @@ class Worker:
             LearnerFailed: there is no room for them.
             WireError: the change lies.
         """
-        if landing.weights is None and task.down == "full":
-            landing.unfold(landing.slot)
+        if task.down == "full":
+            landing.weights = landing.slot
         elif landing.weights is None:
-            if landing.unfolding is None:
-                landing.unfolding = asyncio.ensure_future(self._apply(landing, FORMATS[task.down]))
-            await asyncio.shield(landing.unfolding)
+            landing.room = landing.room or self.spool.take(self.layout.size_bytes)
+            await asyncio.to_thread(landing.unfold, self.layout, FORMATS[task.down])
         assert landing.weights is not None
         return landing.weights
 
-    async def _apply(self, landing: Landing, fmt: Format) -> None:
-        assert landing.base is not None
-        base, target = landing.base, self.spool.take(self.layout.size_bytes)
-        await asyncio.to_thread(apply_change, base.data, landing.slot.data, self.layout, fmt, target.data)
-        landing.unfold(target)
-
     def _give_up(self, job: Job, reason: str) -> None:
+        """Not in the midst of an evaluation, though: that is still wanted."""
+        if job.begun and not self._trains(job.task):
+            return
         self._tell(f"{job.task.of} is given up: {reason}")
         if job.work:
             job.work.cancel()
+        self._is_over(job)
 
     # -- answers ------------------------------------------------------------------------------------------------
 
@@ -381,9 +392,8 @@ class Worker:
         self._outbox.hear(message)
         if not isinstance(message, Closed):
             return
-        if self._arrival and message.of == self._arrival.task.of:
-            self._arrival = None
-        if self._next and message.of == self._next.task.of:
-            self._next = None
-        if self._job and message.of == self._job.task.of and self._trains(self._job.task):
-            self._give_up(self._job, message.reason)
+        if (landing := self._landing.get(run)) and landing.task.of == message.of:
+            self._drop(run)
+        for job in [*self._jobs]:
+            if job.task.of == message.of:
+                self._give_up(job, message.reason)

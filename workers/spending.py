@@ -10,7 +10,6 @@ this worker's help, and a coordinator that lies may have had that done before it
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +32,12 @@ class Spending:
     Args:
         folder: where its files are; they outlive the process.
         worker: its name.
-        most: the largest ε over all runs that the data's owner allows.
+        owner: of the data, who says how large ε may be over all runs, and in whose ledger it is written.
     """
 
-    def __init__(self, folder: Path, worker: str, *, most: float = math.inf) -> None:
+    def __init__(self, folder: Path, worker: str, owner: Owner) -> None:
         self._path = folder / f"{worker}.privacy"
-        self.most = most
+        self._owner = owner
         self._last: dict[str, list[Released]] = {}
         self._alone = Lock()
 
@@ -53,7 +52,7 @@ class Spending:
         what = [_cost(task, Form(ring_for(task), model))] if masked else self._last.get(run, [])
         self._after(run, task.noise, what)
 
-    def pay(self, task: Task, done: Done, owner: Owner) -> Done:
+    def pay(self, task: Task, done: Done) -> Done:
         """Pay for what came of a private task, and put it into the ledger; the update then tells its ε, no more.
 
         One that is to be masked is not paid yet, and tells nothing.
@@ -62,22 +61,22 @@ class Spending:
             LearnerFailed: as for `spend`.
         """
         assert task.noise is not None
-        if task.noise.of == "sum":
-            return replace(done, metrics={})
-        spent = self.spend(task.of.run, task.noise, done.released)
-        owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
-        return replace(done, metrics={"epsilon": spent})
+        masked = task.noise.of == "sum"
+        return replace(done, metrics={} if masked else {"epsilon": self._pay(task, done.released)})
 
-    def share(self, task: Task, form: Form, owner: Owner) -> None:
+    def share(self, task: Task, form: Form) -> None:
         """Pay for a part in a masked sum with noise, and put it into the ledger.
 
         Raises:
             LearnerFailed: as for `spend`.
         """
+        self._pay(task, [_cost(task, form)])
+
+    def _pay(self, task: Task, released: Sequence[Sequence[float]]) -> float:
         assert task.noise is not None
-        self.most = owner.policy.epsilon_max
-        spent = self.spend(task.of.run, task.noise, [_cost(task, form)])
-        owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
+        spent = self.spend(task.of.run, task.noise, released)
+        self._owner.note("spent", task.of, epsilon=spent, delta=task.noise.delta)
+        return spent
 
     def spend(self, run: str, noise: Noise, released: Sequence[Sequence[float]]) -> float:
         """Pay for an update; the run's ε with it. When this returns it survives a power failure.
@@ -114,7 +113,8 @@ class Spending:
             in_all = epsilon([each for kinds in spent.values() for each in kinds], noise.delta)
         except UsageError as problem:
             raise LearnerFailed(str(problem)) from None
-        for found, most, whose in ((here, noise.budget, "the plan"), (in_all, self.most, "the owner of the data")):
+        allowed = self._owner.policy.epsilon_max
+        for found, most, whose in ((here, noise.budget, "the plan"), (in_all, allowed, "the owner of the data")):
             if found > most:
                 raise LearnerFailed(f"{SPENT}: epsilon would be {found:.4g}, and {whose} allows {most:g}.")
         return spent, here

@@ -2,30 +2,31 @@
 
 Knows where models lie and that the disk may be full. Does not know what is in them, nor when they are wanted.
 
-A small model is a few bytes of memory. A large one lies in a file that both processes map, and whose pages are
-written over in the next round: making and mapping a new file would cost as much as filling it.
+A model lies in a file that both processes map, and whose pages are written over in the next round: making and mapping
+a new file would cost as much as filling it.
 """
 
 import fcntl
 import mmap
 import os
-from asyncio import Future
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 from weakref import ReferenceType, WeakValueDictionary, finalize, ref
 
 import numpy as np
 
+from broker.changes import apply_change
 from broker.errors import LearnerFailed, UsageError
-from broker.messages import Part, Payload
-from broker.parts import Aimed, Assembly
+from broker.formats import Format
+from broker.messages import Payload
+from broker.parts import Assembly
+from broker.tensors import Layout
 from workers.journal import Kept, Place, all_kept
 from workers.residuals import remove_left
 
-SMALL_BYTES = 64 * 1024
-"""What is no larger stays in memory, and goes to the training process through its socket."""
 FILE_BYTES = 64 * 1024 * 1024
 """How large a file of several slots may become: a thousand workers must not need a thousand open files."""
 HELD_MAX = 2
@@ -41,10 +42,10 @@ class Slot:
 
     Attributes:
         data: the bytes, writable.
-        file: what else maps them: the file and the first byte in it. None for a small one.
+        file: what else maps them: the file and the first byte in it.
     """
 
-    def __init__(self, data: memoryview, file: tuple[Path, int] | None = None) -> None:
+    def __init__(self, data: memoryview, file: tuple[Path, int]) -> None:
         self.data = data
         self.file = file
 
@@ -54,40 +55,32 @@ class Landing:
 
     Attributes:
         slot: where they land.
+        parts: those that have landed.
         base: the weights of which they are the change, where they are one and `weights` is not there yet.
+        room: where the weights are made then.
         weights: the version's weights, when they have been made of what landed.
-        unfolding: the making.
     """
 
     def __init__(self, payload: Payload, slot: Slot) -> None:
-        self.payload = payload
         self.slot = slot
+        self.parts = Assembly(payload, slot.data)
         self.base: Slot | None = None
         self.weights: Slot | None = None
-        self.unfolding: Future[None] | None = None
-        self._assembly = Assembly(payload, slot.data)
+        self.room: Slot | None = None
+        self._alone = Lock()
 
-    @property
-    def complete(self) -> bool:
-        """Whether every part has landed."""
-        return self._assembly.complete
-
-    def aim(self, begins: memoryview, size: int) -> Aimed | None:
-        """See `broker.parts.Aim`."""
-        return self._assembly.aim(begins, size)
-
-    def add(self, part: Part) -> None:
-        """Let a part land, unless it is of another payload, or a copy of one that has landed.
+    def unfold(self, layout: Layout, fmt: Format) -> None:
+        """Make the weights in `room`, of the base and the change that landed, unless another thread has.
 
         Raises:
-            WireError: it lies.
+            WireError: the change lies.
         """
-        if not self.complete:
-            self._assembly.add(part)
-
-    def unfold(self, weights: Slot) -> None:
-        """The weights have been made of what landed."""
-        self.weights, self.base = weights, None
+        with self._alone:
+            if self.weights is None:
+                assert self.base is not None
+                assert self.room is not None
+                apply_change(self.base.data, self.slot.data, layout, fmt, self.room.data)
+                self.weights, self.base = self.room, None
 
 
 class Held(NamedTuple):
@@ -142,8 +135,6 @@ class Spool:
         Raises:
             LearnerFailed: there is none.
         """
-        if size_bytes <= SMALL_BYTES:
-            return Slot(memoryview(bytearray(size_bytes)))
         free = self._free[size_bytes] = self._free.pop(size_bytes, [])  # the last to be taken is the last there
         if not free:
             self._forget_sizes()
@@ -165,7 +156,7 @@ class Spool:
             LearnerFailed: there is no room for it.
         """
         landing = self._landings.get(payload.id)
-        if landing is None or landing.payload != payload:
+        if landing is None or landing.parts.payload != payload:
             landing = Landing(payload, self.take(payload.layout.size_bytes))
             self._landings[payload.id] = landing
         return landing
@@ -233,7 +224,7 @@ class Spool:
 
     def _remove_files(self, but: list[Kept]) -> None:
         """All that only this process can use, but for finished updates."""
-        needed = {kept.delta.file for kept in but if isinstance(kept.delta, Place)}
+        needed = {kept.delta.file for kept in but}
         for left in self.folder.glob(f"*{SUFFIX}"):
             if left.name not in needed:
                 left.unlink()
@@ -242,14 +233,11 @@ class Spool:
     def _recover(self, found: list[Kept]) -> dict[str, list[tuple[Kept, Slot]]]:
         """Finished updates by worker, each in a slot as when it was made; what else is in their files is free."""
         self._remove_files(found)
-        places = [kept.delta for kept in found if isinstance(kept.delta, Place)]
+        places = [kept.delta for kept in found]
         files = {place.file: self._opened(place) for place in places}
         recovered: dict[str, list[tuple[Kept, Slot]]] = {}
         for kept in found:
-            if isinstance(kept.delta, bytes):
-                slot = Slot(memoryview(bytearray(kept.delta)))
-            else:
-                slot = self._slot(self.folder / kept.delta.file, files[kept.delta.file], kept.delta)
+            slot = self._slot(self.folder / kept.delta.file, files[kept.delta.file], kept.delta)
             recovered.setdefault(kept.update.worker, []).append((kept, slot))
         taken = {(place.file, place.at) for place in places}
         for place in places:
@@ -270,8 +258,8 @@ class Spool:
 
 
 def _pitch(size_bytes: int) -> int:
-    """From one slot to the next: whole pages."""
-    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+    """From one slot to the next: whole pages, one at least."""
+    return -(-max(size_bytes, 1) // PAGE_BYTES) * PAGE_BYTES
 
 
 def _locked(folder: Path) -> int | None:

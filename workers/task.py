@@ -7,7 +7,7 @@ out as LearnerFailed with a sentence, and anything else that comes out is a faul
 import math
 import operator
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,17 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from broker.errors import LearnerFailed, OutOfMemory, UsageError
-from broker.messages import EXAMPLES_MAX, MAP_MAX
+from broker.errors import LearnerFailed, UsageError
+from broker.messages import EXAMPLES_MAX, KEY_MAX, MAP_MAX
 from broker.tensors import Layout
 from workers import weights
 from workers.imprint import suspicion
-from workers.learner import Learner, out_of_memory, told
+from workers.learner import Learner, blaming
 from workers.privacy import KEY as PRIVATE
 from workers.privacy import Private
 from workers.work import Outcome, Work
-
-METRIC_NAME_LENGTH_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +54,8 @@ def load_data(learner: Learner, source: str) -> Any:
     Raises:
         UsageError: it raised.
     """
-    try:
+    with blaming(f"data({source!r}) of the learner {learner.name} failed:"):
         return learner.data(source)
-    except (Exception, SystemExit) as problem:
-        raise UsageError(f"data({source!r}) of the learner {learner.name} failed: {told(problem)}") from problem
 
 
 def new_model(learner: Learner, *, seed: int = 0) -> nn.Module:
@@ -69,10 +65,8 @@ def new_model(learner: Learner, *, seed: int = 0) -> nn.Module:
         UsageError: model() raised, or returned something else than a torch module.
     """
     _sow(seed)
-    try:
+    with blaming(f"model() of the learner {learner.name} failed:"):
         model = learner.model()
-    except (Exception, SystemExit) as problem:
-        raise UsageError(f"model() of the learner {learner.name} failed: {told(problem)}") from problem
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"model() of the learner {learner.name} returned {_kind(model)}: it must return a torch nn.Module."
@@ -102,29 +96,30 @@ def do(
     model = place.model
     if work.train and (suspicious := suspicion(layout, memoryview(received))):
         raise LearnerFailed(suspicious)
-    model.zero_grad(set_to_none=True)  # nothing of an earlier task may leak into this one
-    weights.load(model, layout, received)
+    with blaming("the learner's model cannot be given the version's weights:", LearnerFailed):
+        model.zero_grad(set_to_none=True)  # nothing of an earlier task may leak into this one
+        weights.load(model, layout, received)
     scores: dict[str, float] = {}
     if work.evaluate:
         _sow(work.seed)
-        model.eval()
-        with torch.no_grad():
-            scores = _metrics(_call("evaluate", place.learner.evaluate, model, place.data), "evaluate")
+        with torch.no_grad(), blaming("evaluate() of the learner raised", LearnerFailed):
+            model.eval()
+            scores = _metrics(place.learner.evaluate(model, place.data), "evaluate")
     if not work.train:
         return Outcome(None, {}, scores, None)
     settings: dict[str, Any] = {**work.settings, "seed": work.seed, "round": work.round}
-    model.train()
+    with blaming("train() of the learner's model raised", LearnerFailed):
+        model.train()
     private = Private(model, work.row_noise, work.row_clip) if work.row_noise else None
     if private:
         settings[PRIVATE] = private
     _sow(work.seed)
-    try:
-        with torch.enable_grad():  # whatever the learner's code has switched off elsewhere
-            returned = _call("train", place.learner.train, model, place.data, settings)
+    try:  # with gradients, whatever the learner's code has switched off elsewhere
+        with torch.enable_grad(), blaming("train() of the learner raised", LearnerFailed):
+            examples, metrics = _trained(place.learner.train(model, place.data, settings))
     finally:
         if private:
             private.close()
-    examples, metrics = _trained(returned)
     delta = weights.delta(model, layout, received, into=into)
     if private:  # what was learned of rows without noise does not travel
         return Outcome(examples, {}, {}, delta, private.released)
@@ -144,14 +139,6 @@ def _sow(seed: int) -> None:
 def _has_accelerator() -> bool:
     """Whether torch has dice of other devices to sow; before 2.6 it could not say so."""
     return not hasattr(torch, "accelerator") or torch.accelerator.is_available()
-
-
-def _call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except BaseException as problem:  # noqa: BLE001 (sys.exit in a learner is its failure, not the worker's end)
-        kind = OutOfMemory if out_of_memory(problem) else LearnerFailed
-        raise kind(f"{name}() of the learner raised {told(problem)}") from None
 
 
 def _trained(returned: Any) -> tuple[int, dict[str, float]]:
@@ -178,10 +165,10 @@ def _metrics(found: Any, name: str) -> dict[str, float]:
         raise LearnerFailed(f"{name}() returned {len(found)} metrics: at most {MAP_MAX} travel.")
     metrics = {}
     for key, value in found.items():
-        if not isinstance(key, str) or len(key) > METRIC_NAME_LENGTH_MAX:
+        if not isinstance(key, str) or len(key) > KEY_MAX:
             raise LearnerFailed(
                 f"{name}() returned a metric called {str(key)[:40]!r}: "
-                f"its name must be text of at most {METRIC_NAME_LENGTH_MAX} characters."
+                f"its name must be text of at most {KEY_MAX} characters."
             )
         metrics[key] = _number(value, f"{name}() returned the metric {key!r} as")
     return {key: value for key, value in metrics.items() if math.isfinite(value)}

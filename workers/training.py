@@ -113,15 +113,13 @@ class Trainer:
                     {
                         "do": "task", "source": source, "work": asdict(work),
                         "specs": None if layout.specs == self._layout.specs else told(layout),
-                        "weights": _shown(weights), "delta": None if delta is None else _shown(delta, empty=True),
+                        "weights": _shown(weights), "delta": None if delta is None else _shown(delta),
                         "residual": [str(residual.owed), str(residual.left)] if residual and work.owes else None,
                     },
                     (weights, delta),
                 )  # fmt: skip
             except UsageError as problem:
                 raise LearnerFailed(str(problem)) from problem
-        if delta is not None and delta.file is None:
-            delta = Slot(memoryview(bytearray(answer["delta"])))
         said = {name: answer[name] for name in ("examples", "metrics", "scores", "seconds", "within", "released")}
         return Done(delta=delta, layout=written, **said)
 
@@ -137,11 +135,8 @@ class Trainer:
         async with self._turn:
             await self._open()
             slot = self.spool.take(self._layout.size_bytes)
-            answer = await self._ask({"do": "draw", "seed": seed, "weights": _shown(slot, empty=True)}, (slot,))
-            drawn = layout_of(answer["specs"])
-            return drawn, slot if slot.file or drawn != self._layout else Slot(
-                memoryview(bytearray(answer["weights"]))
-            )
+            answer = await self._ask({"do": "draw", "seed": seed, "weights": _shown(slot)}, (slot,))
+            return layout_of(answer["specs"]), slot
 
     async def stop(self) -> None:
         """End the process, whatever it does, within seconds; may be called again.
@@ -239,9 +234,7 @@ class Seat:
         return await self.trainer.run(work, layout, source=self.source, weights=weights, residual=residual)
 
 
-def _shown(slot: Slot, *, empty: bool = False) -> dict[str, Any]:
-    """A slot as the child finds it: a place in a file, or, of a small one, its bytes if there are any yet."""
-    if slot.file is None:
-        return {"data": b"" if empty else slot.data}
+def _shown(slot: Slot) -> dict[str, Any]:
+    """A slot as the child finds it: a place in a file."""
     path, at = slot.file
     return {"file": str(path), "at": at, "size": len(slot.data)}

@@ -1,4 +1,4 @@
-"""`fluffle try`: a learner checked beside its data, with no broker: one task done, timed, sized and looked at.
+"""`fluffle try` and `fluffle evaluate`: a learner beside its data, with no broker: a task timed, sized, looked at.
 
 Knows what a good learner keeps to, and says so where one does not. Does not know torch (the training process does)
 nor how a report is shown.
@@ -6,20 +6,25 @@ nor how a report is shown.
 
 import asyncio
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from broker.changes import apply_change
 from broker.contract import Contract
 from broker.errors import UsageError
+from broker.files import read_version
+from broker.formats import FORMATS
 from broker.messages import Scalar
-from broker.tensors import FLOATS, Layout, as_float64, from_float64, view
+from broker.tensors import FLOATS, Layout, view
 from workers.spool import Spool
 from workers.training import Seat, Trainer
 from workers.work import Done, Work
 
-PIECE_BYTES = 8 * 1024 * 1024  # weights are added up piece by piece, for float64 takes up to four times their room
+SCORE = Work(train=False, evaluate=True, seed=1, settings={}, round=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +61,57 @@ def try_learner(where: str, source: str, *, settings: dict[str, Scalar] | None =
         UsageError: the learner or its data cannot be loaded, or model() is another every time.
         LearnerFailed: a task failed, and why.
     """
-    with tempfile.TemporaryDirectory(prefix="fluffle-try-") as name, asyncio.Runner() as steps:
-        spool = Spool(Path(name))
-        trainer = Trainer(where, spool, threads=threads)
-        seat = Seat(trainer, source)
-        try:
-            layout = steps.run(seat.start())
-            drawn, start = steps.run(trainer.draw(seed=0))
-            if layout != drawn:
-                raise UsageError(
-                    f"model() called twice gives different tensors ({layout.difference(drawn)}): "
-                    "no two workers could learn together; make it return the same shape every time."
-                )
-            work = Work(train=True, evaluate=True, seed=1, settings=settings or {}, round=1)
-            done, again = (steps.run(seat.run(work, drawn, weights=start)) for _ in range(2))
-            assert done.delta is not None
-            assert again.delta is not None
-            warnings = _looked_at(layout, done.delta.data, again.delta.data)
-            _add(layout, start.data, done.delta.data)
-            score = Work(train=False, evaluate=True, seed=1, settings={}, round=1)
-            after = steps.run(seat.run(score, layout, weights=done.delta)).scores
-        finally:
-            steps.run(trainer.stop())
-            spool.remove()
+    return asyncio.run(_try_out(where, source, settings or {}, threads))
+
+
+async def _try_out(where: str, source: str, settings: dict[str, Scalar], threads: int) -> Report:
+    async with _alone(where, source, threads) as seat:
+        trainer, layout = seat.trainer, await seat.start()
+        drawn, start = await trainer.draw(seed=0)
+        if layout != drawn:
+            raise UsageError(
+                f"model() called twice gives different tensors ({layout.difference(drawn)}): "
+                "no two workers could learn together; make it return the same shape every time."
+            )
+        work = Work(train=True, evaluate=True, seed=1, settings=settings, round=1)
+        done, again = [await seat.run(work, drawn, weights=start) for _ in range(2)]
+        assert done.delta is not None
+        assert again.delta is not None
+        warnings = _looked_at(layout, done.delta.data, again.delta.data)
+        apply_change(start.data, done.delta.data, layout, FORMATS["float32"], start.data)
+        after = (await seat.run(SCORE, layout, weights=start)).scores
         return Report(layout, trainer.contract, trainer.ready_s, done, after=after, warnings=warnings)
+
+
+def score(where: str, version: Path, source: str, *, threads: int = 1) -> dict[str, float]:
+    """What the learner's evaluate says of a version.
+
+    Raises:
+        UsageError: the version, the learner or its data cannot be loaded.
+        LearnerFailed: the version is of another learner, or evaluate failed.
+    """
+    layout, weights, _ = read_version(version)
+
+    async def scored() -> dict[str, float]:
+        async with _alone(where, source, threads) as seat:
+            received = seat.trainer.spool.take(len(weights))
+            received.data[:] = weights
+            return (await seat.run(SCORE, layout, weights=received)).scores
+
+    return asyncio.run(scored())
+
+
+@asynccontextmanager
+async def _alone(where: str, source: str, threads: int) -> AsyncIterator[Seat]:
+    """A training process for one learner beside one source, of which nothing is left afterwards."""
+    with tempfile.TemporaryDirectory(prefix="fluffle-") as folder:
+        spool = Spool(Path(folder))
+        trainer = Trainer(where, spool, threads=threads)
+        try:
+            yield Seat(trainer, source)
+        finally:
+            await trainer.stop()
+            spool.remove()
 
 
 def _looked_at(layout: Layout, first: memoryview, second: memoryview) -> tuple[str, ...]:
@@ -94,14 +126,3 @@ def _looked_at(layout: Layout, first: memoryview, second: memoryview) -> tuple[s
             "or an update that has to be made again will not be the same."
         )
     return tuple(warnings)
-
-
-def _add(layout: Layout, start: memoryview, delta: memoryview) -> None:
-    """Make a delta the trained weights: start + delta for floats, the delta's own value for integers and booleans."""
-    for segment in layout.segments:
-        if segment.dtype not in FLOATS:
-            continue
-        for at in range(segment.start, segment.stop, PIECE_BYTES):
-            piece = slice(at, min(at + PIECE_BYTES, segment.stop))
-            total = sum(as_float64(view(data[piece], segment.dtype), segment.dtype) for data in (start, delta))
-            delta[piece] = from_float64(np.asarray(total), segment.dtype).tobytes()

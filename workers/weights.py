@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from broker.errors import LearnerFailed, UsageError, WireError
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec
+from workers.learner import blaming
 
 Raw = bytes | bytearray | memoryview | mmap
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
@@ -27,11 +28,21 @@ def layout_of(model: nn.Module) -> Layout:
     """Where each tensor of the model's state dict lies in a payload.
 
     Raises:
-        UsageError: the state dict holds something that cannot travel: no tensor, no shape yet, a sparse tensor,
-            an exotic dtype (complex, float8, quantised).
+        UsageError: the state dict cannot be had, or holds something that cannot travel: no tensor, no shape yet, a
+            sparse tensor, an exotic dtype (complex, float8, quantised).
     """
+    return _layout_of(_state(model))
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict, for which its own code may be called."""
+    with blaming("state_dict() of the learner's model failed:"):
+        return {str(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _layout_of(state: Mapping[str, Tensor]) -> Layout:
     specs = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise UsageError(
                 f"the model's state {name!r} is a {type(tensor).__name__}, and only tensors travel: make it a buffer."
@@ -54,7 +65,7 @@ def read(model: nn.Module, layout: Layout, *, into: Raw | None = None) -> Raw:
     They are written to `into`, exactly as long, or else to new memory.
     """
     data = bytearray(layout.size_bytes) if into is None else into
-    state = model.state_dict()
+    state = _state(model)
     for spec, place in _tensors(layout, data):
         place.copy_(state[spec.name])
     return data
@@ -66,8 +77,7 @@ def load(model: nn.Module, layout: Layout, data: Raw) -> None:
     Raises:
         LearnerFailed: the model has other tensors than `layout`, or the bytes have another length.
     """
-    difference = _difference(layout, model, model.state_dict())
-    if difference:
+    if difference := _difference(layout, _state(model)):
         raise LearnerFailed(
             f"this worker's learner has other tensors than the version: {difference}; "
             "give the worker the learner that the run was made with."
@@ -91,9 +101,8 @@ def delta(model: nn.Module, layout: Layout, received: Raw, *, into: Raw | None =
     Raises:
         LearnerFailed: the trained weights are not finite, or training changed which tensors the model has.
     """
-    state = model.state_dict()
-    difference = _difference(layout, model, state)
-    if difference:
+    state = _state(model)
+    if difference := _difference(layout, state):
         raise LearnerFailed(
             f"train changed which tensors the model has: {difference}; it must keep them as they were."
         )
@@ -108,24 +117,12 @@ def delta(model: nn.Module, layout: Layout, received: Raw, *, into: Raw | None =
     return changed
 
 
-def _difference(layout: Layout, model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """In words, how the tensors of the model, whose state dict is given, differ from `layout`; empty when equal."""
-    if len(state) == len(layout.specs) and all(_is(state.get(spec.name), spec) for spec in layout.specs):
-        return ""
+def _difference(layout: Layout, state: Mapping[str, Tensor]) -> str:
+    """In words, how the tensors of a model's state dict differ from `layout`; empty when equal."""
     try:
-        return layout.difference(layout_of(model))
+        return layout.difference(_layout_of(state))
     except UsageError as problem:
         return str(problem)
-
-
-def _is(tensor: Tensor | None, spec: TensorSpec) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.dtype == DTYPES[spec.dtype]
-        and tensor.layout == torch.strided
-        and not is_lazy(tensor)
-        and tensor.shape == spec.shape
-    )
 
 
 def _subtract(trained: Tensor, before: Tensor, place: Tensor) -> bool:

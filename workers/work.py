@@ -6,7 +6,7 @@ of work in these words. Does not know how training is done or where a result is 
 
 import hashlib
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 
 from broker.formats import FORMATS
-from broker.messages import EXAMPLES_MAX, Scalar
+from broker.messages import EXAMPLES_MAX, Scalar, Task
 from broker.tensors import Layout, TensorSpec
 from workers.masking import Member
 from workers.spool import Slot
@@ -23,7 +23,6 @@ from workers.spool import Slot
 LEASE_S = 15.0
 
 # what daemon, guard and training process say to each other
-LENGTH_BYTES = 4
 CLOSED = 71
 """Exit status of a training process whose socket the learner has closed."""
 MEANT_FOR_DAEMON = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
@@ -32,13 +31,8 @@ Ended = Mapping[str, int | bool]
 
 
 # made beforehand: it must work, too, when the memory is full; and whatever a learner calls its metrics
-_PACKER = msgpack.Packer(unicode_errors="replace")
-
-
-def framed(message: Mapping[str, Any]) -> bytes:
-    """A message as it goes through a socket."""
-    packed: bytes = _PACKER.pack(message)
-    return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
+bytes_of: Callable[[Mapping[str, Any]], bytes] = msgpack.Packer(unicode_errors="replace").pack
+"""A message as it goes through a socket; where it ends, msgpack knows."""
 
 
 def told(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -137,6 +131,19 @@ class Done:
     model: bytes = b""
     within: bool = True
     released: Sequence[Sequence[float]] = ()
+
+
+def work_for(task: Task, who: Who) -> Work:
+    """What a task asks of a worker; what is found out about a trainer's rows without noise does not travel."""
+    noise = task.noise if who.trains else None
+    private = noise if noise and noise.of == "row" else None
+    return Work(
+        train=who.trains and task.work == "train", evaluate=noise is None,
+        seed=task_seed(task.seed, task.of.round, who.name), settings=task.settings, round=task.of.round,
+        format=task.format, keep=task.keep, clip=task.clip, examples_max=task.examples_max,
+        learner_file=task.learner_file,
+        row_noise=private.multiplier if private else 0.0, row_clip=private.clip if private else 1.0,
+    )  # fmt: skip
 
 
 def task_seed(seed: int, number: int, worker: str) -> int:

@@ -282,7 +282,7 @@ def kept(data: bytes) -> None:
         _file("kept/ada.run.3.1.update", raw)
         for found in kept_updates.all_kept(FOLDER / "kept"):
             assert found.until > 0
-            assert found.format in FORMATS
+            assert found.task.format in FORMATS
 
 
 def version(data: bytes) -> None:
@@ -365,8 +365,8 @@ def _sums() -> Iterator[bytes]:
 
 def _kept() -> Iterator[bytes]:
     update = encode(Update(OF, "ada", 2, 7, SMALL, Payload("run/3/1/1/ada/0", 262144, MODEL.specs)))
-    record = {"update": update, "scores": SMALL, "format": "int8", "until": 9e9}
-    yield msgpack.packb({**record, "delta": b"123"})
+    task = encode(Task(OF, "train", 2, 9.0, 1, {"lr": 0.1}, Payload("run/3/1/1", 262144, MODEL.specs)))
+    record = {"task": task, "update": update, "score": encode(Score(OF, "ada", 2, SMALL)), "until": 9e9, "model": b""}
     yield msgpack.packb({**record, "delta": ["0.models", 0, 3, b"12345678"]})
 
 

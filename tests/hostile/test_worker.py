@@ -60,7 +60,9 @@ from tests.system.rig import (
 )
 from workers.ledger import SUFFIX
 from workers.masking import Member
-from workers.outbox import CALLS_MAX, SENT_MAX
+from workers.outbox import CALLS_MAX, SENT_MAX, SENT_MAX_OF_ALL
+from workers.post import PREFETCH
+from workers.service import LANDING_MAX, WAITING_MAX
 from workers.spool import HELD_MAX
 from workers.work import task_seed
 
@@ -356,7 +358,7 @@ async def test_a_closing_ends_the_training_of_its_round(tmp_path: Path) -> None:
         await false.send(asked, *parts(asked))
         await false.place.lesson.began.wait()
         await false.tell(Closed(LIE, "enough"))
-        await fed.until(lambda: false.place.worker._job is None)
+        await fed.until(lambda: not false.place.worker._jobs)
         await false.get_honest_work()
         assert false.place.lesson.done == [(True, 2)]
 
@@ -607,3 +609,51 @@ async def test_a_secret_task_whose_sum_would_hide_nothing_or_cannot_be_is_refuse
         assert (await false.hear(Ready)).of == HONEST
         await false.tell(Closed(HONEST, "thank you"))
         assert false.place.lesson.done == [(True, 2)]
+
+
+async def test_tasks_of_many_runs_do_not_pile_up_and_each_that_is_turned_away_is_told(tmp_path: Path) -> None:
+    """A flood of runs, while one is trained: eight wait, and the next one hears why it may not."""
+    async with a_worker(tmp_path) as (fed, false):
+        false.place.lesson.gate.clear()
+        for number in range(WAITING_MAX):
+            asked = task(Attempt(f"run-{number}", 1, 1))
+            await false.send(asked, *parts(asked))
+        await fed.until(lambda: len(false.place.worker._jobs) == WAITING_MAX)
+        asked = task(LIE)
+        await false.send(asked, *parts(asked))
+        assert "tasks of 8 other runs wait here already" in (await false.hear(Refusal)).reason
+        again = task(Attempt("run-0", 2, 1))  # of a run that has something here there is no more for it
+        await false.send(again, *parts(again))
+        await fed.until(lambda: again.of in (each.of for each in false.place.worker._in_hand))
+        assert len(false.place.worker._in_hand) == WAITING_MAX
+        false.place.lesson.gate.set()
+        await fed.until(lambda: not false.place.worker._jobs)
+        await false.get_honest_work()
+        assert len(false.place.worker._in_hand) <= SENT_MAX_OF_ALL
+        ended = [Closed(Attempt(f"run-{n}", 2 if n == 0 else 1, 1), "that was it") for n in range(WAITING_MAX)]
+        await false.tell(*ended)
+
+
+async def test_headers_whose_parts_never_come_do_not_stop_the_worker(tmp_path: Path) -> None:
+    """Header after header, each of another run or closed at once: none may hold the place of what comes next."""
+    async with a_worker(tmp_path) as (fed, false):
+        for number in range(2 * PREFETCH):
+            asked = task(Attempt(f"run-{number}", 1, 1))
+            await false.send(asked)
+            if number % 2:
+                await fed.until(lambda of=asked.of: of.run in false.place.worker._landing)  # type: ignore[misc]
+                await false.tell(Closed(asked.of, "never mind"))
+        await false.get_honest_work()
+        assert false.place.lesson.done == [(True, 2)]
+        assert len(false.place.worker._landing) <= LANDING_MAX
+
+
+async def test_versions_of_two_runs_whose_parts_come_mixed_are_both_received(tmp_path: Path) -> None:
+    """Two coordinators send at the same time."""
+    async with a_worker(tmp_path) as (fed, false):
+        mine, theirs = task(LIE), task(Attempt("other", 3, 1))
+        mixed = [part for pair in zip(parts(mine), parts(theirs), strict=True) for part in pair]
+        await false.send(mine, theirs, *mixed)
+        await false.take_update(LIE)
+        await fed.until(lambda: (True, 3) in false.place.lesson.done)
+        await false.tell(Closed(theirs.of, "enough"))

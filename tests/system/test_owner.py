@@ -203,6 +203,24 @@ async def test_a_cohort_is_as_large_as_those_whose_updates_are_added_up_together
             assert fed.counted() == counted
 
 
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [('privacy = "secure"', "serves secure rounds only"), ("epsilon_max = 1.0", "bounds epsilon, for a delta of")],
+)
+async def test_scores_of_weights_that_others_choose_do_not_leave_where_only_sums_or_noise_may(
+    tmp_path: Path, rules: str, said: str
+) -> None:
+    """A loss on rows is told for any weights that are sent: who asks often enough can read rows off it."""
+    async with federation(tmp_path, rounds=2, cohort=1, quorum=1) as fed:
+        fed.join("a")
+        judge = fed.join("judge", trains=False, policy=policy(tmp_path, rules))
+        fed.begin()
+        await fed.end()
+        assert all(said in line["reason"] for line in lines(fed, "judge"))
+        assert {line["event"] for line in lines(fed, "judge")} == {"refused"}
+        assert judge.lesson.done == []
+
+
 async def test_a_worker_with_another_contract_refuses_and_names_the_tensor(tmp_path: Path) -> None:
     other = Layout.of([dataclasses.replace(spec, shape=(7,)) if spec.name == "b" else spec for spec in MODEL.specs])
     async with federation(tmp_path, rounds=1, cohort=3, quorum=1, contract=CONTRACT, learner_file="f" * 64) as fed:

@@ -387,7 +387,7 @@ async def test_workers_do_not_listen_to_a_coordinator_that_has_been_followed(tmp
         await former.post.declare()
         here = former._open(list(NAMES))
         await former._send(here, list(NAMES))
-        await fed.until(lambda: all(not place.worker._arrival for place in fed.places.values()))
+        await fed.until(lambda: all(not place.worker._landing for place in fed.places.values()))
         await fed.until(lambda: not any(waiting(fed, name) for name in NAMES))
         await wire.close()
         assert {name: place.lesson.done for name, place in fed.places.items()} == done

@@ -15,7 +15,7 @@ from broker.tensors import Layout
 from fluffle import app
 from workers import weights
 from workers.attack import CLEAR_DB, Found, Scene, classroom, delta, imprinted, network
-from workers.attack_cli import Shown, _lines, _picture
+from workers.attack_cli import _lines, _picture
 from workers.imprint import suspicion
 from workers.learners.toy import ROWS
 
@@ -146,8 +146,8 @@ def test_the_command_shows_a_table_and_a_picture(tmp_path: Path, monkeypatch: py
 
 
 def test_the_picture_of_all_scenes_is_no_strip_that_nobody_can_read(tmp_path: Path) -> None:
-    scene = Scene(model="linear", workers=1, rows=1)
-    one = Shown("one update, noise z = 0.01", scene, scene.play(X, Y, trials=1, seed=0))
+    scene = Scene(model="linear", workers=1, rows=1, what="one update, noise z = 0.01")
+    one = scene, scene.play(X, Y, trials=1, seed=0)
     _picture([one] * 36, tmp_path / "attack.png")
     width, height = struct.unpack(">II", (tmp_path / "attack.png").read_bytes()[16:24])
     assert width < 2 * height < 4 * width
@@ -165,3 +165,12 @@ def test_a_picture_of_chance_is_between_three_and_nine_db() -> None:
 
     found = [psnr(dice.random(64), row) for row in X[:50]]
     assert 3 < min(found) < max(found) < 9
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("workers.attack_cli._digits", lambda: pytest.fail("the work was begun"))
+    with pytest.raises(OSError, match="Not a directory"):
+        run("--out", str(tmp_path / "file" / "folder"))

@@ -1,20 +1,21 @@
 """Finished updates on a worker's disk: found again as they were, or not at all."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from xxhash import xxh3_64_digest
 
-from broker.messages import PART_BYTES_MIN, Attempt, Payload, Update
+from broker.messages import PART_BYTES_MIN, Attempt, Payload, Task, Update
 from broker.tensors import TensorSpec
 from workers.journal import SUFFIX, Kept, Place, all_kept, forget, keep
 from workers.residuals import LEFT, Residuals
-from workers.spool import PAGE_BYTES, SMALL_BYTES, Slot, Spool
+from workers.spool import PAGE_BYTES, Slot, Spool
 
 OF = Attempt("run-1", 7, 2)
-LARGE = SMALL_BYTES + 4
+LARGE = 64 * 1024 + 4
 
 
 def update_of(worker: str, size: int, of: Attempt = OF) -> Update:
@@ -23,22 +24,28 @@ def update_of(worker: str, size: int, of: Attempt = OF) -> Update:
     )
 
 
-def kept_of(worker: str, delta: bytes | Place, size: int, *, until: float | None = None) -> Kept:
-    return Kept(update_of(worker, size), {"loss": 0.25}, "int8", time.time() + 60 if until is None else until, delta)
+def task_of(update: Update) -> Task:
+    return Task(update.of, "train", 6, 60.0, 1, {}, update.payload, format="int8")
+
+
+def kept_of(folder: Path, worker: str, *, until: float | None = None) -> Kept:
+    """A small update of a worker, whose bytes lie in a file of the folder."""
+    update, place = update_of(worker, 5), Place("0.models", 0, 5, xxh3_64_digest(b"delta"))
+    (folder / place.file).write_bytes(b"delta")
+    return Kept(task_of(update), update, {"loss": 0.25}, time.time() + 60 if until is None else until, place)
 
 
 def kept_in(spool: Spool, worker: str, content: int, of: Attempt = OF) -> Slot:
     """A large update of a worker, in a slot, written down."""
-    slot = spool.take(LARGE)
-    assert slot.file is not None
+    slot, update = spool.take(LARGE), update_of(worker, LARGE, of)
     np.frombuffer(slot.data, np.uint8)[:] = content
     place = Place(slot.file[0].name, slot.file[1], LARGE, xxh3_64_digest(slot.data))
-    keep(spool.folder, Kept(update_of(worker, LARGE, of), {}, "float32", time.time() + 60, place))
+    keep(spool.folder, Kept(task_of(update), update, {}, time.time() + 60, place))
     return slot
 
 
 def test_what_is_kept_is_found_again_as_it_was_until_it_is_forgotten(tmp_path: Path) -> None:
-    one, other = kept_of("ada", b"delta", 5), kept_of("bob", b"12345", 5)
+    one, other = kept_of(tmp_path, "ada"), kept_of(tmp_path, "bob")
     keep(tmp_path, one)
     keep(tmp_path, other)
     assert all_kept(tmp_path) == [one, other]
@@ -48,31 +55,33 @@ def test_what_is_kept_is_found_again_as_it_was_until_it_is_forgotten(tmp_path: P
 
 
 def test_what_nobody_waits_for_any_more_is_removed(tmp_path: Path) -> None:
-    keep(tmp_path, kept_of("ada", b"delta", 5, until=time.time() - 1))
+    keep(tmp_path, kept_of(tmp_path, "ada", until=time.time() - 1))
     assert all_kept(tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob(f"*{SUFFIX}"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "renamed", "empty", "foreign"])
 def test_what_is_damaged_is_said_to_be_and_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    keep(tmp_path, kept_of("ada", b"delta", 5))
-    (path,) = tmp_path.iterdir()
+    keep(tmp_path, kept_of(tmp_path, "ada"))
+    (path,) = tmp_path.glob(f"*{SUFFIX}")
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:-3], "changed": data.replace(b"delta", b"delto"), "empty": b""}.get(damage, data))
+    path.write_bytes(
+        {"cut": data[:-3], "changed": data.replace(b"models", b"modems"), "empty": b""}.get(damage, data)
+    )
     if damage == "renamed":
         path.rename(path.with_name(f"bob.run-1.7.2{SUFFIX}"))
     if damage == "foreign":
         path.write_bytes(b"a letter to the editor")
     assert all_kept(tmp_path) == []
     assert "is damaged" in caplog.text
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob(f"*{SUFFIX}"))
 
 
 @pytest.mark.parametrize("name", ["../1.models", "/etc/passwd", "1.update", "x.models", ""])
 def test_a_record_cannot_point_out_of_its_folder(tmp_path: Path, name: str) -> None:
-    keep(tmp_path, kept_of("ada", Place(name, 0, 4, b"12345678"), 4))
+    keep(tmp_path, replace(kept_of(tmp_path, "ada"), delta=Place(name, 0, 4, b"12345678")))
     assert all_kept(tmp_path) == []
 
 
@@ -136,7 +145,7 @@ def test_two_runs_and_two_workers_keep_theirs_apart(tmp_path: Path) -> None:
 
 
 def test_what_a_format_left_out_of_a_kept_update_is_kept_with_it(tmp_path: Path) -> None:
-    keep(tmp_path, kept_of("ada", b"delta", 5))
+    keep(tmp_path, kept_of(tmp_path, "ada"))
     mine, others = Residuals(tmp_path, "ada").of(OF), Residuals(tmp_path, "ada").of(Attempt("run-2", 1, 1))
     for residual in (mine, others):
         residual.left.touch()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import UsageError
+from fluffle_demo import _cast, _compare, make_run
 from workers.learner import EXAMPLES, learner_name, load, told
 
 GOOD = """
@@ -143,3 +144,54 @@ def test_what_is_told_of_an_error_is_short_and_valid_text() -> None:
 def test_an_error_without_a_message_is_told_by_its_type() -> None:
     assert told(KeyError()) == "KeyError"
     assert told(MemoryError()) == "MemoryError (it ran out of memory)"
+
+
+MODEL = "import os\nfrom torch import nn\n" + GOOD + "def model(): return Odd(2, 1)\n"
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ("def state_dict(self): raise ValueError('no state')", "no state ← odd.py line 10, in state_dict"),
+        ("def state_dict(self): return [1]", "state_dict() of the learner's model failed: AttributeError"),
+        ("def __init__(self, *_): raise OSError('no weights')", "no weights ← odd.py line 10, in __init__"),
+        ("def __init__(self, *_): raise BaseException('odd')", "odd ← odd.py line 10, in __init__"),
+    ],
+)
+def test_whatever_a_model_does_when_a_run_is_made_is_one_sentence(tmp_path: Path, odd: str, said: str) -> None:
+    learner = written(tmp_path / "odd.py", MODEL + f"class Odd(nn.Linear):\n    {odd}\n")
+    with pytest.raises(UsageError) as caught:
+        make_run(learner, tmp_path / "run", {})
+    assert said in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("demo", "said"),
+    [
+        ("raise ValueError('no demo')", "failed: ValueError: no demo ← odd.py line 6, in demo"),
+        ("return None", "failed: TypeError: 'NoneType' object is not iterable"),
+        ("return {'workers': {'a': 'b'}}", "demo() of the learner odd: held_out is missing."),
+        ("return {'workers': 3}", "demo() of the learner odd: workers must be a table of names and values."),
+        (
+            "return dict(workers={}, held_out=None, pooled=None, settings={}, rounds=1)",
+            "workers must not be empty",
+        ),
+    ],
+)
+def test_whatever_a_demo_says_that_is_none_is_one_sentence(tmp_path: Path, demo: str, said: str) -> None:
+    learner = written(tmp_path / "odd.py", f"{GOOD}def demo(workers, seed): {demo}\n")
+    with pytest.raises(UsageError) as caught:
+        _cast(learner, 2, [], 0)
+    assert said in str(caught.value)
+
+
+def test_a_learner_that_goes_elsewhere_leaves_us_where_we_were(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    written(tmp_path / "odd.py", "import os\nos.chdir('elsewhere')\n" + MODEL + "Odd = nn.Linear\n")
+    cast = _cast("odd.py", 2, ["here", "there"], 0)
+    assert cast.workers == {"worker-1": "here", "worker-2": "there"}
+    store = make_run("odd.py", Path("run"), {"rounds": 1})
+    assert _compare(store, cast) == {"alone": {"worker-1": {}, "worker-2": {}}, "pooled": None}
+    assert Path.cwd() == tmp_path
+    assert (tmp_path / "run" / "plan.toml").exists()

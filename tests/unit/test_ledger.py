@@ -6,6 +6,7 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from broker.chain import check
 from broker.errors import LearnerFailed, UsageError
 from workers import ledger
-from workers.ledger import ENTRIES_MAX, TEXT_MAX, Ledger, find, plain
+from workers.ledger import ENTRIES_MAX, FLOOD_MAX, FLOOD_S, TEXT_MAX, Ledger, find, plain
 
 
 def written(path: Path) -> bytes:
@@ -164,3 +165,26 @@ def test_what_several_threads_write_at_once_is_one_chain(tmp_path: Path) -> None
         list(threads.map(lambda number: account.write("secure", round=number), range(400)))
     assert check((tmp_path / "a.ledger").read_bytes(), "ledger")[0] == []
     assert sorted(line["round"] for line in account.read()) == list(range(400))
+
+
+def test_refusals_without_end_do_not_fill_the_disk_and_how_many_there_were_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may ask can be refused as often as it likes; what left, and other events, are written all the same."""
+    clock = SimpleNamespace(now=5.0)
+    monkeypatch.setattr("workers.ledger.time", SimpleNamespace(time=lambda: clock.now))
+    account = Ledger(tmp_path / "a.ledger")
+    for number in range(250):
+        account.write("refused", reason=f"no {number}")
+    account.write("alarm", why="another cohort")
+    account.write("update", run="r")
+    clock.now += FLOOD_S
+    account.write("refused", reason="no again")
+    account.write("refused", reason="no more")
+    lines = account.read()
+    assert check(account.path.read_bytes(), "ledger")[0] == []
+    events = [line["event"] for line in lines]
+    assert events == ["refused"] * FLOOD_MAX + ["alarm", "update", "refused", "refused"]
+    assert [line["further"] for line in lines if "further" in line] == ["are counted only, for 3600 s"]
+    assert "further" in lines[FLOOD_MAX - 1]
+    assert [line.get("unwritten") for line in lines[-2:]] == [150, None]

@@ -106,6 +106,7 @@ def test_a_model_that_is_too_large_is_not_received(most: int, size: int) -> None
         ({"coordinators": ["coordinator", "second-?"]}, {"coordinator": "third"}, "does not serve this coordinator"),
         ({"coordinators": ["coordinator"]}, {"coordinator": ""}, "does not serve this coordinator"),
         ({"privacy": "secure"}, {"secure": False}, "serves secure rounds only"),
+        ({"privacy": "secure"}, {"trains": False}, "serves secure rounds only"),
     ],
 )
 def test_who_is_not_served_learns_the_rule_and_no_name_that_it_holds(

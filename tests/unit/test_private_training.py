@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ from broker.parts import PART_BYTES
 from broker.tensors import Layout
 from workers import learner, task, weights
 from workers.learner import Learner
+from workers.owner import Owner
+from workers.policy import Policy
 from workers.privacy import Private, secret_dice
 from workers.spending import Spending
 from workers.work import Outcome, Work
@@ -155,22 +157,26 @@ def _dp_accounting() -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra `dp`")
 
 
+def owner(most: float = math.inf) -> Owner:
+    return cast(Owner, SimpleNamespace(policy=Policy(epsilon_max=most), note=lambda *_, **__: None))
+
+
 @pytest.mark.usefixtures("_dp_accounting")
 def test_what_a_worker_has_spent_outlives_it(tmp_path: Path) -> None:
-    spending = Spending(tmp_path, "ada")
+    spending = Spending(tmp_path, "ada", owner())
     first = spending.spend("r", ROWS, [(4.0, 1.0, 1)])
     assert first == pytest.approx(0.926, abs=1e-3)
     file = tmp_path / "ada.privacy"
     assert file.stat().st_mode & 0o777 == 0o600
-    again = Spending(tmp_path, "ada")
+    again = Spending(tmp_path, "ada", owner())
     assert again.spend("r", ROWS, [(4.0, 1.0, 1)]) > first
     assert json.loads(file.read_bytes()) == {"r": [[4.0, 1.0, 2, False]]}
-    assert Spending(tmp_path, "bob").spend("r", ROWS, [(4.0, 1.0, 1)]) == first
+    assert Spending(tmp_path, "bob", owner()).spend("r", ROWS, [(4.0, 1.0, 1)]) == first
 
 
 @pytest.mark.usefixtures("_dp_accounting")
 def test_nothing_is_spent_beyond_the_plans_budget_or_the_owners(tmp_path: Path) -> None:
-    spending = Spending(tmp_path, "ada", most=2.0)
+    spending = Spending(tmp_path, "ada", owner(2.0))
     spending.spend("r", ROWS, [(4.0, 1.0, 2)])
     with pytest.raises(
         LearnerFailed, match=r"the privacy budget is spent: epsilon would be 1\.\d+, and the plan allows 1"
@@ -182,7 +188,7 @@ def test_nothing_is_spent_beyond_the_plans_budget_or_the_owners(tmp_path: Path) 
     spending.check(TASK, Layout(()))
     spending.spend("r", ROWS, [(4.0, 1.0, 1)])
     with pytest.raises(LearnerFailed, match="the owner of the data allows 2"):
-        Spending(tmp_path, "ada", most=2.0).spend("r", ROWS, [(4.0, 1.0, 2)])
+        Spending(tmp_path, "ada", owner(2.0)).spend("r", ROWS, [(4.0, 1.0, 2)])
 
 
 @pytest.mark.usefixtures("_dp_accounting")
@@ -190,4 +196,4 @@ def test_nothing_is_spent_beyond_the_plans_budget_or_the_owners(tmp_path: Path) 
 def test_a_worker_that_does_not_know_what_it_spent_spends_nothing(tmp_path: Path, damage: str) -> None:
     (tmp_path / "ada.privacy").write_text(damage)
     with pytest.raises(LearnerFailed, match=r"ada\.privacy does not tell what was spent"):
-        Spending(tmp_path, "ada").check(TASK, Layout(()))
+        Spending(tmp_path, "ada", owner()).check(TASK, Layout(()))

@@ -225,15 +225,17 @@ def until_shares_are_asked_for(
     return core, core.reveal()
 
 
+def owner(most: float = math.inf) -> Any:
+    return SimpleNamespace(policy=Policy(epsilon_max=most), note=lambda *_, **__: None)
+
+
 def test_a_worker_pays_for_each_sum_that_it_is_in_for_others_can_reveal_that_without_it(tmp_path: Path) -> None:
     """A coordinator that lies has two sums of one round, with `a` in both, and asks it for no share in either."""
     names = "abcdefg"
     company = Company(tmp_path, names, replace(TASK, noise=replace(SUM, budget=1e3)))
-    roster, spending = {name: KEYS[name] for name in names}, Spending(tmp_path, "a")
-    owner = cast(Any, SimpleNamespace(policy=Policy(), note=lambda *_, **__: None))
+    roster, spending = {name: KEYS[name] for name in names}, Spending(tmp_path, "a", owner())
     for name, talk in company.talks.items():
-        pay = spending.share if name == "a" else lambda *_: None
-        talk._secrecy.pay = lambda task, form, pay=pay: pay(task, form, owner)  # type: ignore[misc]
+        talk._secrecy.pay = spending.share if name == "a" else lambda *_: None
     for serial, members in ((2, "abcd"), (3, "aefg")):
         talks = {name: company.talks[name] for name in members}
         core, reveal = until_shares_are_asked_for(talks, company.task, roster, serial, silent="a")
@@ -283,10 +285,9 @@ def test_what_is_put_down_of_two_runs_at_once_is_all_there(tmp_path: Path, monke
 
 
 def test_a_worker_that_was_started_anew_pays_no_more_than_its_owner_allows(tmp_path: Path) -> None:
-    owner = cast(Any, SimpleNamespace(policy=Policy(epsilon_max=2.0), note=lambda *_, **__: None))
     task = replace(TASK, noise=replace(SUM, budget=1e3))
     with pytest.raises(LearnerFailed, match="and the owner of the data allows 2"):
-        Spending(tmp_path, "a").share(task, Form(ring(), MODEL), owner)
+        Spending(tmp_path, "a", owner(2.0)).share(task, Form(ring(), MODEL))
 
 
 # -- what is refused before -----------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def test_an_owner_who_bounds_epsilon_serves_no_round_without_noise_or_with_a_del
         why = policy.permits(replace(asked, delta=delta), minute=0, done_today=0)
         assert "bounds epsilon, for a delta of 0.001 at the most" in why
     assert not policy.permits(replace(asked, delta=1e-5), minute=0, done_today=0)
-    assert not policy.permits(replace(asked, trains=False), minute=0, done_today=0)
+    assert policy.permits(replace(asked, trains=False), minute=0, done_today=0), "a score tells of rows, too"
     assert not Policy().permits(replace(asked, delta=0.5), minute=0, done_today=0)
 
 

@@ -13,9 +13,9 @@ from broker.messages import PART_BYTES_MIN, Payload
 from broker.parts import split
 from broker.tensors import Layout, TensorSpec
 from workers import spool as spools
-from workers.spool import SMALL_BYTES, Spool
+from workers.spool import Spool
 
-LARGE = SMALL_BYTES + 1
+LARGE = 64 * 1024 + 1
 MODEL = Layout.of([TensorSpec("w", "float32", (200_000,))])
 
 
@@ -35,18 +35,15 @@ def files(spool: Spool) -> list[str]:
     return sorted(file.name for file in spool.folder.iterdir())
 
 
-def test_what_is_small_takes_no_file(spool: Spool) -> None:
-    small = spool.take(SMALL_BYTES)
-    assert (small.file, len(small.data), files(spool)) == (None, SMALL_BYTES, [])
-    assert len(spool.take(0).data) == 0
+def test_a_model_without_bytes_has_a_place_too(spool: Spool) -> None:
+    assert [len(spool.take(0).data) for _ in range(2)] == [0, 0]
 
 
-def test_what_is_large_lies_in_a_file_where_another_process_finds_it(spool: Spool) -> None:
+def test_a_model_lies_in_a_file_where_another_process_finds_it(spool: Spool) -> None:
     one, two, three = (spool.take(LARGE) for _ in range(3))
     for number, slot in enumerate((one, two, three)):
         slot.data[:] = bytes([number + 1]) * LARGE
     for number, slot in enumerate((one, two, three)):
-        assert slot.file is not None
         path, at = slot.file
         assert path.read_bytes()[at : at + LARGE] == bytes([number + 1]) * LARGE
 
@@ -126,7 +123,6 @@ def test_a_folder_that_is_in_use_is_refused_and_left_alone(tmp_path: Path) -> No
     slot = first.take(LARGE)
     with pytest.raises(UsageError, match="is used by a worker that runs: give this one another --name"):
         Spool(tmp_path)
-    assert slot.file is not None
     assert slot.file[0].exists()
     first.remove()
     Spool(tmp_path).remove()
@@ -149,18 +145,18 @@ def test_a_payload_lands_once_for_all_who_expect_it(spool: Spool) -> None:
     assert ann is ben
     parts = list(split(payload(), data))
     for part in parts[:2]:
-        ann.add(part)
+        ann.parts.add(part)
     for part in parts[1:]:
-        assert not ann.complete
-        ben.add(part)
-    assert ann.complete
+        assert not ann.parts.complete
+        ben.parts.add(part)
+    assert ann.parts.complete
     assert ann.slot.data == data
     assert spool.in_use == 1
     late = spool.expect(payload())
-    assert late.complete
+    assert late.parts.complete
     del ann, ben, late
     assert spool.in_use == 0
-    assert not spool.expect(payload()).complete, "nobody had it any more"
+    assert not spool.expect(payload()).parts.complete, "nobody had it any more"
 
 
 def test_another_payload_lands_elsewhere_and_so_does_one_that_only_has_the_same_name(spool: Spool) -> None:
@@ -173,7 +169,7 @@ def test_the_newest_versions_are_held_and_older_ones_are_not(spool: Spool) -> No
     held = []
     for number in range(4):
         landing = spool.expect(payload(f"p{number}"))
-        landing.unfold(landing.slot)
+        landing.weights = landing.slot
         held.append(spool.hold(("run", number), landing))
         assert held[-1].weights is landing.slot
     del landing

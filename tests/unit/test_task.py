@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from broker.errors import LearnerFailed, UsageError
+from broker.errors import FluffleError, LearnerFailed, UsageError
 from broker.messages import EXAMPLES_MAX
 from broker.tensors import Layout, TensorSpec
 from workers import task, weights
@@ -151,7 +151,7 @@ def test_what_evaluate_returns_is_checked_too() -> None:
     assert "evaluate() returned None where a dict" in failure(place(evaluate=lambda *_: None))
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt, MemoryError, RecursionError])
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, GeneratorExit, MemoryError, RecursionError])
 def test_whatever_a_learner_raises_is_its_failure_told_with_its_place(kind: type[BaseException]) -> None:
     def inner() -> None:
         raise kind("bad\nluck")
@@ -164,6 +164,25 @@ def test_whatever_a_learner_raises_is_its_failure_told_with_its_place(kind: type
     why = " (it ran out of memory)" if kind is MemoryError else ""
     assert f"train() of the learner raised {kind.__name__}{why}: bad luck" in text
     assert re.search(r"← test_task.py line \d+, in inner ← test_task.py line \d+, in train: inner\(\)", text)
+
+
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict", "eval", "train", "zero_grad"])
+def test_what_the_methods_of_a_model_raise_is_the_learners_failure_too(method: str) -> None:
+    def odd(*_: object, **__: object) -> None:
+        raise ValueError("bad luck")
+
+    here = place()
+    setattr(here.model, method, odd)
+    with pytest.raises(FluffleError, match=r"ValueError: bad luck ← test_task.py line \d+, in odd"):
+        do(here)
+
+
+def test_ctrl_c_while_a_learner_trains_is_no_failure_of_the_learner() -> None:
+    def train(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        do(place(train))
 
 
 def test_a_learner_may_fail_and_the_next_task_is_not_the_worse_for_it() -> None:

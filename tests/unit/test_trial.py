@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from broker.changes import apply_change
+from broker.formats import FORMATS
 from broker.tensors import Layout, TensorSpec
 from workers import trial, weights
 
@@ -38,5 +40,5 @@ def test_what_was_received_and_the_delta_make_the_trained_weights(dtype: torch.d
         model.weight.add_(0.5)
     model.register_buffer("num_batches_tracked", torch.tensor(4))
     changed = memoryview(weights.delta(model, layout, received))
-    trial._add(layout, memoryview(received), changed)
-    assert changed == memoryview(weights.read(model, layout))
+    apply_change(memoryview(received), changed, layout, FORMATS["float32"], memoryview(received))
+    assert received == weights.read(model, layout)

@@ -13,13 +13,7 @@ from functools import partial
 
 import aio_pika
 from aio_pika.abc import AbstractChannel
-from aiormq.exceptions import (
-    AMQPError,
-    ChannelAccessRefused,
-    ChannelLockedResource,
-    ChannelNotFoundEntity,
-    ChannelPreconditionFailed,
-)
+from aiormq import exceptions
 
 from broker import amqp
 from broker.amqp import CONNECT_S
@@ -32,7 +26,12 @@ log = logging.getLogger(__name__)
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 5.0
 CANCELS_MAX = 5  # a close waits inside a wait inside a wait; each cancel ends one
 
-REFUSALS = (ChannelNotFoundEntity, ChannelAccessRefused, ChannelLockedResource, ChannelPreconditionFailed)
+REFUSALS = (
+    exceptions.ChannelNotFoundEntity,
+    exceptions.ChannelAccessRefused,
+    exceptions.ChannelLockedResource,
+    exceptions.ChannelPreconditionFailed,
+)
 """RabbitMQ's answers that close the channel: no such thing, no right, another's alone, or another of that name."""
 
 
@@ -237,7 +236,7 @@ def interruptions() -> Iterator[None]:
         raise LinkError("the connection got stuck.") from None
     except REFUSALS:
         raise
-    except (AMQPError, OSError, RuntimeError) as problem:  # TimeoutError and ConnectionError are OSErrors
+    except (exceptions.AMQPError, OSError, RuntimeError) as problem:  # TimeoutError and ConnectionError are OSErrors
         raise LinkError(f"the connection was lost: {words(problem)}.") from problem
 
 

@@ -12,12 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from aio_pika.abc import AbstractChannel
-from aiormq.exceptions import (
-    ChannelAccessRefused,
-    ChannelLockedResource,
-    ChannelNotFoundEntity,
-    ChannelPreconditionFailed,
-)
+from aiormq import exceptions
 
 from broker import lanes
 from broker.amqp import Connection
@@ -112,12 +107,12 @@ class RabbitLink:
 
         try:  # however long RabbitMQ is away, which is no reason to end: those who come back declare first
             await self._ask(ask, within_s=None)
-        except ChannelPreconditionFailed as problem:
+        except exceptions.ChannelPreconditionFailed as problem:
             raise BrokerRefused(
                 f"RabbitMQ has this queue or exchange with other properties ({words(problem)}): "
                 "delete it there, or use another vhost."
             ) from None
-        except ChannelNotFoundEntity as problem:
+        except exceptions.ChannelNotFoundEntity as problem:
             raise BrokerRefused(
                 f"RabbitMQ lacks what a binding needs ({words(problem)}): declare it first."
             ) from None
@@ -189,7 +184,7 @@ class RabbitLink:
 
         try:
             return await self._ask(ask)
-        except ChannelNotFoundEntity:
+        except exceptions.ChannelNotFoundEntity:
             return 0
 
     async def delete(self, queue: str) -> None:
@@ -198,7 +193,7 @@ class RabbitLink:
         async def ask(channel: AbstractChannel) -> None:
             await channel.queue_delete(queue)
 
-        with suppress(ChannelNotFoundEntity):
+        with suppress(exceptions.ChannelNotFoundEntity):
             await self._ask(ask)
 
     async def depth(self, queue: str) -> int | None:
@@ -210,7 +205,7 @@ class RabbitLink:
 
         try:
             return await self._ask(ask)
-        except ChannelNotFoundEntity:
+        except exceptions.ChannelNotFoundEntity:
             return None
 
     async def close(self) -> None:
@@ -288,7 +283,7 @@ class RabbitLink:
                         self._absence.over()
                         with interruptions():
                             return await question(channel)
-                except (ChannelAccessRefused, ChannelLockedResource) as problem:
+                except (exceptions.ChannelAccessRefused, exceptions.ChannelLockedResource) as problem:
                     raise _refusal(words(problem), "this") from None
                 except LinkError as lost:
                     log.debug("asking again: %s", lost)

@@ -23,7 +23,7 @@ from coordinator.aggregation import RULES, Spread, alone
 from coordinator.hands import SEATS, Hands
 from coordinator.history import Facts
 from coordinator.keeping import Keeping
-from coordinator.opened import Open
+from coordinator.opened import Open, Secret
 from coordinator.post import Post
 from coordinator.rooms import Room, forgetting_put, read_lightly
 from coordinator.roster import Rests, Roster
@@ -58,7 +58,7 @@ class Desk:
         self.open: Open | None = None
         self.scores = Scores(store)
         self.take_secret: Callable[[Ready | Step], Awaitable[None]] | None = None
-        self.add_secret: Callable[[Open, str, memoryview], None] | None = None
+        self.add_secret: Callable[[Secret, str, memoryview], None] | None = None
         self.changed = asyncio.Event()
         self.store = store
         post.blame = self._blame
@@ -358,8 +358,8 @@ class Desk:
         async with self._adding:
             if not self._wanted(here, update):  # any more
                 return
-            if self.add_secret:
-                await asyncio.to_thread(self.add_secret, here, update.worker, data)
+            if self.add_secret and here.secret:
+                await asyncio.to_thread(self.add_secret, here.secret, update.worker, data)  # another may begin
             else:
                 await asyncio.to_thread(self._add, update, data)
                 here.round.count(update.worker, update.examples)
@@ -368,8 +368,8 @@ class Desk:
         self.changed.set()
 
     def _wanted(self, here: Open, update: Update) -> bool:
-        takes = here.secret.wants if here.secret else here.round.takes
-        return here is self.open and takes(update.worker)
+        takes = here.secret.wants(update) if here.secret else here.round.takes(update.worker)
+        return here is self.open and takes
 
     async def _turn_out(self, here: Open, update: Update, problem: WireError) -> None:
         if here.secret:

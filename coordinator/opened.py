@@ -48,9 +48,11 @@ class Secret:
     said: list[Ready | Step] = field(default_factory=list)
     released: bool = False
 
-    def wants(self, worker: str) -> bool:
-        """Whether a worker's masked words are still wanted."""
-        return self.core.stage == "masked" and worker in self.core.waiting
+    def wants(self, update: Update) -> bool:
+        """Whether these masked words are still wanted: those of a sum before this one are not."""
+        step = self.coming.get(update.worker)
+        said = step is not None and step.payload == update.payload
+        return said and self.core.stage == "masked" and update.worker in self.core.waiting
 
 
 @dataclass(slots=True)

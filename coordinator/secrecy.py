@@ -292,14 +292,12 @@ class Secrecy:
         update = Update(step.of, step.worker, step.of.round - 1, 1, {}, payload)
         self._desk.uploads.put_nowait((here, update))
 
-    def _add(self, here: Open, worker: str, data: memoryview) -> None:
+    def _add(self, secret: Secret, worker: str, data: memoryview) -> None:
         """Add masked words to the sum.
 
         Raises:
             WireError: their worker has signed something else.
         """
-        secret = here.secret
-        assert secret
         assert secret.form
         step = secret.coming[worker]
         assert isinstance(step.says, Masked)

@@ -24,13 +24,14 @@ import workers.owner
 from broker.errors import UsageError
 from broker.link import Delivery, Outgoing
 from broker.masks import Words
-from broker.messages import Attempt, Call, Ready, Refusal, Secure, Step, Task
+from broker.messages import PART_BYTES_MIN, Attempt, Call, Payload, Ready, Refusal, Secure, Step, Task, Update
 from broker.pact import Advert, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, roster_digest
 from broker.pinned import Roster, public_of, shown_roster
 from broker.topology import CONTROL
 from coordinator import secrecy
 from coordinator.claim import Claim
 from coordinator.journal import Journal
+from coordinator.opened import Secret
 from coordinator.store import Store
 from coordinator.unmasking import Unmasking
 from coordinator.vault import FILE, Vault
@@ -467,6 +468,21 @@ async def test_a_disk_that_is_full_when_a_sum_is_put_down_is_reported_in_a_sente
         await fed.end()
         assert fed.counted() == [list(THREE)] * 2
         assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 2)
+
+
+def test_masked_words_that_were_announced_for_a_former_sum_are_not_wanted_in_the_next() -> None:
+    """They may still wait to be drained when that sum has failed: in another they would spoil it, or end us."""
+    core: Any = SimpleNamespace(stage="masked", waiting={"a", "b"})
+    secret, of = Secret(2, b"", core), Attempt("test", 1, 1)
+    former, present = (Payload(name, PART_BYTES_MIN, ()) for name in ("former", "present"))
+
+    def words(payload: Payload) -> Update:
+        return Update(of, "a", 0, 1, {}, payload)
+
+    assert not secret.wants(words(former))
+    secret.coming["a"] = Step(of, "a", 2, Masked(b""), present)
+    assert secret.wants(words(present))
+    assert not secret.wants(words(former))
 
 
 # -- who knows the operator alone -----------------------------------------------------------------------------------

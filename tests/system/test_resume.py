@@ -468,7 +468,7 @@ async def test_workers_listen_to_a_coordinator_of_a_folder_that_is_older_than_wh
 ) -> None:
     began_at = itertools.count(1_000_000_000)
     monkeypatch.setattr("coordinator.claim.time", SimpleNamespace(time=lambda: next(began_at)), raising=False)
-    async with federation(tmp_path, rounds=2, round_s=2.0) as fed:
+    async with federation(tmp_path, rounds=2, round_s=15.0) as fed:
         fed.join("c").lesson.gate.clear()
         fed.begin()
         await fed.until(lambda: "c" in fed.here())

@@ -614,6 +614,7 @@ async def test_a_secret_task_whose_sum_would_hide_nothing_or_cannot_be_is_refuse
 async def test_tasks_of_many_runs_do_not_pile_up_and_each_that_is_turned_away_is_told(tmp_path: Path) -> None:
     """A flood of runs, while one is trained: eight wait, and the next one hears why it may not."""
     async with a_worker(tmp_path) as (fed, false):
+        fed.patch.setattr("workers.outbox.STILL_S", 0.1)  # nobody drains what it uploads for them
         false.place.lesson.gate.clear()
         for number in range(WAITING_MAX):
             asked = task(Attempt(f"run-{number}", 1, 1))

@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.2
 PREFETCH, PREFETCH_MIN = 32, 4
 GOODBYE_S = 2.0
-NAMESAKE_S = 100.0
-"""How long a former connection of our own may keep our queue: the broker notices its end after three heartbeats."""
+NAMESAKE_S, NAMESAKE_RETRY_S = 100.0, 1.0
+"""How long a former connection of our own may keep our queue, and how often we look: the broker notices its end after
+three heartbeats."""
 SAY_S = 120.0
 """How long a claim, score, update or refusal tries to reach the broker before the job is given up."""
 LACKING_S, LACKING_RETRY_S = 3600.0, 5.0
@@ -188,7 +189,7 @@ class Post:
                             take(message)
                         await delivery.ack()
             except QueueInUse:  # another worker of this name: what is said to it is not for us
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(NAMESAKE_RETRY_S)
             except LinkError as problem:
                 await self._come_back(problem, queue)
 
@@ -225,7 +226,7 @@ class Post:
                             self._tell(said, logging.WARNING)
                             free.reschedule(asyncio.get_running_loop().time() + NAMESAKE_S)
                         log.debug("%s", problem)
-                        await asyncio.sleep(1.0)
+                        await asyncio.sleep(NAMESAKE_RETRY_S)
                     except LinkError as problem:
                         end()
                         await self._come_back(problem, topology.down_queue(self.worker))

@@ -31,7 +31,7 @@ ROOMS = set(MAY_IMPORT) | {"tests"}
 PURE = (
     "broker/changes.py", "broker/contract.py", "broker/errors.py", "broker/fields.py", "broker/formats.py",
     "broker/accountant.py", "broker/frames.py",
-    "broker/masks.py", "broker/messages.py", "broker/noise.py", "broker/norms.py", "broker/pact.py",
+    "broker/messages.py", "broker/noise.py", "broker/norms.py", "broker/pact.py",
     "broker/parts.py", "broker/pieces.py", "broker/ring.py", "broker/shamir.py", "broker/tensors.py",
     "broker/topology.py",
     "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/privacy.py",

@@ -12,11 +12,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import CTR, Mode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from broker import pact
+from broker import masks, pact
 from broker.errors import Aborted, Alarm, Refused, WireError
 from broker.fields import build
 from broker.masks import Mask, Words, apply
@@ -670,8 +670,13 @@ def test_masked_words_look_like_dice(bits: int) -> None:
     assert len(np.unique(words.view(np.uint32))) > 0.99 * len(words.view(np.uint32))
 
 
+@pytest.mark.parametrize("mode", masks.MODES, ids=["CTR", "GCM"])
 @pytest.mark.parametrize("dtype", ["<u4", "<u8"])
-def test_a_mask_is_one_keystream_from_the_first_word_to_the_last(dtype: str) -> None:
+def test_a_mask_is_one_keystream_from_the_first_word_to_the_last(
+    dtype: str, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever way it is drawn."""
+    monkeypatch.setattr(masks, "fastest", lambda: mode)
     words: Words = np.arange(200_003).astype(dtype)
     before, key = words.copy(), bytes(range(32))
     stream = Cipher(AES(key), CTR((2).to_bytes(16, "big"))).encryptor().update(bytes(words.nbytes))

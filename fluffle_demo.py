@@ -31,6 +31,7 @@ from broker.invitation import Access
 from broker.node import Node
 from broker.options import BROKER, INVITE, Insecure
 from broker.pinned import draw_keys
+from broker.processes import begin
 from coordinator import history, report
 from coordinator import plan as plans
 from coordinator.store import Store, new_run_name
@@ -189,15 +190,8 @@ class Company:
     def start(self, name: str, *command: str) -> None:
         """Start one `fluffle` command in a session of its own, so that Ctrl-C in the terminal is ours alone."""
         state = ("--state", str(self._state / name)) if command[0] == "worker" else ()
-        with (self._logs / f"{name}.log").open("wb") as log:
-            self._running[name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fluffle", *command, *state],
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        words = [sys.executable, "-P", "-m", "fluffle", *command, *state]
+        self._running[name] = begin(words, env=self._env, log=self._logs / f"{name}.log")
 
     def done(self) -> bool:
         """Whether the coordinator has ended well.

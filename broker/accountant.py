@@ -14,6 +14,7 @@ accounted by its Rényi divergences, which are no more than a Gaussian's of `noi
 above EPSILON_FINE: it hides nobody, and a distribution of such losses takes minutes and gigabytes.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -70,28 +71,32 @@ def epsilon(released: Iterable[Released], delta: float) -> float:
     Raises:
         UsageError: the library is not installed.
     """
-    together: dict[tuple[float, float, bool], int] = {}
+    return _epsilon(tuple(sorted(together(released))), delta)
+
+
+def together(released: Iterable[Released]) -> list[Released]:
+    """The same releases, all of one kind as one."""
+    times = Counter[Released]()
     for each in released:
-        kind = each.noise, each.rate, each.discrete
-        together[kind] = together.get(kind, 0) + each.times
-    return _epsilon(tuple(sorted((*kind, times) for kind, times in together.items() if times)), delta)
+        times[each._replace(times=0)] += each.times
+    return [kind._replace(times=count) for kind, count in times.items() if count]
 
 
 @lru_cache(maxsize=256)
-def _epsilon(kinds: tuple[tuple[float, float, bool, int], ...], delta: float) -> float:
+def _epsilon(kinds: tuple[Released, ...], delta: float) -> float:
     dpa = need()
     if not kinds:
         return 0.0
 
     def by(accountant: Any) -> float:
-        for noise, rate, _, times in kinds:
+        for noise, rate, times, _ in kinds:
             event = dpa.GaussianDpEvent(noise)
             if rate < 1:
                 event = dpa.PoissonSampledDpEvent(rate, event)
             accountant.compose(dpa.SelfComposedDpEvent(event, times))
         return float(accountant.get_epsilon(delta))
 
-    if any(kind[2] for kind in kinds):
+    if any(kind.discrete for kind in kinds):
         return by(dpa.rdp.RdpAccountant())
     most = by(dpa.rdp.RdpAccountant(ORDERS))
     return most if most > EPSILON_FINE else by(dpa.pld.PLDAccountant())

@@ -24,7 +24,7 @@ from yarl import URL
 from broker import topology
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE
-from broker.files import read_record
+from broker.files import UNREADABLE, read_record, trouble
 from broker.folder import TUNED
 from broker.invitation import address_of, is_loopback
 from broker.topology import OPERATOR
@@ -92,10 +92,8 @@ class Federation:
             UsageError: there is none, or its file is damaged.
         """
         path = folder / FILE
-        try:
+        with trouble(f"{path} cannot be read", "restore it", of=UNREADABLE):
             values = read_record(path)
-        except (OSError, ValueError, TypeError) as problem:
-            raise UsageError(f"{path} cannot be read ({problem}): restore it.") from None
         if not values:
             raise UsageError(f"{folder} holds no federation: `fluffle broker secure {folder}` makes one.")
         return make(cls, values, f"{path} is damaged, restore it")
@@ -150,9 +148,8 @@ def definitions(of: Federation) -> dict[str, Any]:
     for name, party in sorted(of.parties.items()):
         limits: dict[str, int] = {}
         tags: list[str] = []
-        if (
-            name == OPERATOR
-        ):  # it may take a worker's queues away, and say so; on the management pages it may do anything
+        if name == OPERATOR:
+            # it may take a worker's queues away, and say so; on the management pages it may do anything
             tags = ["administrator"] if of.owned else ["management"]
             may(r"^fluffle\.(down|control|upload)\.", r"^fluffle\.up$", "^$", say=r"^hello\.")
         elif name == COORDINATOR:

@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 import safetensors
 from xxhash import xxh3_128
 
-from broker.errors import UsageError, WireError
+from broker.errors import FluffleError, UsageError, WireError
 from broker.tensors import Layout, TensorSpec
 
 _Item = TypeVar("_Item")
@@ -188,11 +188,27 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int | No
     seal(path, durable=durable)
 
 
+@contextlib.contextmanager
+def trouble(
+    what: str, remedy: str, *, error: type[FluffleError] = UsageError, of: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """Make one sentence of what the disk refuses meanwhile, or a file does not say: `what`, why, and the remedy."""
+    try:
+        yield
+    except of as problem:
+        why = getattr(problem, "strerror", None) or problem
+        raise error(f"{what} ({why}): {remedy}.") from None
+
+
+UNREADABLE = OSError, ValueError, TypeError
+"""Of a record that is damaged, or not to be had."""
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """A map that was written as JSON; empty if there is no such file.
 
     Raises:
-        OSError, ValueError, TypeError: it cannot be read, or is none.
+        UNREADABLE: it cannot be read, or is none.
     """
     try:
         found = json.loads(path.read_bytes())
@@ -226,6 +242,14 @@ def _read_header(path: Path) -> tuple[Layout, dict[str, int], dict[str, str]]:
             places[name] = at
             at += spec.size_bytes
         return Layout.of(specs), places, found.metadata() or {}
+
+
+def reserve(number: int, size_bytes: int) -> None:
+    """Give an open file room on the disk: to write to a mapped sparse one on a full disk would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(number, 0, size_bytes)
+    else:  # macOS cannot
+        os.truncate(number, size_bytes)
 
 
 def _mapped(number: int) -> mmap.mmap:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from broker.errors import UsageError
-from broker.files import write_whole
+from broker.files import UNREADABLE, trouble, write_whole
 from broker.processes import holder
 
 PORTS = range(15_000, 32_000)
@@ -69,10 +69,8 @@ def known(folder: Path) -> Address:
         UsageError: it cannot be read.
     """
     path = folder / "node.json"
-    try:
+    with trouble(f"{path} cannot be read", "choose another folder, or delete this one", of=UNREADABLE):
         return Address(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): choose another folder, or delete this one") from error
 
 
 def settle(folder: Path, port: int | None) -> Address:

@@ -39,13 +39,12 @@ class Absence:
     """How long RabbitMQ has been out of reach, and when to give up: never, if `give_up_s` is None."""
 
     def __init__(self, give_up_s: float | None) -> None:
-        self.reached = False  # ever
         self._give_up_s = give_up_s
         self._since: float | None = None
 
     def over(self) -> None:
         """It was reached."""
-        self.reached, self._since = True, None
+        self._since = None
 
     def goes_on(self, trouble: str) -> None:
         """It could not be reached.
@@ -84,8 +83,9 @@ class Lane:
     async def connection(self) -> amqp.Connection:
         """The open connection, however long RabbitMQ takes to come back; the caller bounds the wait.
 
+        It has let us in before (`rabbit.connect`): a refusal now is taken for an upheaval that passes.
+
         Raises:
-            BrokerRefused: it has never let us in. A refusal later is taken for an upheaval that passes.
             LinkClosed: the link was closed meanwhile.
             GaveUp: RabbitMQ has been away for longer than it may.
         """
@@ -96,13 +96,9 @@ class Lane:
                     return self._connection
                 try:
                     return await self.dial()
-                except BrokerRefused as problem:
-                    if not self._absence.reached:
-                        raise
-                    trouble = str(problem)
                 except LinkClosed:
                     raise
-                except LinkError as problem:
+                except (BrokerRefused, LinkError) as problem:
                     trouble = str(problem)
                 if trouble != self._trouble:
                     log.warning("%s: trying again until it works: %s", self._name, trouble)

@@ -66,19 +66,26 @@ def holder(lock: Path) -> int | None:
         raise UsageError(f"{lock.parent} belongs to another user: choose another folder") from error
 
 
-def spawn(held: int, command: list[str], *, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a program that leads a session, and that keeps the lock `held` while it, or a child of it, lives."""
+def begin(
+    command: list[str], *, env: dict[str, str], log: Path, cwd: Path | None = None, keeps: tuple[int, ...] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a program that leads a session, and writes into `log`; the files it `keeps` stay open in it."""
     with log.open("ab") as out:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             env=env,
-            cwd=log.parent,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            pass_fds=(held,),
+            pass_fds=keeps,
             start_new_session=True,
         )
+
+
+def spawn(held: int, command: list[str], *, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a program that leads a session, and that keeps the lock `held` while it, or a child of it, lives."""
+    process = begin(command, env=env, log=log, cwd=log.parent, keeps=(held,))
     os.write(held, str(process.pid).encode())
     return process
 

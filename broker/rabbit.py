@@ -32,7 +32,7 @@ _Answer = TypeVar("_Answer")
 
 
 async def connect(
-    access: Access | str, *, name: str, heartbeat_s: int = 30, fail_fast: bool = True, give_up_s: float | None = None
+    access: Access | str, *, name: str, heartbeat_s: int = 30, give_up_s: float | None = None
 ) -> "RabbitLink":
     """A link to RabbitMQ.
 
@@ -40,7 +40,6 @@ async def connect(
         access: where RabbitMQ is and who asks, or the URL that says so; never repeated in an error or a log.
         name: who this is, as operators see it in RabbitMQ's list of connections.
         heartbeat_s: a broker that is silent for about three of these counts as lost.
-        fail_fast: False waits for a RabbitMQ that is not there yet.
         give_up_s: whoever waits for RabbitMQ for longer has GaveUp raised; None waits for ever.
 
     Raises:
@@ -49,7 +48,7 @@ async def connect(
     """
     link = RabbitLink(Access.at(access) if isinstance(access, str) else access, name, heartbeat_s, give_up_s)
     try:
-        await link.open(wait=not fail_fast)
+        await link.open()
     except BaseException as problem:
         await link.close()
         if isinstance(problem, LinkError):
@@ -74,12 +73,11 @@ class RabbitLink:
         self._running: set[asyncio.Timeout] = set()
         self._closed = False
 
-    async def open(self, *, wait: bool) -> None:
-        """Open the first connection; with `wait`, however long RabbitMQ takes to be there."""
+    async def open(self) -> None:
+        """Open the first connection, in one attempt."""
         if self.vouched:
             self._minding = asyncio.create_task(self._mind_expiry())
-        control = self._lanes[Lane.CONTROL]
-        await (control.connection() if wait else control.dial())
+        await self._lanes[Lane.CONTROL].dial()
 
     def _renewed(self) -> Access:
         """How we come in: if the invitation on the disk is another one by now, by that one."""
@@ -182,31 +180,21 @@ class RabbitLink:
             asked = await channel.get_queue(queue, ensure=False)
             return (await asked.purge()).message_count or 0
 
-        try:
+        with suppress(exceptions.ChannelNotFoundEntity):
             return await self._ask(ask)
-        except exceptions.ChannelNotFoundEntity:
-            return 0
+        return 0
 
     async def delete(self, queue: str) -> None:
         """See `Link.delete`."""
-
-        async def ask(channel: AbstractChannel) -> None:
-            await channel.queue_delete(queue)
-
         with suppress(exceptions.ChannelNotFoundEntity):
-            await self._ask(ask)
+            await self._ask(lambda channel: channel.queue_delete(queue))
 
     async def depth(self, queue: str) -> int | None:
         """See `Link.depth`."""
-
-        async def ask(channel: AbstractChannel) -> int | None:
-            asked = await channel.declare_queue(queue, passive=True)
+        with suppress(exceptions.ChannelNotFoundEntity):
+            asked = await self._ask(lambda channel: channel.declare_queue(queue, passive=True))
             return asked.declaration_result.message_count
-
-        try:
-            return await self._ask(ask)
-        except exceptions.ChannelNotFoundEntity:
-            return None
+        return None
 
     async def close(self) -> None:
         """See `Link.close`; takes at most CLOSE_S, whatever the broker does."""

@@ -16,22 +16,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from yarl import URL
 
-from broker import management, topology
+from broker import federation, management, topology
 from broker.certificates import Issued, belong_together, end_of, hosts_of, issue
 from broker.errors import LinkError, UsageError
-from broker.federation import (
-    COORDINATOR,
-    FILE,
-    READ_BY_RABBIT,
-    SERVER,
-    Federation,
-    Party,
-    as_text,
-    configuration,
-    definitions,
-    hashed,
-    plugins,
-)
+from broker.federation import COORDINATOR, FILE, READ_BY_RABBIT, SERVER, Federation, Party
 from broker.fields import NAME, NAME_RULE
 from broker.files import write_whole
 from broker.folder import DEFAULT_USER, free_ports, settle
@@ -171,7 +159,7 @@ def strike(folder: Path, name: str, *, operator: Path | None = None) -> str:
 
 def endings(folder: Path, now: datetime | None = None) -> list[str]:
     """A sentence for each certificate of a federation that ends within a month."""
-    federation, files = Federation.read(folder), folder / READ_BY_RABBIT
+    parties, files = Federation.read(folder).parties, folder / READ_BY_RABBIT
     renew = f"`fluffle broker secure {folder} --renew`"
     try:
         found = [
@@ -180,7 +168,7 @@ def endings(folder: Path, now: datetime | None = None) -> list[str]:
         ]
     except ValueError:
         raise UsageError(f"a certificate in {files} is damaged: {renew} mends it, or says what to do.") from None
-    for name, party in federation.parties.items():
+    for name, party in parties.items():
         if party.until:
             again = renew if name == COORDINATOR else f"`fluffle invite {name} --renew --dir {folder}`"
             found.append((f"the certificate of {name}", datetime.fromisoformat(party.until), again))
@@ -199,14 +187,14 @@ def apply(folder: Path) -> str:
 
 
 def _apply(folder: Path, now: Federation) -> str:
-    pages, wanted = _pages(folder, now), definitions(now)
+    pages, wanted = _pages(folder, now), federation.definitions(now)
     try:
         known = {user["name"]: user["password_hash"] for user in pages.ask("GET", "users")}
     except LinkError as problem:
         if not now.owned:
             raise UsageError(f"{problem} Check --management, then try again.") from None
         return f"{problem} It will read {folder / READ_BY_RABBIT} when it starts."
-    ours = {name: hashed(party.password) for name, party in now.parties.items()}
+    ours = {name: federation.hashed(party.password) for name, party in now.parties.items()}
     others = [name for name in ours.keys() & known.keys() if known[name] != ours[name]]
     if others and not now.owned:
         raise UsageError(f"RabbitMQ has users already who are called {', '.join(sorted(others))}: remove them first.")
@@ -368,9 +356,9 @@ def _write(folder: Path, now: Federation) -> None:
     """All files that follow from the federation. RabbitMQ reads its own as our group, where it is another user."""
     files = folder / READ_BY_RABBIT
     _put(folder / FILE, now.text)
-    _put(files / "definitions.json", as_text(definitions(now)))
-    _put(files / "rabbitmq.conf", configuration(now, files))
-    _put(files / "enabled_plugins", plugins(now))
+    _put(files / "definitions.json", federation.as_text(federation.definitions(now)))
+    _put(files / "rabbitmq.conf", federation.configuration(now, files))
+    _put(files / "enabled_plugins", federation.plugins(now))
 
 
 def _put(path: Path, text: str) -> None:

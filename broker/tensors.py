@@ -81,10 +81,7 @@ class Layout:
         Raises:
             WireError: an unknown dtype, a repeated name, a negative dimension, too many or too large tensors.
         """
-        found = tuple(specs)
-        for spec in found:
-            _check_spec(spec)
-        layout = cls(tuple(sorted(found, key=_canonical)))
+        layout = cls(tuple(sorted(specs, key=_canonical)))
         layout.check()
         return layout
 
@@ -148,7 +145,7 @@ class Layout:
 
 
 def _canonical(spec: TensorSpec) -> tuple[int, str]:
-    return _RANK[spec.dtype], spec.name
+    return _RANK.get(spec.dtype, len(_RANK)), spec.name
 
 
 def _check_spec(spec: TensorSpec) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from broker import files
-from broker.errors import RunEnded, UsageError
-from broker.files import write_whole, written
+from broker.errors import RunEnded
+from broker.files import trouble, write_whole, written
 
 EPOCH, LOCK = "epoch", ".epoch.lock"
 
@@ -127,15 +127,9 @@ class Claim:
         return None
 
 
-@contextlib.contextmanager
-def disk(folder: Path) -> Iterator[None]:
+def disk(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Whatever the disk refuses meanwhile becomes a UsageError."""
-    try:
-        yield
-    except OSError as problem:
-        raise UsageError(
-            f"{folder} cannot be written ({problem.strerror}): make room or mend its permissions, then start again."
-        ) from None
+    return trouble(f"{folder} cannot be written", "make room or mend its permissions, then start again")
 
 
 @contextlib.contextmanager

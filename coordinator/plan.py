@@ -17,12 +17,12 @@ from pydantic_core import ErrorDetails
 
 from broker import wording
 from broker.errors import UsageError
-from broker.fields import NAME
 from broker.formats import KEEP
 from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX, Noise
 from broker.pact import COHORT_MAX, COHORT_MIN
 from broker.parts import PART_BYTES
 from broker.ring import Ring, ring_of
+from broker.wording import Name
 from coordinator.aggregation import RULES
 from coordinator.privacy import contradictions
 
@@ -33,7 +33,6 @@ HEADER = """\
 # Change it with options of `fluffle coordinator`, or here by hand while the coordinator does not run.
 
 """
-_NAME = Annotated[str, Field(pattern=f"^(?:{NAME.pattern})$")]
 _DIGEST = Annotated[str, Field(max_length=64)]
 _KEY = Annotated[str, Field(max_length=KEY_MAX)]
 _VALUE = (
@@ -108,7 +107,7 @@ class Plan:
         settings: what the learner's `train` is given.
     """
 
-    run: _NAME
+    run: Name
     learner: Annotated[str, Field(min_length=1, max_length=4096)]
     rounds: Annotated[int, Field(ge=1, le=10**9)] = 10
     cohort: Annotated[int, Field(ge=1, le=10**6)] = 2
@@ -117,7 +116,7 @@ class Plan:
     round_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] = 600.0
     gather_s: Annotated[float, Field(ge=0, le=24 * 3600)] = 30.0
     schedule: Literal["parallel", "cyclic"] = "parallel"
-    workers: tuple[_NAME, ...] = ()
+    workers: tuple[Name, ...] = ()
     rule: str = "mean"
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     part_bytes: Annotated[int, Field(ge=PART_BYTES_MIN, le=PART_BYTES_MAX, multiple_of=8)] = PART_BYTES

@@ -4,13 +4,11 @@ Knows sizes and the disk. Does not know what lands.
 """
 
 import mmap
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from broker.errors import UsageError
-from broker.files import FORGET_BYTES, Put, forget, forgetting
+from broker.files import FORGET_BYTES, Put, forget, forgetting, reserve, trouble
 from broker.formats import Format, Run
 from broker.tensors import Layout
 
@@ -67,14 +65,7 @@ class Room:
     def _make(self, size_bytes: int) -> memoryview:
         if size_bytes <= MEMORY_BYTES_MAX:
             return memoryview(bytearray(size_bytes))
-        try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would kill the process
-                    os.posix_fallocate(file.fileno(), 0, size_bytes)
-                else:
-                    file.truncate(size_bytes)
-                return memoryview(mmap.mmap(file.fileno(), size_bytes))
-        except OSError as problem:
-            raise UsageError(
-                f"{self._folder} has no room for an upload of {size_bytes} bytes ({problem.strerror}): make some."
-            ) from None
+        what = f"{self._folder} has no room for an upload of {size_bytes} bytes"
+        with trouble(what, "make some"), tempfile.TemporaryFile(dir=self._folder) as file:
+            reserve(file.fileno(), size_bytes)
+            return memoryview(mmap.mmap(file.fileno(), size_bytes))

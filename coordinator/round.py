@@ -60,6 +60,7 @@ class Round:
         counted: worker → examples, for every update in the sum.
         refused: worker → reason, for everyone who will not contribute any more.
         declined: those of them whose data's owner does not allow it, and why.
+        asked: the workers of the present turn.
         claimed: those who have said that the whole task is with them; decides nothing.
         deadline_at: when the present turn stops waiting for answers.
         ends_at: when it stops waiting for uploads that were accepted before.
@@ -77,7 +78,7 @@ class Round:
         self.declined: dict[str, str] = {}
         self._turns = [tuple(turn) for turn in turns]
         self._turn_s = turn_s
-        self._asked: tuple[str, ...] = ()
+        self.asked: tuple[str, ...] = ()
         self._arriving: set[str] = set()
         self._lost: set[str] = set()
         self._left: set[str] = set()
@@ -88,20 +89,15 @@ class Round:
         self.deadline_at = self.ends_at = float("-inf")
         self._over = ""  # why the present turn has ended, once it has
 
-    @property
-    def asked(self) -> tuple[str, ...]:
-        """The workers of the present turn."""
-        return self._asked
-
     def begin_turn(self, now: float, *, turn_s: float | None = None) -> tuple[str, ...]:
         """Go on to the next turn, which has `turn_s`, or as long as any; who is to be asked."""
-        self._asked = self._turns.pop(0)
+        self.asked = self._turns.pop(0)
         self.deadline_at = now + (self._turn_s if turn_s is None else turn_s)
         self.ends_at = self.deadline_at + max(self._turn_s, DRAIN_S_MIN)
         self._arriving.clear()
         self._losses.clear()
         self._over = ""
-        return self._asked
+        return self.asked
 
     def end_turn(self, now: float) -> None:
         """The turn is over and stays so, whoever comes or goes; what is being added may still be counted."""
@@ -136,7 +132,7 @@ class Round:
             return Verdict.DUPLICATE, f"an update of {worker} is counted in {self.of} already"
         if worker in self.refused:
             return Verdict.LATE, f"{worker} is out of {self.of}: {self.refused[worker]}"
-        if worker not in self._asked:
+        if worker not in self.asked:
             comes = any(worker in turn for turn in self._turns)
             return Verdict.LATE, f"the turn of {worker} in {self.of} {'has not come' if comes else 'is over'}"
         if self.full:
@@ -147,7 +143,7 @@ class Round:
 
     def accept(self, worker: str) -> None:
         """An update was judged ACCEPTED; its parts are on the way, and the round waits for them."""
-        assert worker in self._asked
+        assert worker in self.asked
         self._arriving.add(worker)
 
     def takes(self, worker: str) -> bool:
@@ -229,7 +225,7 @@ class Round:
     @property
     def outstanding(self) -> tuple[str, ...]:
         """Those asked in this turn who have neither been counted nor refused."""
-        return tuple(w for w in self._asked if w not in self.counted and w not in self.refused)
+        return tuple(w for w in self.asked if w not in self.counted and w not in self.refused)
 
     @property
     def waits_for(self) -> dict[str, str]:

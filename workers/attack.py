@@ -8,6 +8,7 @@ For z = W x + b and one row, dL/dW_i = δ_i x and dL/db_i = δ_i: each neuron wi
 rows a neuron shows the mean of those that it was active for, which may be just one: averaging alone is no defence.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,18 +63,15 @@ def imprinted(pixels: int, brightness: Floats, *, width: int = IMPRINT_WIDTH, se
 
 def delta(model: nn.Sequential, x: Floats, y: NDArray[Any], *, steps: int = 1) -> list[Floats]:
     """Trained minus received weights after `steps` steps of gradient descent on all rows, a list in torch's order."""
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    trained = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=LEARNING_RATE)
     rows, labels = torch.from_numpy(x).float(), torch.from_numpy(y).long()
     for _ in range(steps):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(rows), labels).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(trained(rows), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    with torch.no_grad():
-        trained = [(now - then).double().numpy() for now, then in zip(model.parameters(), before, strict=True)]
-        for parameter, then in zip(model.parameters(), before, strict=True):
-            parameter.copy_(then)
-    return trained
+    pairs = zip(trained.parameters(), model.parameters(), strict=True)
+    return [(now - then).detach().double().numpy() for now, then in pairs]
 
 
 def mean(updates: list[list[Floats]]) -> list[Floats]:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from broker.contract import fingerprint, other_file
 from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
+from broker.files import trouble
 from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
@@ -223,21 +224,19 @@ def _pack(
     """
     fmt, owed = format_of(work.format, keep=work.keep), None
     dice = np.random.default_rng([work.seed, DICE_OF_FORMATS])
+    what = f"what the format {work.format} leaves out of an update cannot be kept"
+    remedy = "make room on this worker's disk, or choose another folder with --state"
     try:
-        if residual is not None:
-            owed = _read_floats(Path(residual[0]), count_floats(layout))
-        packed = fmt.pack(layout, delta, residual=owed, dice=dice, into=room)
-        if work.clip:
-            clip(fmt, layout, packed, work.clip)
-        if residual is not None and owed is not None:
-            owed.tofile(residual[1])
+        with trouble(what, remedy, error=LearnerFailed):
+            if residual is not None:
+                owed = _read_floats(Path(residual[0]), count_floats(layout))
+            packed = fmt.pack(layout, delta, residual=owed, dice=dice, into=room)
+            if work.clip:
+                clip(fmt, layout, packed, work.clip)
+            if residual is not None and owed is not None:
+                owed.tofile(residual[1])
     except WireError as problem:
         raise LearnerFailed(str(problem)) from None
-    except OSError as problem:
-        raise LearnerFailed(
-            f"what the format {work.format} leaves out of an update cannot be kept ({problem.strerror}): "
-            "make room on this worker's disk, or choose another folder with --state."
-        ) from None
 
 
 def _read_floats(file: Path, count: int) -> NDArray[np.float32]:

@@ -19,23 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from broker import daemon, rabbit
+from broker import daemon, options, rabbit
 from broker.chain import check
 from broker.errors import UsageError
 from broker.fields import NAME, NAME_RULE, legible
 from broker.invitation import Access, Invitation
 from broker.link import Link
-from broker.options import (
-    BrokerUrl,
-    GiveUp,
-    Insecure,
-    Invite,
-    RosterFile,
-    SettingPairs,
-    parse_settings,
-    state_folder,
-    way_in,
-)  # fmt: skip
 from broker.pinned import identity_of, read_identity, read_roster
 from workers import host
 from workers import learner as learners
@@ -62,8 +51,8 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes w
 def worker(
     learner: LearnerName,
     data: Source,
-    broker: BrokerUrl = None,
-    invite: Invite = None,
+    broker: options.BrokerUrl = None,
+    invite: options.Invite = None,
     name: Annotated[
         str | None, typer.Option(help="Unique in the federation; this machine's name if not given.")
     ] = None,
@@ -91,19 +80,19 @@ def worker(
     renew_after: Annotated[
         int, typer.Option(min=1, help="Tasks after which a fresh training process takes over.")
     ] = RENEW_AFTER,
-    roster: RosterFile = None,
+    roster: options.RosterFile = None,
     identity: Annotated[
         Path | None,
         typer.Option(help="File with this worker's secret key, for secure rounds; {name} in it is its name."),
     ] = None,
-    give_up_s: GiveUp = None,
-    insecure: Insecure = False,
+    give_up_s: options.GiveUp = None,
+    insecure: options.Insecure = False,
 ) -> None:
     """Stay beside the data: train what is sent here, and send back what changed. Ends on SIGTERM or Ctrl-C.
 
     The task in hand is finished first; a second signal ends it at once, with exit status 3. Status 4: it gave up.
     """
-    access = way_in("worker", broker, invite=invite, insecure=insecure)
+    access = options.way_in("worker", broker, invite=invite, insecure=insecure)
     if access.vouched and (many is not None or name not in (None, access.user)):
         raise UsageError(f"{access.file} invites {access.user} and nobody else: leave --name and --many out.")
     called = name if name is not None else access.user if access.vouched else _name_of_machine()
@@ -121,7 +110,7 @@ def worker(
         for each in names
     ]
     daemon.start_log()  # the spool tells what it finds damaged
-    spool = Spool(state or state_folder("workers", called), workers=len(names))
+    spool = Spool(state or options.state_folder("workers", called), workers=len(names))
     trainer = Trainer(learner, spool, threads=threads, memory_mb=memory_mb, renew_after=renew_after)
     connect = partial(rabbit.connect, access, name=f"worker-{names[0]}", give_up_s=give_up_s)
     daemon.run(lambda stop: _serve(whos, sources, trainer, connect, stop))
@@ -180,13 +169,13 @@ async def _serve(
 def try_(
     learner: LearnerName,
     data: Source,
-    settings: SettingPairs = None,
+    settings: options.SettingPairs = None,
     threads: Threads = 1,
-    invite: Invite = None,
+    invite: options.Invite = None,
 ) -> None:
     """Check a learner without any broker: one task, timed and looked at; and the invitation, if there is one."""
     access = Access.invited(invite, "worker") if invite else None
-    report = try_learner(learner, data, settings=parse_settings(settings), threads=threads)
+    report = try_learner(learner, data, settings=options.parse_settings(settings), threads=threads)
     console, table = Console(), _shown(report)
     if access:
         table.add_row("invited", escape(access.said))

@@ -21,7 +21,8 @@ from typing import Any
 
 from broker.chain import AFTER_TORN, CHAIN, Chain
 from broker.errors import LearnerFailed, UsageError
-from broker.files import sync
+from broker.fields import legible
+from broker.files import sync, trouble
 from broker.options import state_folder
 
 SUFFIX = ".ledger"
@@ -53,7 +54,7 @@ class Ledger:
         with self._alone:
             if event in FLOODS and not self._has_room(event, line):
                 return
-            with self._disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
+            with _disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
                 self._chain.append(file, line)
 
     def _has_room(self, event: str, line: Line) -> bool:
@@ -72,7 +73,7 @@ class Ledger:
         Raises:
             LearnerFailed: the disk is full or broken.
         """
-        with self._disk():
+        with _disk():
             sync(self.path)
             if not self._named:
                 sync(self.path.parent)
@@ -84,18 +85,13 @@ class Ledger:
         Raises:
             LearnerFailed: they cannot be read.
         """
-        with self._disk("read"):
+        with _disk("read"):
             return [*lines(self.path.read_bytes())] if self.path.exists() else []
 
-    @contextlib.contextmanager
-    def _disk(self, what: str = "written") -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            raise LearnerFailed(
-                f"this worker's ledger cannot be {what} ({problem.strerror}), and without it nothing leaves: make "
-                "room on its disk, or choose another folder with --state."
-            ) from None
+
+def _disk(what: str = "written") -> contextlib.AbstractContextManager[None]:
+    remedy = "without it nothing leaves, so make room on its disk, or choose another folder with --state"
+    return trouble(f"this worker's ledger cannot be {what}", remedy, error=LearnerFailed)
 
 
 def lines(data: bytes) -> Iterator[Line]:
@@ -145,10 +141,7 @@ def told(line: Line) -> tuple[str, ...]:
 def plain(fact: Any) -> Any:
     """A fact as it may stand in a line: bounded, and nothing in it that a terminal would obey."""
     if isinstance(fact, str):
-        shown = fact[:TEXT_MAX]
-        if not shown.isprintable():
-            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-        return shown[:TEXT_MAX]
+        return legible(fact[:TEXT_MAX].replace("\n", "\\n"))[:TEXT_MAX]
     if isinstance(fact, Mapping):
         return {plain(name): plain(value) for name, value in [*fact.items()][:ENTRIES_MAX]}
     if isinstance(fact, list | tuple):

@@ -13,7 +13,7 @@ from threading import Lock
 
 from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
-from broker.files import read_record, write_whole
+from broker.files import UNREADABLE, read_record, trouble, write_whole
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Secure, Step, Task
 from broker.noise import KEY_BYTES, add_discrete
 from broker.pact import METRICS_MAX, SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
@@ -120,7 +120,7 @@ class Secrecy:
             return known and bool(self._known[1])
         roster = shown_roster(secure.shown, member.operator)
         roster.vouch(member.name, member.identity)
-        try:
+        with trouble(f"{self._seen} cannot be used", "mend its permissions, or make room", error=LearnerFailed):
             seen = Roster.read(self._seen) if self._seen.exists() else Roster({}, 0)
             if seen.operator != roster.operator or seen.version < roster.version:
                 roster.write(self._seen)
@@ -129,8 +129,6 @@ class Secrecy:
                     f"the coordinator shows version {roster.version} of the roster, and this worker has seen "
                     f"another, version {seen.version}: it must have the latest from the operator."
                 )
-        except OSError as problem:
-            raise LearnerFailed(f"{self._seen} cannot be used ({problem.strerror}).") from None
         self._known = pact.roster_digest(roster.workers), roster.workers
         if self._known[0] != secure.roster:
             raise UsageError("the coordinator shows another roster than the one that its task names.")
@@ -166,16 +164,12 @@ class Secrecy:
         with self._alone:
             if self.answered(of) not in ("", record):
                 raise Alarm(UNMASKED)
-            try:
+            with trouble(f"{self._path} cannot be written", "nothing is told", error=Refused):
                 write_whole(self._path, json.dumps(self._records() | {of.run: (of.round, record)}).encode())
-            except OSError as problem:
-                raise Refused(f"{self._path} cannot be written ({problem.strerror}): nothing is told.") from None
 
     def _records(self) -> dict[str, tuple[int, str]]:
-        try:
+        with trouble(f"what was unmasked cannot be read in {self._path}", "restore it", error=Refused, of=UNREADABLE):
             return {run: (number, record) for run, (number, record) in read_record(self._path).items()}
-        except (OSError, ValueError, TypeError) as problem:
-            raise Refused(f"{self._path} cannot be read ({problem}), and so what was unmasked.") from None
 
 
 class Talk:

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
-from broker.accountant import SPENT, Released, epsilon, of_sum
+from broker.accountant import SPENT, Released, epsilon, of_sum, together
 from broker.errors import LearnerFailed, UsageError
-from broker.files import read_record, write_whole
+from broker.files import UNREADABLE, read_record, trouble, write_whole
 from broker.messages import Noise, Task
 from broker.ring import Form
 from broker.tensors import Layout
@@ -93,21 +93,13 @@ class Spending:
         self._last[run] = what
         with self._alone:
             spent, found = self._after(run, noise, what)
-            try:
+            with trouble(f"what an update costs cannot be noted in {self._path}", "make room", error=LearnerFailed):
                 write_whole(self._path, json.dumps(spent).encode(), mode=0o600)
-            except OSError as problem:
-                raise LearnerFailed(
-                    f"what an update costs cannot be noted in {self._path}: {problem.strerror}."
-                ) from None
         return found
 
     def _after(self, run: str, noise: Noise, what: Sequence[Released]) -> tuple[dict[str, list[Released]], float]:
         spent = self._read()
-        together: dict[Released, int] = {}
-        for each in [*spent.get(run, []), *what]:
-            kind = each._replace(times=0)
-            together[kind] = together.get(kind, 0) + each.times
-        spent[run] = [kind._replace(times=times) for kind, times in together.items()]
+        spent[run] = together([*spent.get(run, []), *what])
         try:
             here = epsilon(spent[run], noise.delta)
             in_all = epsilon([each for kinds in spent.values() for each in kinds], noise.delta)
@@ -120,12 +112,9 @@ class Spending:
         return spent, here
 
     def _read(self) -> dict[str, list[Released]]:
-        try:
+        what = f"{self._path} does not tell what was spent of this data's privacy"
+        with trouble(what, "restore it", error=LearnerFailed, of=UNREADABLE):
             return {run: [Released(*each) for each in kinds] for run, kinds in read_record(self._path).items()}
-        except (OSError, ValueError, TypeError) as problem:
-            raise LearnerFailed(
-                f"{self._path} does not tell what was spent of this data's privacy ({problem}): restore it."
-            ) from None
 
 
 def _cost(task: Task, form: Form) -> Released:

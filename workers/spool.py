@@ -20,6 +20,7 @@ import numpy as np
 
 from broker.changes import apply_change
 from broker.errors import LearnerFailed, UsageError
+from broker.files import reserve, trouble
 from broker.formats import Format
 from broker.messages import Payload
 from broker.parts import Assembly
@@ -120,14 +121,10 @@ class Spool:
         self._removed = False
         self._landings: WeakValueDictionary[str, Landing] = WeakValueDictionary()
         self._held: deque[Landing] = deque(maxlen=min(workers, HELD_MAX))
-        try:
+        with trouble(f"{folder} cannot be used for this worker's files", "choose another with --state"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _locked(folder)
             self.kept = self._recover(all_kept(folder))
-        except OSError as problem:
-            raise UsageError(
-                f"{folder} cannot be used for this worker's files ({problem.strerror}): choose another with --state."
-            ) from None
 
     def take(self, size_bytes: int) -> Slot:
         """Room for so many bytes, whatever is in them.
@@ -209,16 +206,16 @@ class Spool:
         count = max(1, min(self._slots.get(size_bytes, 0), FILE_BYTES // pitch))
         path = self.folder / f"{self._files}{SUFFIX}"
         self._files += 1
-        try:
-            with path.open("w+b") as opened:
-                _reserve(opened.fileno(), count * pitch)
-                mapped = mmap.mmap(opened.fileno(), count * pitch)
-        except OSError as problem:
-            path.unlink(missing_ok=True)
-            raise LearnerFailed(
-                f"this worker's disk has no room for {count * pitch:,} bytes of models ({problem.strerror}): "
-                f"make room in {self.folder}, or choose another folder with --state."
-            ) from None
+        what = f"this worker's disk has no room for {count * pitch:,} bytes of models"
+        remedy = f"make room in {self.folder}, or choose another folder with --state"
+        with trouble(what, remedy, error=LearnerFailed):
+            try:
+                with path.open("w+b") as opened:
+                    reserve(opened.fileno(), count * pitch)
+                    mapped = mmap.mmap(opened.fileno(), count * pitch)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
         self._slots[size_bytes] = self._slots.get(size_bytes, 0) + count
         free.extend((path, mapped, at) for at in range(0, count * pitch, pitch))
 
@@ -280,11 +277,3 @@ def _locked(folder: Path) -> int | None:
         os.close(number)
         return None
     return number
-
-
-def _reserve(number: int, size_bytes: int) -> None:
-    """Room on the disk, not a sparse file: writing to a mapped one on a full disk would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(number, 0, size_bytes)
-    else:  # macOS cannot
-        os.truncate(number, size_bytes)

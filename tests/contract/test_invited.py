@@ -68,7 +68,7 @@ async def test_whoever_is_not_to_be_trusted_is_refused_with_what_to_do(
     }
     changed[how]().write(invitation)
     with pytest.raises(BrokerRefused, match=said):
-        await connect(Access.invited(invitation), name="w1", fail_fast=False)
+        await connect(Access.invited(invitation), name="w1")
 
 
 async def test_a_certificate_that_has_ended_is_said_with_what_the_clock_says(tmp_path: Path) -> None:

@@ -96,25 +96,12 @@ async def test_a_wrong_password_is_refused_without_repeating_it(
 
 async def test_a_wrong_vhost_is_refused_by_name(vhost_url: str) -> None:
     with pytest.raises(BrokerRefused, match="does not let user fluffle into vhost nowhere"):
-        await connect(str(URL(vhost_url).with_path("/nowhere")), name="w1", fail_fast=False)
+        await connect(str(URL(vhost_url).with_path("/nowhere")), name="w1")
 
 
 async def test_tls_that_the_port_does_not_speak_is_refused(vhost_url: str) -> None:
     with pytest.raises(BrokerRefused, match="no trusted TLS"):
         await connect(str(URL(vhost_url).with_scheme("amqps")), name="w1")
-
-
-async def test_a_link_can_wait_for_a_broker_that_is_not_there_yet(rabbit_ground: RabbitGround) -> None:
-    first = await rabbit_ground.link()
-    rabbit_ground.leave()
-    waiting = asyncio.ensure_future(connect(rabbit_ground.access, name="patient", fail_fast=False))
-    await asyncio.wait({waiting}, timeout=0.3)
-    assert not waiting.done()
-    rabbit_ground.come_back()
-    link = await waiting
-    await link.declare(direct(queue("a")))
-    assert await first.depth("a") == 0
-    await link.close()
 
 
 async def test_operators_see_who_is_connected_by_which_lane(node: Node, vhost_url: str) -> None:

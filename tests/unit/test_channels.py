@@ -87,7 +87,7 @@ async def test_once_let_in_a_refusal_of_the_next_connection_is_taken_for_an_uphe
 
     monkeypatch.setattr("broker.amqp.connect", connect)
     link = rabbit.RabbitLink(Access.at("amqp://a:b@127.0.0.1:1/"), "w1", 30, None)
-    await link.open(wait=False)
+    await link.open()
     assert (await link._lanes[Lane.UP].connection()).alive
     assert not answers
 
@@ -99,4 +99,4 @@ async def test_whoever_was_never_let_in_is_told_at_once(monkeypatch: pytest.Monk
     monkeypatch.setattr("broker.amqp.connect", connect)
     link = rabbit.RabbitLink(Access.at("amqp://a:b@127.0.0.1:1/"), "w1", 30, None)
     with pytest.raises(BrokerRefused):
-        await link.open(wait=True)
+        await link.open()

@@ -229,7 +229,9 @@ class Talk:
             if fresh := call.serial > self._serial:
                 self._advertise(call.serial)
             return fresh
-        if call.serial != self._serial or self._masking is None or call.says in self._heard:
+        # shares are opened once, by whichever vows: each other quorum's would be one more line in the owner's ledger
+        known = call.says in self._heard or (isinstance(call.says, Reveal) and Reveal in map(type, self._heard))
+        if call.serial != self._serial or self._masking is None or known:
             return False
         says = self._answer(self._masking, call.says)
         payload = self.payload if isinstance(says, Masked) else None

@@ -70,28 +70,33 @@ def epsilon(released: Iterable[Released], delta: float) -> float:
     Raises:
         UsageError: the library is not installed.
     """
-    together: dict[tuple[float, float, bool], int] = {}
+    return _epsilon(tuple(sorted(together(released))), delta)
+
+
+def together(released: Iterable[Released]) -> list[Released]:
+    """The same releases, of each kind in one."""
+    kinds: dict[Released, int] = {}
     for each in released:
-        kind = each.noise, each.rate, each.discrete
-        together[kind] = together.get(kind, 0) + each.times
-    return _epsilon(tuple(sorted((*kind, times) for kind, times in together.items() if times)), delta)
+        kind = each._replace(times=0)
+        kinds[kind] = kinds.get(kind, 0) + each.times
+    return [kind._replace(times=times) for kind, times in kinds.items() if times]
 
 
 @lru_cache(maxsize=256)
-def _epsilon(kinds: tuple[tuple[float, float, bool, int], ...], delta: float) -> float:
+def _epsilon(kinds: tuple[Released, ...], delta: float) -> float:
     dpa = need()
     if not kinds:
         return 0.0
 
     def by(accountant: Any) -> float:
-        for noise, rate, _, times in kinds:
+        for noise, rate, times, _ in kinds:
             event = dpa.GaussianDpEvent(noise)
             if rate < 1:
                 event = dpa.PoissonSampledDpEvent(rate, event)
             accountant.compose(dpa.SelfComposedDpEvent(event, times))
         return float(accountant.get_epsilon(delta))
 
-    if any(kind[2] for kind in kinds):
+    if any(kind.discrete for kind in kinds):
         return by(dpa.rdp.RdpAccountant())
     most = by(dpa.rdp.RdpAccountant(ORDERS))
     return most if most > EPSILON_FINE else by(dpa.pld.PLDAccountant())

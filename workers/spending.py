@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
-from broker.accountant import SPENT, Released, epsilon, of_sum
+from broker.accountant import SPENT, Released, epsilon, of_sum, together
 from broker.errors import LearnerFailed, UsageError
 from broker.files import read_record, write_whole
 from broker.messages import Noise, Task
@@ -72,6 +72,15 @@ class Spending:
         """
         self._pay(task, [_cost(task, form)])
 
+    def told(self, task: Task, problem: Exception) -> str:
+        """What may be told of a task's failure, which is paid for first if the task had taken steps with noise."""
+        try:
+            if released := getattr(problem, "released", ()):
+                self._pay(task, released)
+        except LearnerFailed as spent:
+            return str(spent)
+        return str(problem)
+
     def _pay(self, task: Task, released: Sequence[Sequence[float]]) -> float:
         assert task.noise is not None
         spent = self.spend(task.of.run, task.noise, released)
@@ -103,11 +112,7 @@ class Spending:
 
     def _after(self, run: str, noise: Noise, what: Sequence[Released]) -> tuple[dict[str, list[Released]], float]:
         spent = self._read()
-        together: dict[Released, int] = {}
-        for each in [*spent.get(run, []), *what]:
-            kind = each._replace(times=0)
-            together[kind] = together.get(kind, 0) + each.times
-        spent[run] = [kind._replace(times=times) for kind, times in together.items()]
+        spent[run] = together([*spent.get(run, []), *what])
         try:
             here = epsilon(spent[run], noise.delta)
             in_all = epsilon([each for kinds in spent.values() for each in kinds], noise.delta)

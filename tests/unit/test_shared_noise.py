@@ -324,6 +324,7 @@ def test_both_sides_derive_keys_from_the_noise_that_was_asked_for() -> None:
     [
         ({"noise": replace(SUM, multiplier=0.0)}, "hides nobody"),
         ({"noise": replace(SUM, of="row", multiplier=0.0)}, "hides nobody"),
+        ({"noise": replace(SUM, of="row", clip=2.0**-149)}, "hides nobody"),
         ({"noise": replace(SUM, least=2)}, "hides nobody"),
         ({"secure": None}, "must say privacy = secure"),
         ({"examples_max": 20}, "with noise a worker counts as one example, not 20"),

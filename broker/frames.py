@@ -22,7 +22,7 @@ METHOD, HEADER, BODY, HEARTBEAT = KINDS = (1, 2, 3, 8)
 END = 0xCE
 AROUND_BYTES = 8  # a frame's head and end
 DELIVER, RETURN, ACK, NACK = (60, 60), (60, 50), (60, 80), (60, 120)
-SCRATCH_BYTES = 256 * 1024  # whatever is not a body must fit here; RabbitMQ's largest is 128 KiB
+SCRATCH_BYTES = 256 * 1024  # a method must fit here, and what we say of our own messages
 GULP_BYTES = 64 * 1024
 AHEAD_BYTES = 16 * 1024  # while a body is under way: what is read with the end of a frame is copied, so not much is
 DIRECT_BYTES = 32 * 1024
@@ -226,8 +226,14 @@ class Inlet:
         if kind == BODY:
             self._channel, self._rest, self._inflow = channel, size, self._sink.inflow(channel)
             return begins
-        if size > SCRATCH_BYTES - AROUND_BYTES:
+        large = size > SCRATCH_BYTES - AROUND_BYTES
+        if large and kind != HEADER:
             raise WireError("a frame is too large.")
+        # of a head that is too long its sender says more beside the body than anybody wants: that is let go
+        if large and self._filled >= (after := begins + _CONTENT.size):
+            self._sink.take_frame(kind, channel, bytes(self._scratch[begins:after]) + bytes(_FLAGS.size))
+            self._channel, self._rest, self._inflow = channel, stop - after, None
+            return after
         if self._filled <= stop:
             return None
         self._end(stop)

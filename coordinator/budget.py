@@ -117,8 +117,10 @@ class Budget:
         plan, spent, clip = self._plan, self._spent, self.clip(of.round)
         begun = bool(spent.seed) and (spent.round, spent.attempt) == (of.round, of.attempt)
         seed = bytes.fromhex(spent.seed) if begun else secrets.token_bytes(KEY_BYTES)
-        again = begun and spent.made == made.hex()
-        if not again and (why := self.refusal()):
+        again, why = begun and spent.made == made.hex(), ""
+        if begun and not again and plan.rate < 1:  # of two sums of the same workers the dice hide them less than told
+            why = "another sum of those whom its dice have drawn was released, and is lost: others are drawn"
+        if not again and (why := why or self.refusal()):
             raise WireError(f"{why}.")
         key, noise, following = key_of(seed, made), plan.dp_noise, clip
         if plan.dp_adaptive:

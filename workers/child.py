@@ -34,7 +34,7 @@ from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
 from workers import learner, task, weights
-from workers.work import CLOSED, MEANT_FOR_DAEMON, Work, bytes_of, layout_of, told
+from workers.work import CLOSED, MEANT_FOR_DAEMON, Outcome, Work, bytes_of, layout_of, told
 
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
@@ -55,6 +55,7 @@ def serve(link: socket.socket) -> None:
         except FluffleError as problem:
             kind = "usage" if isinstance(problem, UsageError) else "learner"
             answer = {"failed": kind, "text": str(problem), "spent": isinstance(problem, OutOfMemory)}
+            answer["released"] = getattr(problem, "released", ())
         except BaseException as problem:  # noqa: BLE001 (the user's code runs here; whatever it does is an answer)
             answer = {"failed": "learner", "text": f"the training process failed: {learner.told(problem)}"}
         if os.getpid() != me:
@@ -172,7 +173,7 @@ class Pupil:
         if delta is not None and work.clip:
             within = clip(FORMATS["float32"], layout, memoryview(delta), work.clip) <= work.clip
         if delta is not None and not as_it_is:
-            _pack(layout, memoryview(delta), work, room=room, residual=request["residual"])
+            _pack(layout, done, work, room=room, residual=request["residual"])
         return {
             "examples": examples, "metrics": done.metrics, "scores": done.scores,
             "seconds": time.monotonic() - began, "within": within, "released": done.released,
@@ -215,7 +216,7 @@ class Pupil:
 
 
 def _pack(
-    layout: Layout, delta: memoryview, work: Work, *, room: memoryview | None, residual: tuple[str, str] | None
+    layout: Layout, done: Outcome, work: Work, *, room: memoryview | None, residual: tuple[str, str] | None
 ) -> None:
     """Write the update as its format has it; what that leaves out is added to what is owed.
 
@@ -230,13 +231,13 @@ def _pack(
         with trouble(what, remedy, error=LearnerFailed):
             if residual is not None:
                 owed = _read_floats(Path(residual[0]), count_floats(layout))
-            packed = fmt.pack(layout, delta, residual=owed, dice=dice, into=room)
+            packed = fmt.pack(layout, memoryview(done.delta or b""), residual=owed, dice=dice, into=room)
             if work.clip:
                 clip(fmt, layout, packed, work.clip)
             if residual is not None and owed is not None:
                 owed.tofile(residual[1])
     except WireError as problem:
-        raise LearnerFailed(str(problem)) from None
+        raise LearnerFailed(str(problem), done.released) from None
 
 
 def _read_floats(file: Path, count: int) -> NDArray[np.float32]:

@@ -24,10 +24,11 @@ from broker.errors import LearnerFailed, UsageError
 from broker.fields import legible
 from broker.files import sync, trouble
 from broker.options import state_folder
+from broker.pact import COHORT_MAX
 
 SUFFIX = ".ledger"
-TEXT_MAX, ENTRIES_MAX = 500, 100
-"""Characters of a text in a line, and names in a list; what is longer is cut."""
+TEXT_MAX, ENTRIES_MAX = 500, COHORT_MAX
+"""Characters of a text in a line, and names in a list, which may be those of all in a sum; what is longer is cut."""
 
 FLOODS, FLOOD_MAX, FLOOD_S = ("refused", "alarm"), 100, 3600.0
 """Of each of these events so many lines in so many seconds, for others can cause them, and nothing leaves by them."""

@@ -17,6 +17,8 @@ torch's own would tell its next numbers to whoever knows enough of the last ones
 
 import secrets
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -28,11 +30,15 @@ from broker.noise import KEY_BYTES, gaussian
 
 KEY = "private"
 """Under which name a learner finds this in its settings."""
+UNUSED = (
+    f"the plan asks for privacy of every row (dp = record), and train() does not know how: let it train with model, "
+    f"optimizer, loader = settings[{KEY!r}](model, optimizer, loader)."
+)
 _WORDS, _WORDS_AT = 624, 24  # of the state of torch's dice on the processor, and where they begin in it
 
 
 class Private:
-    """What goes around the training of one task; call it, train, and `close` it.
+    """What goes around the training of one task; within it, call it and train.
 
     Args:
         model: the task's.
@@ -78,26 +84,23 @@ class Private:
             max_grad_norm=self._clip, poisson_sampling=True,
         )  # fmt: skip
         self._wrapped = wrapped
-        optimizer.add_noise = _noise_for(optimizer, self._noise * self._clip)
+        optimizer.clip_and_accumulate = partial(_cut, optimizer, optimizer.clip_and_accumulate)
+        key, deviation = secrets.token_bytes(KEY_BYTES), self._noise * self._clip
+        optimizer.add_noise = partial(_add_noise, optimizer, deviation, key, count())
         return wrapped, optimizer, loader
 
     @property
     def released(self) -> list[tuple[float, float, int]]:
-        """Noise, rate and number of the steps that were taken.
+        """Noise, rate and number of the steps that were taken."""
+        return [(float(noise), float(rate), int(times)) for noise, rate, times in self._engine.accountant.history]
 
-        Raises:
-            LearnerFailed: train() has taken none, or trained without this.
-        """
-        steps = [(float(noise), float(rate), int(times)) for noise, rate, times in self._engine.accountant.history]
-        if not steps:
-            raise LearnerFailed(
-                f"the plan asks for privacy of every row (dp = record), and train() does not know how: let it train "
-                f"with model, optimizer, loader = settings[{KEY!r}](model, optimizer, loader)."
-            )
-        return steps
+    def __enter__(self) -> None:
+        pass
 
-    def close(self) -> None:
-        """Leave the model as it was."""
+    def __exit__(self, _: object, problem: BaseException | None, __: object) -> None:
+        """Leave the model as it was; a failure tells of the steps before it, and says how many they were."""
+        if isinstance(problem, LearnerFailed):
+            problem.released = self.released
         if self._wrapped is not None:
             self._wrapped.to_standard_module()
         for parameter in self._model.parameters():
@@ -114,17 +117,22 @@ def secret_dice() -> torch.Generator:
     return dice.set_state(state)
 
 
-def _noise_for(optimizer: Any, deviation: float) -> Any:
+def _cut(optimizer: Any, clip: Callable[[], None]) -> None:
+    """Opacus' `DPOptimizer.clip_and_accumulate`; a gradient that is no number cannot be cut, and counts for nothing.
+
+    A coordinator could make weights under which some rows have such ones, and see by the failure that they are there.
+    """
+    for parameter in optimizer.params:
+        parameter.grad_sample.nan_to_num_(0.0, 0.0, 0.0)
+    clip()
+
+
+def _add_noise(optimizer: Any, deviation: float, key: bytes, streams: Iterator[int]) -> None:
     """What Opacus' `DPOptimizer.add_noise` does, with other noise."""
     from opacus.optimizers.optimizer import _mark_as_processed  # noqa: PLC0415 (see above)
 
-    key, streams = secrets.token_bytes(KEY_BYTES), count()
-
-    def add_noise() -> None:
-        for parameter in optimizer.params:
-            summed: Tensor = parameter.summed_grad
-            noise = torch.from_numpy(gaussian(key, next(streams), summed.numel())).to(summed).view_as(summed)
-            parameter.grad = (summed + deviation * noise).view_as(parameter)
-            _mark_as_processed(summed)
-
-    return add_noise
+    for parameter in optimizer.params:
+        summed: Tensor = parameter.summed_grad
+        noise = torch.from_numpy(gaussian(key, next(streams), summed.numel())).to(summed).view_as(summed)
+        parameter.grad = (summed + deviation * noise).view_as(parameter)
+        _mark_as_processed(summed)

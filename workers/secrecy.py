@@ -52,7 +52,8 @@ def check(task: Task, who: Who) -> None:
             raise LearnerFailed(f"updates are added up in secret as float32 only, and the task says {task.format}.")
         ring_for(task)
     if task.noise and who.trains:
-        shared, private = task.noise.of == "sum", task.noise.multiplier > 1e-9  # the cost of less is beyond numbers
+        # of a smaller multiplier the cost is beyond numbers, and of a smaller clip float32 has no noise
+        shared, private = task.noise.of == "sum", task.noise.multiplier > 1e-9 and task.noise.clip >= 1e-30
         if not private or (shared and (task.secure is None or task.noise.least < pact.COHORT_MIN)):
             raise LearnerFailed("the noise that this task asks for hides nobody.")
 
@@ -223,7 +224,9 @@ class Talk:
             if fresh := call.serial > self._serial:
                 self._advertise(call.serial)
             return fresh
-        if call.serial != self._serial or self._masking is None or call.says in self._heard:
+        # shares are opened once, by whichever vows: each other quorum's would be one more line in the owner's ledger
+        known = call.says in self._heard or (isinstance(call.says, Reveal) and Reveal in map(type, self._heard))
+        if call.serial != self._serial or self._masking is None or known:
             return False
         says = self._answer(self._masking, call.says)
         payload = self.payload if isinstance(says, Masked) else None

@@ -312,7 +312,8 @@ class Worker:
                 done = await self._do(job)
         except (Declined, LearnerFailed, WireError, TimeoutError) as problem:
             late = "not done" if job.begun else "other runs had their turn, and this one's did not come"
-            reason = str(problem) or f"{late} within the {job.task.deadline_s:.0f} s of the task"
+            said = await asyncio.to_thread(self._spending.told, job.task, problem)
+            reason = said or f"{late} within the {job.task.deadline_s:.0f} s of the task"
             await self._outbox.refuse(job.task, reason, declined=isinstance(problem, Declined))
         else:
             self._outbox.put(job.task, done, self._start)

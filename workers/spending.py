@@ -72,6 +72,15 @@ class Spending:
         """
         self._pay(task, [_cost(task, form)])
 
+    def told(self, task: Task, problem: Exception) -> str:
+        """What may be told of a task's failure, which is paid for first if the task had taken steps with noise."""
+        try:
+            if released := getattr(problem, "released", ()):
+                self._pay(task, released)
+        except LearnerFailed as spent:
+            return str(spent)
+        return str(problem)
+
     def _pay(self, task: Task, released: Sequence[Sequence[float]]) -> float:
         assert task.noise is not None
         spent = self.spend(task.of.run, task.noise, released)

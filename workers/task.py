@@ -8,6 +8,7 @@ import math
 import operator
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +24,7 @@ from workers import weights
 from workers.imprint import suspicion
 from workers.learner import Learner, blaming
 from workers.privacy import KEY as PRIVATE
-from workers.privacy import Private
+from workers.privacy import UNUSED, Private
 from workers.work import Outcome, Work
 
 
@@ -114,13 +115,12 @@ def do(
     if private:
         settings[PRIVATE] = private
     _sow(work.seed)
-    try:  # with gradients, whatever the learner's code has switched off elsewhere
+    with private or nullcontext():  # with gradients, whatever the learner's code has switched off elsewhere
         with torch.enable_grad(), blaming("train() of the learner raised", LearnerFailed):
             examples, metrics = _trained(place.learner.train(model, place.data, settings))
-    finally:
-        if private:
-            private.close()
-    delta = weights.delta(model, layout, received, into=into)
+        if private and not private.released:
+            raise LearnerFailed(UNUSED)
+        delta = weights.delta(model, layout, received, into=into)
     if private:  # what was learned of rows without noise does not travel
         return Outcome(examples, {}, {}, delta, private.released)
     return Outcome(examples, metrics, scores, delta)

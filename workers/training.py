@@ -187,8 +187,10 @@ class Trainer:
         self.ready_s = answer["ready_s"]
         if answer.get("spent"):
             await self._end()
+        if answer.get("failed") == "usage":
+            raise UsageError(answer["text"])
         if "failed" in answer:
-            raise (UsageError if answer["failed"] == "usage" else LearnerFailed)(answer["text"])
+            raise LearnerFailed(answer["text"], answer.get("released", ()))
         return answer
 
     async def _outwait(self, waiting: "asyncio.Future[dict[str, Any]]", slots: tuple[Slot | None, ...]) -> None:

@@ -49,6 +49,15 @@ async def mail_beyond_the_limit(link: Link) -> None:
     await say(link, packed(Refusal(OF, LIAR, "no"), reason="n" * 1_000_000))
 
 
+async def words_about_a_message_that_fill_a_frame(link: Link) -> None:
+    """A broker of ours takes frames of a megabyte, and hands on whole what stands before a body."""
+    told = (("x", "y" * 700_000),)
+    for key in (topology.inbox_key(RUN, LIAR), topology.hello_key(LIAR)):
+        await link.publish(
+            Outgoing(topology.UP, (key,), encode(Refusal(OF, "other", "no")), headers=told), within_s=10.0
+        )
+
+
 async def uploads_that_lie(link: Link) -> None:
     for piece in (b"\xc1", encode(changed(parts()[0], checksum=1)), *[encode(changed(parts()[0], data=b""))] * 300):
         await say(link, piece, topology.upload_key(LIAR), exchange=topology.upload_queue(LIAR))
@@ -67,6 +76,7 @@ async def names_without_number(link: Link) -> None:
     [
         (keys_that_are_no_text, "somebody"),
         (mail_beyond_the_limit, LIAR),
+        (words_about_a_message_that_fill_a_frame, LIAR),
         (uploads_that_lie, LIAR),
         (names_without_number, "ghost-0"),
     ],

@@ -189,7 +189,7 @@ class Lesson:
         self.began.set()
         await self.gate.wait()
         if self.fails:
-            raise LearnerFailed(self.fails)
+            raise LearnerFailed(self.fails, [(work.row_noise, 0.1, 10)] if work.train and work.row_noise else [])
         assert weights.data == received, "somebody has written over them"
         self.done.append((work.train, work.round))
         if work.train:

@@ -187,6 +187,20 @@ async def test_rows_with_noise_tell_only_epsilon_and_end_the_run_when_it_is_spen
         assert len(fed.lines("round")) == 2
 
 
+async def test_a_failure_costs_what_was_trained_with_noise_before_it(tmp_path: Path) -> None:
+    """A coordinator that lies has learning rates under which training fails if a noisy gradient is large enough."""
+    async with federation(tmp_path, rounds=2, quorum=2, dp="record", dp_noise=2.0, dp_budget=50.0) as fed:
+        for name in NAMES:
+            fed.join(name).lesson.fails = "training diverged" if name == "a" else ""
+        await fed.end()
+        assert [line["refused"]["a"] for line in fed.lines("round")] == ["training diverged"] * 2
+        spent = json.loads((fed.folder / "spool-a" / "a.privacy").read_bytes())
+        assert spent == {"test": [[2.0, 0.1, 20, False]]}
+        ledger = Ledger(fed.folder / "spool-a" / "a.ledger").read()
+        told = [line["event"] for line in ledger if line["event"] != "taken"]
+        assert told == ["spent", "refused"] * 2 + ["refused"]  # the last one of a score, which takes no steps
+
+
 # -- noise of the workers in a secure sum ----------------------------------------------------------------------------
 
 SHARED = SECURE | {"dp": "distributed", "dp_noise": 0.02, "dp_budget": 1e6}

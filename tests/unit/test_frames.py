@@ -188,6 +188,18 @@ def test_what_is_larger_than_wanted_is_let_go_and_the_next_message_is_whole() ->
     assert read(stream, [100_000]).bodies == [(1, large[:KEEP_MAX]), (1, small)]
 
 
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+@pytest.mark.parametrize("body", [b"", b"bad", some(2 * DIRECT_BYTES, 1)])
+def test_a_message_of_which_its_sender_says_too_much_comes_without_that(body: bytes, step: int) -> None:
+    """Who publishes may fill a broker's frame, of a megabyte perhaps: that must not end whoever consumes."""
+    told = struct.pack(">HHQH", 60, 0, len(body), 1 << 13) + some(2 * SCRATCH_BYTES if step > 9 else SCRATCH_BYTES, 3)
+    stream = struct.pack(">BHI", HEADER, 1, len(told)) + told + b"\xce"
+    stream += b"".join([*frames.body(1, (body,), len(body), 131_072), *content(2, (b"good",), 131_072)])
+    assert read(stream, [step]).bodies == [(1, body), (2, b"good")]
+    with pytest.raises(WireError):
+        read(stream.replace(told + b"\xce", told + b"\0"), [100_000])
+
+
 def test_large_bodies_are_sent_as_they_lie_in_memory() -> None:
     data = bytearray(some(500_000, 0))
     pieces = list(frames.body(3, (b"head", memoryview(data)), 500_004, 131_072))

@@ -93,11 +93,20 @@ def test_no_text_can_steer_a_terminal_or_fill_the_disk(text: str) -> None:
 
 def test_what_no_line_can_hold_is_told_in_words_or_left_out(tmp_path: Path) -> None:
     account = Ledger(tmp_path / "ada.ledger")
-    names = {f"{n}": float(n) for n in range(1000)}
+    names = {f"{n}": float(n) for n in range(ENTRIES_MAX + 1)}
     account.write("update", loss=float("nan"), odd="\ud800\x1b[2J\u202e", many=[*names], map=names)
     (line,) = account.read()
     assert (line["loss"], line["odd"]) == ("nan", "\\ud800\\x1b[2J\\u202e")
     assert len(line["many"]) == len(line["map"]) == ENTRIES_MAX
+
+
+def test_whoever_was_in_a_sum_is_named_though_they_were_many(tmp_path: Path) -> None:
+    """Strangers that an operator has put on the roster, for instance, whose names come last."""
+    cohort = [*(f"hospital-{n:03d}" for n in range(150)), "zzz-stranger"]
+    account = Ledger(tmp_path / "ada.ledger")
+    account.write("secure", cohort=cohort)
+    assert account.read()[0]["cohort"] == cohort
+    assert "zzz-stranger" in " ".join(ledger.told(account.read()[0]))
 
 
 def test_a_disk_that_does_not_keep_it_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from broker.accountant import Released, epsilon
 from broker.errors import UsageError, WireError
 from broker.formats import FORMATS
 from broker.messages import Attempt
@@ -197,6 +198,22 @@ def test_a_version_made_again_of_the_same_sum_has_the_same_noise_and_costs_nothi
     assert json.loads((store.folder / FILE).read_bytes())["releases"] == 1
     other = taken_up.release(of(1), b"another", counted=2, within=1)
     assert other.key != first.key  # else the difference of the two would be the sums'
+    assert json.loads((store.folder / FILE).read_bytes())["releases"] == 2
+
+
+def test_no_two_sums_are_released_of_those_whom_dice_have_drawn_once(tmp_path: Path) -> None:
+    """Two of the same draw cost more than two of two draws, as which they would be counted: 3.5 in place of 1.9."""
+    pytest.importorskip("dp_accounting", reason="needs the extra `dp`")
+    of_one_draw = epsilon([Released(math.sqrt(0.5), 0.1, 1)], 1e-5)  # two sums with noise 1, of the same workers
+    assert of_one_draw > 1.8 * epsilon([Released(1.0, 0.1, 2)], 1e-5)
+    drawn = plan(dp_population=30, quorum=None, dp_budget=50.0)
+    store = Store.create(tmp_path / "run", drawn, MODEL, WEIGHTS)
+    first = Budget(store, 0, model=MODEL).release(of(1), b"sum", counted=3, within=1)
+    taken_up = Budget(store, 0, model=MODEL)
+    with pytest.raises(WireError, match="others are drawn"):
+        taken_up.release(of(1), b"another", counted=2, within=1)
+    assert taken_up.release(of(1), b"sum", counted=3, within=1) == first
+    assert taken_up.release(of(1, 2), b"another", counted=2, within=1).key != first.key
     assert json.loads((store.folder / FILE).read_bytes())["releases"] == 2
 
 

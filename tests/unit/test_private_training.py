@@ -1,5 +1,6 @@
 """Training that hides every row: by Opacus, with noise of its own, on the user's own model; and what it has cost."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from broker.errors import LearnerFailed
 from broker.messages import Attempt, Noise, Payload, Task
 from broker.parts import PART_BYTES
 from broker.tensors import Layout
-from workers import learner, task, weights
+from workers import child, learner, task, weights
 from workers.learner import Learner
 from workers.owner import Owner
 from workers.policy import Policy
@@ -93,6 +94,53 @@ def test_the_model_is_left_as_it_was_and_trains_again_with_and_without() -> None
 
 
 @pytest.mark.usefixtures("_opacus")
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_row_whose_gradient_is_no_number_is_not_to_be_seen(odd: float) -> None:
+    """With weights of its choice a coordinator may have it so that some rows have such a gradient, and others not."""
+
+    def crafted(model: nn.Module, _: Any, settings: dict[str, Any]) -> int:
+        rows = torch.tensor([[odd, 0, 0], [3.0, 4.0, 0]])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loader = DataLoader(TensorDataset(rows), batch_size=2)
+        model, optimizer, loader = settings["private"](model, optimizer, loader)
+        model(rows).mean().backward()
+        optimizer.step()
+        return len(rows)
+
+    work = dataclasses.replace(WORK, row_noise=1e-6)
+    outcome, _, _ = done(crafted, lambda: nn.Linear(3, 2, bias=False), work)
+    delta = np.frombuffer(cast(bytes, outcome.delta), "<f4")
+    # of two rows each counts for half a clip, and here one of them for nothing
+    assert np.linalg.norm(delta) == pytest.approx(0.25, rel=1e-3)
+    assert abs(delta[0]) == pytest.approx(0.25 * 0.6 / math.sqrt(2), rel=1e-3)
+
+
+@pytest.mark.usefixtures("_opacus")
+@pytest.mark.parametrize("kind", ["format", "learner", "numbers"])
+def test_a_failure_says_which_steps_with_noise_came_before_it(kind: str) -> None:
+    """What they have come to can be seen by it: whether a noisy gradient, times so much, is a number still."""
+    pupil, last = child.Pupil(), Learner("x", line, lambda _: DATA, train, lambda *_: {})
+
+    def overflows(model: nn.Module, data: Any, settings: dict[str, Any]) -> int:
+        examples = train(model, data, settings)
+        if kind == "learner":
+            raise ValueError("its loss is no number")
+        with torch.no_grad():
+            cast(nn.Linear, model).weight.fill_(math.inf if kind == "numbers" else torch.finfo(torch.float32).max)
+        return examples
+
+    pupil._renew(dataclasses.replace(last, train=overflows))
+    rooms = {"weights": bytearray(32), "delta": bytearray(16)}
+    pupil._room = lambda where: memoryview(rooms[cast(str, where)])  # type: ignore[method-assign]
+    work = dataclasses.asdict(dataclasses.replace(WORK, format="bfloat16"))
+    with pytest.raises(LearnerFailed) as failed:
+        pupil.on_task(
+            {"source": "", "work": work, "specs": None, "weights": "weights", "delta": "delta", "residual": None}
+        )
+    assert failed.value.released == [(1.0, 1.0, 1)]
+
+
+@pytest.mark.usefixtures("_opacus")
 def test_a_learner_that_trains_without_noise_sends_nothing() -> None:
     with pytest.raises(
         LearnerFailed, match="train\\(\\) does not know how: let it train with model, optimizer, loader"
@@ -117,7 +165,8 @@ def test_the_wrapper_is_for_the_tasks_model_and_for_one_optimizer() -> None:
     private(model, optimizer, DataLoader(DATA))
     with pytest.raises(ValueError, match="once a task"):
         private(model, optimizer, DataLoader(DATA))
-    private.close()
+    with private:
+        pass
 
 
 @pytest.mark.usefixtures("_opacus")
@@ -186,6 +235,9 @@ def test_nothing_is_spent_beyond_the_plans_budget_or_the_owners(tmp_path: Path) 
         spending.spend("other", ROWS, [(4.0, 1.0, 3)])  # 1.35 for the one run, 1.7 for the other: they add up
     assert json.loads((tmp_path / "ada.privacy").read_bytes()) == {"r": [[4.0, 1.0, 2, False]]}
     spending.check(TASK, Layout(()))
+    failed = LearnerFailed("it has failed", [(4.0, 1.0, 3)])  # of what cannot be paid not even that is told
+    assert "the owner of the data allows 2" in spending.told(TASK, failed)
+    assert spending.told(TASK, LearnerFailed("it has failed")) == "it has failed"
     spending.spend("r", ROWS, [(4.0, 1.0, 1)])
     with pytest.raises(LearnerFailed, match="the owner of the data allows 2"):
         Spending(tmp_path, "ada", owner(2.0)).spend("r", ROWS, [(4.0, 1.0, 2)])

@@ -246,6 +246,20 @@ def test_a_worker_pays_for_each_sum_that_it_is_in_for_others_can_reveal_that_wit
     assert released.times == 2
 
 
+def test_vows_of_another_quorum_are_no_further_line_in_the_owners_ledger(tmp_path: Path) -> None:
+    """Of so many vows there are more quorums than any disk has room for, and shares are opened once."""
+    company, form = Company(tmp_path, "abcdef"), Form(ring(), MODEL)
+    finishers = company.add_up(form)
+    vows = [company.say(name, finishers).signature for name in finishers.workers]
+    assert company.core.pact.quorum == 5
+    for left_out in range(6):
+        reveal = pact.Reveal(tuple(b"" if at == left_out else vow for at, vow in enumerate(vows)))
+        assert company.talks["a"].heed(Call(TASK.of, 1, reveal)) == (left_out == 0)
+    assert company.noted == ["secure"]
+    with pytest.raises(Alarm, match="another set of finishers"):
+        company.say("a", replace(finishers, workers=finishers.workers[:5], lost=("f",)))
+
+
 def test_of_two_attempts_at_a_round_that_are_open_at_once_a_worker_helps_to_unmask_one(tmp_path: Path) -> None:
     """A coordinator that lies has two sums of the same updates, of five and of four: their difference is the fifth's.
 
@@ -310,6 +324,7 @@ def test_both_sides_derive_keys_from_the_noise_that_was_asked_for() -> None:
     [
         ({"noise": replace(SUM, multiplier=0.0)}, "hides nobody"),
         ({"noise": replace(SUM, of="row", multiplier=0.0)}, "hides nobody"),
+        ({"noise": replace(SUM, of="row", clip=2.0**-149)}, "hides nobody"),
         ({"noise": replace(SUM, least=2)}, "hides nobody"),
         ({"secure": None}, "must say privacy = secure"),
         ({"examples_max": 20}, "with noise a worker counts as one example, not 20"),

@@ -4,6 +4,7 @@ Does not know what any command does.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -60,13 +61,15 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Scalar]:
     """`["lr=0.1", "name=x"]` as settings: numbers, true and false as such, anything else as text.
 
     Raises:
-        UsageError: a pair without `=`.
+        UsageError: a pair without `=`, or a name that each task gives another value.
     """
     settings: dict[str, Scalar] = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"--set takes NAME=VALUE, not {pair!r}.")
+        if name in ("seed", "round", "private"):
+            raise UsageError(f"--set cannot set {name}, which every task brings itself: take another name.")
         settings[name] = _value(text)
     return settings
 
@@ -75,10 +78,8 @@ def _value(text: str) -> Scalar:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 

@@ -150,7 +150,7 @@ def _canonical(spec: TensorSpec) -> tuple[int, str]:
 
 def _check_spec(spec: TensorSpec) -> None:
     if spec.dtype not in ITEM_BYTES:
-        raise WireError(f"tensor {spec.name[:80]!r} has the dtype {spec.dtype[:40]!r}, which does not travel.")
+        raise WireError(f"tensor {spec.name[:80]!r} is {spec.dtype[:40]!r}, which does not travel: take float32.")
     if NAME.fullmatch(spec.name) is None:
         raise WireError(f"a tensor's name must have 1 to {NAME_LENGTH_MAX} characters, and not be __metadata__.")
     if len(spec.shape) > DIMENSIONS_MAX or any(not 0 <= n <= PAYLOAD_BYTES_MAX for n in spec.shape):

@@ -161,19 +161,14 @@ class Pupil:
             raise LearnerFailed(another)  # it was changed after the daemon had looked
         layout = self.place.layout if request["specs"] is None else layout_of(request["specs"])
         received, room = self._room(request["weights"]), self._room(request["delta"]) if work.train else None
-        as_it_is = work.format == "float32"
         try:
-            into = room if as_it_is else self._scratch(layout)
+            into = room if work.format == "float32" else self._scratch(layout)
             done = task.do(place, work, layout=layout, received=received, into=into)
         except FluffleError:
             self._mend()
             raise
         delta, examples = done.delta, done.examples and min(done.examples, work.examples_max)
-        within = True
-        if delta is not None and work.clip:
-            within = clip(FORMATS["float32"], layout, memoryview(delta), work.clip) <= work.clip
-        if delta is not None and not as_it_is:
-            _pack(layout, done, work, room=room, residual=request["residual"])
+        within = delta is None or _pack(layout, done, work, room=room, residual=request["residual"])
         return {
             "examples": examples, "metrics": done.metrics, "scores": done.scores,
             "seconds": time.monotonic() - began, "within": within, "released": done.released,
@@ -191,12 +186,10 @@ class Pupil:
 
     def _mend(self) -> None:
         """What a failed task has done to the model's tensors must not fail the next one, which may be another's."""
-        try:
-            whole = weights.layout_of(self.place.model) == self.place.layout
-        except UsageError:
-            whole = False
-        if not whole:
-            self._renew(self.place.learner)
+        with suppress(UsageError):
+            if weights.layout_of(self.place.model) == self.place.layout:
+                return
+        self._renew(self.place.learner)
 
     def _beside(self, source: str) -> task.Place:
         """The learner beside the data of a source, which is loaded once."""
@@ -215,14 +208,22 @@ class Pupil:
         return memoryview(self._files[where["file"]])[where["at"] : where["at"] + where["size"]]
 
 
+@np.errstate(all="ignore")  # a learner may have told numpy to raise where numbers vanish, as small ones do in formats
 def _pack(
     layout: Layout, done: Outcome, work: Work, *, room: memoryview | None, residual: tuple[str, str] | None
-) -> None:
-    """Write the update as its format has it; what that leaves out is added to what is owed.
+) -> bool:
+    """Cut the update to its clip, and write it as its format has it; what that leaves out is added to what is owed.
+
+    Returns:
+        Whether it was within the clip before.
 
     Raises:
         LearnerFailed: the format cannot carry it, or there is no room for what it leaves out.
     """
+    delta = memoryview(done.delta or b"")
+    within = not work.clip or clip(FORMATS["float32"], layout, delta, work.clip) <= work.clip
+    if work.format == "float32":
+        return within
     fmt, owed = format_of(work.format, keep=work.keep), None
     dice = np.random.default_rng([work.seed, DICE_OF_FORMATS])
     what = f"what the format {work.format} leaves out of an update cannot be kept"
@@ -231,13 +232,14 @@ def _pack(
         with trouble(what, remedy, error=LearnerFailed):
             if residual is not None:
                 owed = _read_floats(Path(residual[0]), count_floats(layout))
-            packed = fmt.pack(layout, memoryview(done.delta or b""), residual=owed, dice=dice, into=room)
+            packed = fmt.pack(layout, delta, residual=owed, dice=dice, into=room)
             if work.clip:
                 clip(fmt, layout, packed, work.clip)
             if residual is not None and owed is not None:
                 owed.tofile(residual[1])
     except WireError as problem:
         raise LearnerFailed(str(problem), done.released) from None
+    return within
 
 
 def _read_floats(file: Path, count: int) -> NDArray[np.float32]:

@@ -62,7 +62,7 @@ class Policy:
         rounds_a_day: most tasks that are trained from midnight to midnight.
         cohort_min: fewest workers that are asked together with this one. In a plain round nobody can check it.
         model_bytes_max: the largest model.
-        examples_min: fewest examples that an update, or a score, must be made from to leave.
+        examples_min: fewest examples that an update, or a score, must be made from to leave; 0: any number.
         metrics: which of the learner's figures leave; `examples` among the scores is one of them.
         privacy: `secure`: only tasks are done whose outcome is added up in secret, and none is scored for itself.
         threshold_min: secure rounds: more than this part of those who hold shares must help to open a secret.
@@ -79,7 +79,7 @@ class Policy:
     rounds_a_day: Annotated[int, Field(ge=0)] | None = None
     cohort_min: Annotated[int, Field(ge=0)] = 0
     model_bytes_max: Annotated[int, Field(ge=1)] = PAYLOAD_BYTES_MAX
-    examples_min: Annotated[int, Field(ge=1)] = 1
+    examples_min: Annotated[int, Field(ge=0)] = 0
     metrics: _GLOBS = ANY
     privacy: Literal["any", "secure"] = "any"
     threshold_min: Annotated[float, Field(ge=0, lt=1)] = 2 / 3
@@ -128,7 +128,7 @@ class Policy:
 
     def permits_leaving(self, *examples: float | None) -> str:
         """Why what was made from so many examples does not leave; empty if it does. None: nobody has counted."""
-        few = any(count is not None and count < self.examples_min for count in examples)
+        few = self.examples_min > 0 and any(count is not None and count < self.examples_min for count in examples)
         return _said(f"asks for {self.examples_min} examples a task at the least") if few else ""
 
     def may_leave(self, metrics: Mapping[str, float]) -> dict[str, float]:

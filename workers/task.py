@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,7 @@ def set_up(learner: Learner, source: str) -> Place:
     Raises:
         UsageError: data() or model() raised, or the model cannot travel.
     """
-    data = load_data(learner, source)
-    model = new_model(learner)
+    data, model = load_data(learner, source), new_model(learner)
     return Place(learner, model, data, weights.layout_of(model))
 
 
@@ -95,7 +95,7 @@ def do(
             the weights look made for reading the data off its update.
     """
     model = place.model
-    if work.train and (suspicious := suspicion(layout, memoryview(received))):
+    if work.train and (suspicious := suspicion(layout, memoryview(received), fixed=_fixed(model))):
         raise LearnerFailed(suspicious)
     with blaming("the learner's model cannot be given the version's weights:", LearnerFailed):
         model.zero_grad(set_to_none=True)  # nothing of an earlier task may leak into this one
@@ -126,6 +126,13 @@ def do(
     return Outcome(examples, metrics, scores, delta)
 
 
+def _fixed(model: nn.Module) -> set[str]:
+    """Buffers and frozen parameters, by all their names."""
+    with blaming("the tensors of the learner's model cannot be listed:", LearnerFailed):
+        tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        return {name for name, tensor in tensors if not tensor.requires_grad}
+
+
 def _sow(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (a learner may well use numpy's global dice)
@@ -143,15 +150,14 @@ def _has_accelerator() -> bool:
 
 def _trained(returned: Any) -> tuple[int, dict[str, float]]:
     found, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
+    counted: Any = None if isinstance(found, bool) else found
     try:
-        examples = None if isinstance(found, bool) else operator.index(found)
+        examples = operator.index(counted)
     except TypeError:
-        examples = None
-    if examples is None:
         raise LearnerFailed(
-            f"train() returned {_kind(returned)}: it must return how many examples it learned from, "
-            "or that and a dict of metrics."
-        )
+            f"train() returned {_kind(found)} where the number of examples belongs: it must return how many examples "
+            "it learned from, a whole number, or that and a dict of metrics."
+        ) from None
     if not 1 <= examples <= EXAMPLES_MAX:
         raise LearnerFailed(f"train() says it learned from {examples} examples: it must be 1 to {EXAMPLES_MAX}.")
     return examples, _metrics(metrics, "train")
@@ -175,15 +181,13 @@ def _metrics(found: Any, name: str) -> dict[str, float]:
 
 
 def _number(value: Any, said: str) -> float:
-    complaint = LearnerFailed(f"{said} {_kind(value)}: it must be a number.")
-    if isinstance(value, str | bytes):  # float("1") would do, and hide a mistake
-        raise complaint
+    plain: Any = None if isinstance(value, str | bytes) else value  # float("1") would do, and hide a mistake
     try:
-        return float(value)
+        return float(plain.detach() if isinstance(plain, torch.Tensor) else plain)  # or torch warns
     except OverflowError:
         return math.inf
     except (TypeError, ValueError, RuntimeError):
-        raise complaint from None
+        raise LearnerFailed(f"{said} {_kind(value)}: it must be a number.") from None
 
 
 def _kind(value: Any) -> str:

@@ -123,6 +123,6 @@ def _looked_at(layout: Layout, first: memoryview, second: memoryview) -> tuple[s
     if not np.array_equal(view(first, "uint8"), view(second, "uint8")):
         warnings.append(
             "train() with the same seed twice gave two different results: draw all chance from settings['seed'], "
-            "or an update that has to be made again will not be the same."
+            "keep nothing, like an optimizer, for the next task, or an update that is made again will be another."
         )
     return tuple(warnings)

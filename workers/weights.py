@@ -63,11 +63,19 @@ def read(model: nn.Module, layout: Layout, *, into: Raw | None = None) -> Raw:
     """The model's weights as raw bytes in the order of `layout`, which must be `layout_of(model)`.
 
     They are written to `into`, exactly as long, or else to new memory.
+
+    Raises:
+        UsageError: one is not finite.
     """
     data = bytearray(layout.size_bytes) if into is None else into
     state = _state(model)
     for spec, place in _tensors(layout, data):
         place.copy_(state[spec.name])
+        if not torch.isfinite(place).all():
+            raise UsageError(
+                f"the model's tensor {spec.name!r} has NaN or infinite values, which no mean can hold: give it "
+                "others in model(), or, if it is a buffer that never changes, like a mask, persistent=False."
+            )
     return data
 
 

@@ -153,6 +153,18 @@ async def test_figures_that_may_not_leave_do_not_nor_are_they_kept(tmp_path: Pat
         assert [line["metrics"] for line in lines(fed, "a", "update")] == [[], []]
 
 
+async def test_the_log_does_not_tell_scores_of_before_training_as_what_came_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    rules = policy(tmp_path, 'metrics = ["sum"]\nlog = "metrics"')  # which evaluate reports, and train does not
+    async with federation(tmp_path, rounds=1, cohort=1, quorum=1) as fed:
+        fed.join("a", policy=rules)
+        await fed.end()
+    said = [line for line in caplog.messages if " in 0.00 s" in line]
+    assert [line.partition(" s: ")[2].partition(" ")[0] for line in said] == ["", "sum"], said
+
+
 async def test_what_few_examples_have_made_does_not_leave(tmp_path: Path) -> None:
     rules = policy(tmp_path, "examples_min = 51")  # nobody of these has more than 50
     async with federation(tmp_path, rounds=1, cohort=2, quorum=1) as fed:

@@ -36,7 +36,7 @@ from workers.work import Done, Work
 # a learner that does whatever the settings say, and says through a pipe that it has begun
 LEARNER = """
 import ctypes, os, subprocess, sys, time
-import torch
+import numpy, torch
 
 def model():
     return torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))
@@ -72,13 +72,16 @@ def train(model, data, settings):
         time.sleep(0.2)
     if what == "widen":
         model.double()
+    if what == "mind":
+        numpy.seterr(all="raise")
+        settings["tiny"] = 1e-40
     if what == "hang":
         ctypes.PyDLL(None).pause()  # for ever, and holding the interpreter's lock
     with torch.no_grad():
         if what == "drift":
             model[0].bias += 0.123456
             model[0].weight += torch.tensor([[0.0625, -0.765432]])
-        model[0].weight += 1
+        model[0].weight += settings.get("tiny", 1)
         model[1].num_batches_tracked += 2
     return 5, {"tasks": data["tasks"]}
 """
@@ -424,6 +427,19 @@ def evaluate(model, data): return {}
 
 
 # -- bounds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "top-k"])
+async def test_a_learner_that_lets_numpy_raise_where_numbers_vanish_is_no_bar_to_small_updates(
+    learner: str, tmp_path: Path, name: str
+) -> None:
+    async with training(learner, tmp_path) as trainer:
+        layout = await trainer.start()
+        weights = trainer.spool.take(layout.size_bytes)
+        weights.data[:] = bytes(layout.size_bytes)
+        asked = replace(work(do="mind"), format=name, keep=0.7, clip=0.25)
+        done = await trainer.run(asked, layout, source="here", weights=weights)
+        assert done.within
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "top-k"])

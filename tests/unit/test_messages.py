@@ -282,7 +282,7 @@ def test_a_value_out_of_bounds_is_refused(message: Message, changed: dict[str, A
     [
         ({"part_bytes": PART_BYTES_MIN - 1}, "update.payload.part_bytes must be within"),
         ({"part_bytes": PART_BYTES_MAX + 1}, "update.payload.part_bytes must be within"),
-        ({"tensors": [{"name": "w", "dtype": "object", "shape": []}]}, "the dtype 'object', which does not travel"),
+        ({"tensors": [{"name": "w", "dtype": "object", "shape": []}]}, "'w' is 'object', which does not travel"),
         ({"tensors": [{"name": "", "dtype": "bool", "shape": []}]}, "name must have 1 to 512 characters"),
         ({"tensors": [{"name": "w", "dtype": "bool", "shape": [-1]}]}, "impossible shape"),
         ({"tensors": [{"name": "w", "dtype": "bool", "shape": [1] * 17}]}, "impossible shape"),

@@ -42,6 +42,12 @@ def test_what_is_not_a_pair_is_refused(pair: str) -> None:
     assert str(caught.value) == f"--set takes NAME=VALUE, not {pair!r}."
 
 
+@pytest.mark.parametrize("name", ["seed", "round", "private"])
+def test_what_every_task_brings_itself_cannot_be_set(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--set cannot set {name}, which every task brings itself"):
+        parse_settings(["lr=1", f"{name}=3"])
+
+
 def test_state_is_kept_where_the_user_wants_it_or_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)

@@ -39,7 +39,8 @@ asked = st.builds(
 @given(asked, st.integers(0, DAY_MINUTES - 1), st.integers(0, 10**6))
 def test_a_worker_without_rules_serves_whatever_is_asked(asked: Asked, minute: int, done: int) -> None:
     assert Policy().permits(asked, minute=minute, done_today=done) == ""
-    assert Policy().permits_leaving(1, None) == ""
+    assert Policy().permits_leaving(1, None) == Policy().permits_leaving(1, 0.0) == ""  # no rows held out to score on
+    assert Policy().permits_leaving(1, -3.0) == ""
     assert Policy().may_leave({"loss": 1.0}) == {"loss": 1.0}
 
 
@@ -145,7 +146,7 @@ def test_figures_leave_by_name_and_what_few_rows_have_made_does_not() -> None:
         ({"rounds_a_day": 1.5}, "rounds_a_day must be a whole number"),
         ({"rounds_a_day": True}, "rounds_a_day must be a whole number"),
         ({"cohort_min": -1}, "cohort_min must be at least 0"),
-        ({"examples_min": 0}, "examples_min must be at least 1"),
+        ({"examples_min": -1}, "examples_min must be at least 0"),
         ({"privacy": "none"}, "privacy must be 'any' or 'secure'"),
         ({"threshold_min": 1.0}, "threshold_min must be below 1"),
         ({"epsilon_max": math.nan}, "epsilon_max must be at least 0"),

@@ -118,7 +118,14 @@ def test_examples_may_be_any_whole_number_above_nothing(examples: Any) -> None:
 
 @pytest.mark.parametrize("returned", [None, True, 1.0, "3", {}, (1, 2, 3), [3], ({}, 3)])
 def test_what_are_no_examples_are_refused(returned: Any) -> None:
-    assert "it must return how many examples it learned from" in failure(returning(returned))
+    assert "it must return how many examples it learned from, a whole number" in failure(returning(returned))
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind"), [(1.0, "a float"), ((1.0, {}), "a float"), ((None, {}), "None"), ((1, 2, 3), "a tuple")]
+)
+def test_what_stands_where_the_examples_belong_is_named(returned: Any, kind: str) -> None:
+    assert f"train() returned {kind} where the number of examples belongs:" in failure(returning(returned))
 
 
 @pytest.mark.parametrize("examples", [0, -1, EXAMPLES_MAX + 1])
@@ -129,6 +136,11 @@ def test_examples_out_of_bounds_are_refused(examples: int) -> None:
 def test_metrics_may_be_any_numbers_and_those_not_finite_are_left_out() -> None:
     given = {"a": 1, "b": np.float32(2.5), "c": torch.tensor([3.0]), "d": True, "e": float("nan"), "f": 10**400}
     assert do(returning((1, given))).metrics == {"a": 1.0, "b": 2.5, "c": 3.0, "d": 1.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_metric_may_still_hold_its_gradient() -> None:
+    assert do(returning((1, {"loss": torch.tensor(2.0, requires_grad=True)}))).metrics == {"loss": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -200,6 +212,29 @@ def test_training_that_diverged_is_a_failure() -> None:
         return 1
 
     assert "training diverged: tensor weight has NaN" in failure(place(train))
+
+
+class Repeating(nn.Module):
+    """Rows that point the same way: of a mask, of a filter that does not learn, and, if wanted, of one that does."""
+
+    def __init__(self, *, learns: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1, 2))
+        self.register_buffer("mask", torch.ones(8, 9))
+        self.blur = nn.Conv2d(1, 8, 3, bias=False).requires_grad_(learns)
+        self.same = self.blur
+        nn.init.ones_(self.blur.weight)
+
+
+def received_by(model: nn.Module) -> Outcome:
+    here = place(model=lambda: model)
+    return task.do(here, BOTH, layout=here.layout, received=weights.read(model, here.layout))
+
+
+def test_only_what_learns_may_not_look_made_for_reading_rows_off() -> None:
+    assert received_by(Repeating(learns=False)).examples == 3
+    with pytest.raises(LearnerFailed, match=r"7 of 8 rows of blur.weight point the same way.* model\(\) begins so"):
+        received_by(Repeating(learns=True))
 
 
 def test_another_model_than_the_versions_is_a_failure() -> None:

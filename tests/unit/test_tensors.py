@@ -116,7 +116,7 @@ def test_the_items_of_every_dtype_are_as_wide_as_torch_has_them() -> None:
 @pytest.mark.parametrize(
     ("specs", "said"),
     [
-        ([TensorSpec("w", "complex64", ())], "'w' has the dtype 'complex64', which does not travel"),
+        ([TensorSpec("w", "complex64", ())], "'w' is 'complex64', which does not travel: take float32."),
         ([TensorSpec("w", "float32", (-1,))], "'w' has an impossible shape"),
         ([TensorSpec("w", "float32", (1,) * 17)], "'w' has an impossible shape"),
         ([TensorSpec("", "float32", ())], "must have 1 to 512 characters"),

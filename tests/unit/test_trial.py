@@ -29,6 +29,7 @@ def test_a_train_that_changes_no_weights_is_warned_about() -> None:
 def test_a_train_that_is_different_every_time_is_warned_about() -> None:
     (warning,) = trial._looked_at(LAYOUT, delta([0, 0.5]), delta([0, 0.25]))
     assert warning.startswith("train() with the same seed twice gave two different results")
+    assert "keep nothing, like an optimizer, for the next task" in warning
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

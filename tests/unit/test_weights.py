@@ -136,6 +136,17 @@ def test_what_cannot_travel_is_refused_in_a_sentence(model: nn.Module, said: str
         weights.layout_of(model)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_that_no_mean_can_hold_are_refused_before_training(number: float, dtype: torch.dtype) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, number], dtype=dtype))
+    with pytest.raises(UsageError, match=r"tensor 'mask' has NaN or infinite values, .* persistent=False"):
+        weights.read(model, weights.layout_of(model))
+    model.register_buffer("mask", torch.tensor([0.0, number]), persistent=False)
+    assert weights.read(model, weights.layout_of(model))
+
+
 def test_state_that_is_no_tensor_is_refused() -> None:
     class Extra(nn.Module):
         def get_extra_state(self) -> object:

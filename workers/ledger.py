@@ -20,7 +20,7 @@ from threading import Lock
 from typing import Any
 
 from broker.chain import AFTER_TORN, CHAIN, Chain
-from broker.errors import LearnerFailed, UsageError
+from broker.errors import GaveUp, LearnerFailed, UsageError
 from broker.files import sync
 from broker.options import state_folder
 
@@ -48,6 +48,7 @@ class Ledger:
 
         Raises:
             LearnerFailed: the disk is full or not writable.
+            GaveUp: the folder was moved or removed.
         """
         line = {"event": event, "at": round(time.time(), 3)} | {name: plain(fact) for name, fact in facts.items()}
         with self._alone:
@@ -91,6 +92,8 @@ class Ledger:
     def _disk(self, what: str = "written") -> Iterator[None]:
         try:
             yield
+        except FileNotFoundError:
+            raise GaveUp(f"{self.path} is gone, with its folder: a worker that is started anew makes both.") from None
         except OSError as problem:
             raise LearnerFailed(
                 f"this worker's ledger cannot be {what} ({problem.strerror}), and without it nothing leaves: make "

@@ -599,3 +599,25 @@ async def test_a_refusal_that_was_lost_with_the_inbox_is_said_again_and_its_roun
         assert {each.of.attempt for each in said[2:]} <= {0}  # the last version is not scored either
         assert fed.lines("round")[0]["refused"] == {"b": "a disk is full"}
         assert fed.counted() == [["a", "c"]]
+
+
+async def test_a_broker_that_has_lost_everything_in_the_midst_of_an_upload_is_furnished_anew_by_whoever_notices_first(
+    tmp_path: Path,
+) -> None:
+    async with federation(tmp_path, rounds=1) as fed:
+        lost: list[Part] = []
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if isinstance(message, Part) and isinstance(what, Outgoing) and "/b/" in message.payload and not lost:
+                lost.append(message)
+                fed.broker.wipe()
+
+        fed.hook = look
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert lost
+        assert fed.weights() == expected(fed.store.plan, [NAMES])
+        assert [number for train, number in fed.places["b"].lesson.done if train] == [1]

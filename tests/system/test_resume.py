@@ -375,7 +375,9 @@ async def test_of_two_copies_of_a_run_one_ends_also_where_the_broker_was_away_an
         await fed._bury()
 
 
-async def test_workers_do_not_listen_to_a_coordinator_that_has_been_followed(tmp_path: Path) -> None:
+async def test_workers_do_not_listen_to_a_coordinator_that_has_been_followed_and_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with federation(tmp_path, rounds=1) as fed:
         for name in NAMES:
             fed.join(name)
@@ -386,11 +388,16 @@ async def test_workers_do_not_listen_to_a_coordinator_that_has_been_followed(tmp
         former.post.epoch = 4
         await former.post.declare()
         here = former._open(list(NAMES))
+        here.round.begin_turn(asyncio.get_running_loop().time())
         await former._send(here, list(NAMES))
         await fed.until(lambda: all(not place.worker._landing for place in fed.places.values()))
         await fed.until(lambda: not any(waiting(fed, name) for name in NAMES))
         await wire.close()
         assert {name: place.lesson.done for name, place in fed.places.items()} == done
+        said = (
+            "a former coordinator of test is not listened to; if it is the present one, clocks were set back: start"
+        )
+        assert [each.levelname for each in caplog.records if said in each.getMessage()] == ["WARNING"] * len(NAMES)
 
 
 def waiting(fed: Federation, name: str) -> int:

@@ -59,12 +59,12 @@ class Claim:
 
         Raises:
             RunEnded: somebody has.
+            UsageError: the run is gone.
         """
         if not self.ours():
-            raise RunEnded(
-                f"another coordinator has taken over the run in {self._folder}: this one has changed nothing since, "
-                "and ends."
-            )
+            if self._looks() is None:
+                raise UsageError(f"{self._folder / EPOCH} is gone: put the run back where it was, then start again.")
+            raise RunEnded(f"another coordinator has taken over the run in {self._folder}: this one ends.")
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:

@@ -50,6 +50,12 @@ class MemoryBroker:
         for queue in self._queues.values():
             queue.forget()
 
+    def wipe(self) -> None:
+        """Lose everything, as a broker does whose folder was removed."""
+        for name in [*self._queues]:
+            self.delete(name)
+        self._exchanges.clear()
+
     def tell(self) -> None:
         """Something has changed: whoever waits looks again."""
         self._news.set()

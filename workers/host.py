@@ -35,16 +35,16 @@ async def serve(workers: Sequence[Worker], stop: asyncio.Event) -> None:
     """Let all of them work until `stop` is set. One that fails ends alone, and says why in the log.
 
     Raises:
-        FluffleError: all have failed; the reason of the first that did.
+        FluffleError, OSError: all have failed; the reason of the first that did.
     """
     if len(workers) > 1:
         log.info("%d workers begin, %s to %s", len(workers), workers[0].who.name, workers[-1].who.name)
-    failures: list[FluffleError] = []
+    failures: list[Exception] = []
 
     async def one(worker: Worker) -> None:
         try:
             await worker.serve(stop)
-        except FluffleError as problem:
+        except (FluffleError, OSError) as problem:  # the second: its disk
             failures.append(problem)
             if len(workers) > 1:
                 log.warning("%s has ended: %s", worker.who.name, problem)

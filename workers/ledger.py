@@ -20,7 +20,7 @@ from threading import Lock
 from typing import Any
 
 from broker.chain import AFTER_TORN, CHAIN, Chain
-from broker.errors import LearnerFailed, UsageError
+from broker.errors import GaveUp, LearnerFailed, UsageError
 from broker.fields import legible
 from broker.files import sync, trouble
 from broker.options import state_folder
@@ -50,6 +50,7 @@ class Ledger:
 
         Raises:
             LearnerFailed: the disk is full or not writable.
+            GaveUp: the folder was moved or removed.
         """
         line = {"event": event, "at": round(time.time(), 3)} | {name: plain(fact) for name, fact in facts.items()}
         with self._alone:
@@ -90,9 +91,16 @@ class Ledger:
             return [*lines(self.path.read_bytes())] if self.path.exists() else []
 
 
-def _disk(what: str = "written") -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _disk(what: str = "written") -> Iterator[None]:
     remedy = "without it nothing leaves, so make room on its disk, or choose another folder with --state"
-    return trouble(f"this worker's ledger cannot be {what}", remedy, error=LearnerFailed)
+    with trouble(f"this worker's ledger cannot be {what}", remedy, error=LearnerFailed):
+        try:
+            yield
+        except FileNotFoundError as gone:
+            raise GaveUp(
+                f"{gone.filename} is gone, with its folder: a worker that is started anew makes both."
+            ) from None
 
 
 def lines(data: bytes) -> Iterator[Line]:

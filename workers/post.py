@@ -164,7 +164,8 @@ class Post:
                 await self._ask_for_queues()
                 raise
             log.info("making the upload queue anew: %s", problem)
-            await self._link.declare(topology.of_worker(self.worker))
+            self._shared.declared = False  # it may be another broker, and we the first to notice
+            await self.declare()
             await publish_parts(self._link, split(payload, data), queue, key, lane=Lane.UP)
 
     # -- listening ----------------------------------------------------------------------------------------------

@@ -162,7 +162,8 @@ class Worker:
     def _outdated(self, run: str, epoch: int) -> bool:
         """Whether another coordinator has taken over the run since this one spoke."""
         if epoch < self._epochs.get(run, 0):
-            self._tell(f"heard from a former coordinator of {run}, and do not listen", logging.DEBUG)
+            why = "if it is the present one, clocks were set back: start this worker anew"
+            self._tell(f"a former coordinator of {run} is not listened to; {why}", logging.WARNING)
             return True
         self._epochs[run] = epoch
         while len(self._epochs) > RUNS_MAX:

@@ -69,6 +69,17 @@ def test_whoever_has_been_followed_may_not_act(tmp_path: Path) -> None:
         pass
 
 
+def test_that_a_run_was_moved_or_removed_is_not_taken_for_another_coordinator(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    claim = Claim(tmp_path / "run")
+    claim.begin()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="epoch is gone: put the run back where it was, then start again"):
+        claim.check()
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    claim.check()
+
+
 def test_nobody_begins_while_somebody_acts(tmp_path: Path) -> None:
     former, latter, began = Claim(tmp_path), Claim(tmp_path), threading.Event()
     former.begin()

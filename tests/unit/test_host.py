@@ -69,6 +69,13 @@ async def test_when_all_have_failed_the_first_reason_is_told() -> None:
         await host.serve(cast_of(UsageError("first."), UsageError("second.")), asyncio.Event())
 
 
+async def test_what_the_disk_refuses_is_told_as_the_command_line_knows_it() -> None:
+    refused = OSError(30, "Read-only file system", "ada.toy.1.1.update")
+    with pytest.raises(OSError, match="Read-only file system") as caught:
+        await host.serve(cast_of(refused), asyncio.Event())
+    assert caught.value is refused
+
+
 async def test_a_fault_of_ours_is_not_hidden() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         await host.serve(cast_of(None, ZeroDivisionError()), asyncio.Event())

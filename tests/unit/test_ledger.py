@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.chain import check
-from broker.errors import LearnerFailed, UsageError
+from broker.errors import GaveUp, LearnerFailed, UsageError
 from workers import ledger
 from workers.ledger import ENTRIES_MAX, FLOOD_MAX, FLOOD_S, TEXT_MAX, Ledger, find, plain
 
@@ -125,6 +125,12 @@ def test_a_disk_that_does_not_keep_it_is_told_in_a_sentence(tmp_path: Path, monk
         account.write("taken")
     with pytest.raises(LearnerFailed, match="cannot be read"):
         account.read()
+
+
+def test_a_folder_that_is_gone_is_nothing_to_go_on_with(tmp_path: Path) -> None:
+    account = Ledger(tmp_path / "ada" / "ada.ledger")
+    with pytest.raises(GaveUp, match=r"ledger is gone, with its folder: a worker that is started anew makes both"):
+        account.write("taken")
 
 
 def test_it_is_kept_with_the_folder_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from broker import files
-from broker.errors import RunEnded
+from broker.errors import RunEnded, UsageError
 from broker.files import trouble, write_whole, written
 
 EPOCH, LOCK = "epoch", ".epoch.lock"

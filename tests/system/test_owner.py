@@ -248,7 +248,7 @@ async def test_a_worker_with_another_contract_refuses_and_names_the_tensor(tmp_p
         (line,) = fed.lines("round")
         assert [*line["counted"]] == ["a"]
         assert not line["declined"], "it is a failure: the operator must see to it"
-        assert line["refused"]["b"].endswith("…: b float16[1000] should be b float16[7].")
+        assert line["refused"]["b"].endswith("…: b float16[7] should be b float16[1000].")
         assert line["refused"]["c"] == (
             f"this worker's learner is another than the run's: its file has the SHA-256 {'0' * 64}, not {'f' * 64}."
         )

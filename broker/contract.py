@@ -27,7 +27,7 @@ class Contract:
             mine: this learner's tensors, as they would travel.
             theirs: those that travel.
         """
-        differs = mine.difference(theirs)
+        differs = theirs.difference(mine)
         if task.contract not in ("", self.tensors):
             differs = differs or "the tensors are the same, so the run was made for others or by another fluffle"
             contracts = f"its contract is {self.tensors[:16]}…, the run's is {task.contract[:16]}…"

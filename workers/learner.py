@@ -173,9 +173,9 @@ def _let_import_from(folder: Path) -> None:
 def _frames(problem: BaseException) -> list[str]:
     """Where it was raised, innermost first, in the user's own files where they appear at all."""
     frames = traceback.extract_tb(problem.__traceback__)
-    ours = Path(__file__).parent
+    ours, pythons = Path(__file__).parent, str(Path(traceback.__file__).parent)
     theirs = [f for f in frames if Path(f.filename).parent != ours and "importlib" not in f.filename]
-    users = [f for f in theirs if "site-packages" not in f.filename] or theirs
+    users = [f for f in theirs if "site-packages" not in f.filename and pythons not in f.filename] or theirs
     return [_told_frame(frame) for frame in reversed(users[-FRAMES_MAX:])]
 
 

@@ -348,8 +348,8 @@ class Worker:
         if train and private:
             done = await asyncio.to_thread(self._spending.pay, task, done)
         told = (done.metrics if train else done.scores) if self._owner.policy.log == "metrics" else {}
-        said = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
-        self._tell(f"{task.of}: {'trained' if train else 'scored'} in {done.seconds:.2f} s: {said}")
+        said = "".join(f", {name} {value:.4g}" for name, value in told.items())
+        self._tell(f"{task.of}: {'trained' if train else 'scored'} in {done.seconds:.2f} s{said}")
         return done
 
     async def _unfold(self, task: Task, landing: Landing) -> Slot:

@@ -74,7 +74,7 @@ def read(model: nn.Module, layout: Layout, *, into: Raw | None = None) -> Raw:
         if not torch.isfinite(place).all():
             raise UsageError(
                 f"the model's tensor {spec.name!r} has NaN or infinite values, which no mean can hold: give it "
-                "others in model(), or, if it is a buffer that never changes, like a mask, persistent=False."
+                "others in model(), or, if it is a buffer that never changes, register it with persistent=False."
             )
     return data
 

@@ -39,7 +39,7 @@ def test_a_run_that_says_nothing_of_its_learner_is_served_with_the_same_tensors(
     assert MINE.breach(TASK, MODEL, MODEL) == ""
     assert Contract().breach(TASK, MODEL, MODEL) == ""
     assert MINE.breach(TASK, MODEL, OTHER) == (
-        "this worker's learner has other tensors than the version: w float32[3, 2] should be w float32[2, 3]."
+        "this worker's learner has other tensors than the version: w float32[2, 3] should be w float32[3, 2]."
     )
 
 
@@ -49,7 +49,7 @@ def test_another_contract_is_told_by_the_tensor_that_differs() -> None:
     strange = replace(TASK, contract=fingerprint(OTHER))
     assert MINE.breach(strange, MODEL, OTHER) == (
         f"this worker's learner is another than the run's: its contract is {MINE.tensors[:16]}…, the run's is "
-        f"{fingerprint(OTHER)[:16]}…: w float32[3, 2] should be w float32[2, 3]."
+        f"{fingerprint(OTHER)[:16]}…: w float32[2, 3] should be w float32[3, 2]."
     )
     assert "the tensors are the same" in MINE.breach(strange, MODEL, MODEL)
 

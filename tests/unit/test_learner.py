@@ -1,6 +1,8 @@
 """Finding the user's learner: what is found, and the one sentence that says why not."""
 
+import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,14 @@ def test_what_is_told_of_an_error_is_short_and_valid_text() -> None:
     assert "\n" not in text
     assert text.startswith("ValueError: bad ? byte bad")
     assert text.count("←") == 4
+
+
+def test_an_error_deep_in_pythons_own_library_is_told_by_the_users_line() -> None:
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        json.load(StringIO('{"x": 3,}'))
+    (place,) = told(caught.value).split(" ← ")[1:]
+    assert place.startswith("test_learner.py line ")
+    assert "json.load(" in place
 
 
 def test_an_error_without_a_message_is_told_by_its_type() -> None:

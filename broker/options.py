@@ -4,6 +4,7 @@ Does not know what any command does.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,7 @@ Invite = Annotated[
     Path | None, typer.Option("--invite", envvar=INVITE, metavar="FILE", help="An invitation, in place of --broker.")
 ]
 Insecure = Annotated[
-    bool,
-    typer.Option("--insecure", envvar="FLUFFLE_INSECURE", help="Let --broker name another machine without TLS."),
+    bool, typer.Option("--insecure", envvar="FLUFFLE_INSECURE", help="Let --broker name another machine without TLS.")
 ]
 SettingPairs = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting for the learner's train().")
@@ -75,10 +75,8 @@ def _value(text: str) -> Scalar:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 

@@ -64,10 +64,7 @@ class Coordinator:
         self.roster = self.desk.roster
         self._former = self.desk.remember(store.history())
         self._budget = Budget(store, version, model=self.layout) if self.plan.dp in plans.ON_SUMS else None
-        self._spent, self._ends = (
-            dict[str, str](),
-            "",
-        )  # whose own budgets are; why the run ends early
+        self._spent, self._ends = dict[str, str](), ""  # whose own budgets are; why the run ends early
         pay = self._budget.spend if self._budget else lambda _: None
         self._secrecy: Secrecy | None = None
         if self.plan.privacy == "secure":

@@ -156,11 +156,7 @@ def _members(
 
 
 async def _serve(
-    whos: list[Who],
-    sources: list[str],
-    trainer: Trainer,
-    connect: Callable[[], Awaitable[Link]],
-    stop: asyncio.Event,
+    whos: list[Who], sources: list[str], trainer: Trainer, connect: Callable[[], Awaitable[Link]], stop: asyncio.Event
 ) -> None:
     try:
         link = await connect()
@@ -178,11 +174,7 @@ async def _serve(
 
 
 def try_(
-    learner: LearnerName,
-    data: Source,
-    settings: SettingPairs = None,
-    threads: Threads = 1,
-    invite: Invite = None,
+    learner: LearnerName, data: Source, settings: SettingPairs = None, threads: Threads = 1, invite: Invite = None
 ) -> None:
     """Check a learner without any broker: one task, timed and looked at; and the invitation, if there is one."""
     access = Access.invited(invite, "worker") if invite else None

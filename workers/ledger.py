@@ -21,6 +21,7 @@ from typing import Any
 
 from broker.chain import AFTER_TORN, CHAIN, Chain
 from broker.errors import LearnerFailed, UsageError
+from broker.fields import escaped
 from broker.files import sync
 from broker.options import state_folder
 from broker.pact import COHORT_MAX
@@ -125,10 +126,9 @@ def find(folder: Path | None, worker: str) -> Path:
 
 def moment(line: Line) -> datetime | None:
     """When a line was written, in local time; None if somebody else has written it, and what is no time."""
-    try:
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError, OSError):
         return datetime.fromtimestamp(line["at"], UTC).astimezone()
-    except (KeyError, TypeError, ValueError, OverflowError, OSError):
-        return None
+    return None
 
 
 def told(line: Line) -> tuple[str, ...]:
@@ -146,10 +146,7 @@ def told(line: Line) -> tuple[str, ...]:
 def plain(fact: Any) -> Any:
     """A fact as it may stand in a line: bounded, and nothing in it that a terminal would obey."""
     if isinstance(fact, str):
-        shown = fact[:TEXT_MAX]
-        if not shown.isprintable():
-            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-        return shown[:TEXT_MAX]
+        return escaped(fact[:TEXT_MAX])[:TEXT_MAX]
     if isinstance(fact, Mapping):
         return {plain(name): plain(value) for name, value in [*fact.items()][:ENTRIES_MAX]}
     if isinstance(fact, list | tuple):

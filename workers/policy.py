@@ -109,10 +109,7 @@ class Policy:
             (not self.is_open(minute), f"serves at {' and '.join(self.hours)} only, by its clock it is {clock}"),
             (asked.size_bytes > self.model_bytes_max, f"takes models of {self.model_bytes_max} bytes at the most"),
             (self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
-            (
-                self.is_unbounded(asked.delta),
-                f"bounds epsilon, for a delta of {self.delta_max:g} at the most",
-            ),
+            (self.is_unbounded(asked.delta), f"bounds epsilon, for a delta of {self.delta_max:g} at the most"),
             (trains and asked.cohort < self.cohort_min, f"asks for a cohort of {self.cohort_min} at the least"),
             (trains and most is not None and done_today >= most, f"serves {most} rounds a day"),
         )

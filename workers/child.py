@@ -167,14 +167,13 @@ class Pupil:
         except FluffleError:
             self._mend()
             raise
-        delta, examples = done.delta, done.examples and min(done.examples, work.examples_max)
-        within = True
+        delta, within = done.delta, True
         if delta is not None and work.clip:
             within = clip(FORMATS["float32"], layout, memoryview(delta), work.clip) <= work.clip
         if delta is not None and not as_it_is:
             _pack(layout, done, work, room=room, residual=request["residual"])
         return {
-            "examples": examples, "metrics": done.metrics, "scores": done.scores,
+            "examples": done.examples, "metrics": done.metrics, "scores": done.scores,
             "seconds": time.monotonic() - began, "within": within, "released": done.released,
         }  # fmt: skip
 

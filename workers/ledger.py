@@ -10,11 +10,9 @@ Nor can it fill the disk with refusals: an hour has only so many of them, and ho
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 from broker.chain import AFTER_TORN, CHAIN, Chain
 from broker.errors import LearnerFailed, UsageError
 from broker.fields import escaped
-from broker.files import sync
+from broker.files import appending, sync
 from broker.options import state_folder
 from broker.pact import COHORT_MAX
 
@@ -55,7 +53,7 @@ class Ledger:
         with self._alone:
             if event in FLOODS and not self._has_room(event, line):
                 return
-            with self._disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
+            with self._disk(), appending(self.path, 0o600) as file:
                 self._chain.append(file, line)
 
     def _has_room(self, event: str, line: Line) -> bool:

@@ -230,7 +230,8 @@ def _pack(
         if work.clip:
             clip(fmt, layout, packed, work.clip)
         if residual is not None and owed is not None:
-            owed.tofile(residual[1])
+            with open(residual[1], "wb", opener=partial(os.open, mode=0o600)) as left:
+                owed.tofile(left)
     except WireError as problem:
         raise LearnerFailed(str(problem), done.released) from None
     except OSError as problem:

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -210,7 +211,7 @@ class Spool:
         path = self.folder / f"{self._files}{SUFFIX}"
         self._files += 1
         try:
-            with path.open("w+b") as opened:
+            with open(path, "w+b", opener=partial(os.open, mode=0o600)) as opened:  # whoever reads updates reads rows
                 _reserve(opened.fileno(), count * pitch)
                 mapped = mmap.mmap(opened.fileno(), count * pitch)
         except OSError as problem:

@@ -25,12 +25,7 @@ from coordinator.store import Store
 from fluffle_demo import demo, make_run
 from workers.cli import LearnerName
 
-app = typer.Typer(
-    name="fluffle",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="fluffle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def main() -> None:
@@ -89,19 +84,14 @@ def init(
 app.command()(demo)  # here, and not at each function, because this is the order in which --help lists them
 app.command(name="try")(workers.cli.try_)
 app.command()(init)
-app.command()(coordinator.cli.coordinator)
-app.command()(workers.cli.worker)
-app.command()(coordinator.cli.status)
-app.command()(coordinator.cli.verify)
-app.command()(coordinator.cli.replay)
-app.command()(workers.cli.ledger)
-app.command()(workers.cli.evaluate)
-app.command()(workers.attack_cli.attack)
+for command in (
+    coordinator.cli.coordinator, workers.cli.worker, coordinator.cli.status, coordinator.cli.verify,
+    coordinator.cli.replay, workers.cli.ledger, workers.cli.evaluate, workers.attack_cli.attack,
+    broker.cli.invite, broker.cli.revoke, broker.roster_cli.keygen,
+):  # fmt: skip
+    app.command()(command)
 app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine, secured or not.")
-app.command()(broker.cli.invite)
-app.command()(broker.cli.revoke)
 app.add_typer(broker.roster_cli.app, name="roster")
-app.command()(broker.roster_cli.keygen)
 
 if __name__ == "__main__":
     main()

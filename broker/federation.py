@@ -37,8 +37,9 @@ SERVER = "the broker of "
 """Before the vhost it is the server's common name, which can be nobody's: names have no spaces."""
 WORKER_CONNECTIONS, WORKER_CHANNELS = 12, 64
 """A worker has four connections; after a cut the old ones may linger for a minute beside the new ones, twice."""
-QUEUES, CONNECTIONS = 20_000, 20_000
-"""Of a federation: three queues and four connections for each of some thousand workers."""
+QUEUES, CONNECTIONS, HELLOS_BYTES = 20_000, 20_000, 64 * 1024 * 1024
+"""Of a federation: three queues and four connections for each of some thousand workers; and how much may wait for a
+coordinator of their signs of life, for its queue is bounded by their number alone."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,15 @@ def definitions(of: Federation) -> dict[str, Any]:
             "name": name, "password_hash": hashed(party.password), "tags": tags, "limits": limits,
             "hashing_algorithm": "rabbit_password_hashing_sha256",
         })  # fmt: skip
-    limits = {"max-queues": QUEUES, "max-connections": CONNECTIONS}
+    limits, most = {"max-queues": QUEUES, "max-connections": CONNECTIONS}, {"max-length-bytes": HELLOS_BYTES}
+    hellos = {"pattern": r"^fluffle\.hello\.", "apply-to": "queues", "priority": 0, "definition": most}
+    bounds = ("vhost-limits", "limits", limits), ("operator_policy", "hellos", hellos)
     return {
         "vhosts": [{"name": vhost}],
         "users": users,
         "permissions": permissions,
         "topic_permissions": topics,
-        "parameters": [{"component": "vhost-limits", "name": "limits", "vhost": vhost, "value": limits}],
+        "parameters": [{"component": of_, "name": each, "vhost": vhost, "value": what} for of_, each, what in bounds],
         **_declared(vhost, declared),
     }
 

@@ -41,8 +41,12 @@ def legible(text: str) -> str:
 
     What is not to be seen is escaped; what follows a line break is indented, so that it is no line of its own.
     """
-    seen = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return "".join(seen).replace("\n", "\n        ")
+    return "\n        ".join(map(escaped, text.split("\n")))
+
+
+def escaped(text: str) -> str:
+    """The same in one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(of: Any) -> dict[str, Any]:

@@ -282,6 +282,11 @@ def _give_up(beside: Path, path: Path, problem: BaseException) -> None:
         problem.filename = str(path)
 
 
+def appending(path: Path, mode: int) -> IO[bytes]:
+    """A file to be read and added to, made if missing; one that leads elsewhere is none: others may have sent it."""
+    return open(path, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))
+
+
 def sync(path: Path) -> None:
     """See to it that a file, or a folder with the names in it, survives a power failure."""
     number = os.open(path, os.O_RDONLY)

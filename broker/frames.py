@@ -226,11 +226,10 @@ class Inlet:
         if kind == BODY:
             self._channel, self._rest, self._inflow = channel, size, self._sink.inflow(channel)
             return begins
-        large = size > SCRATCH_BYTES - AROUND_BYTES
-        if large and kind != HEADER:
-            raise WireError("a frame is too large.")
-        # of a head that is too long its sender says more beside the body than anybody wants: that is let go
-        if large and self._filled >= (after := begins + _CONTENT.size):
+        if size > SCRATCH_BYTES - AROUND_BYTES and self._filled >= (after := begins + _CONTENT.size):
+            if kind != HEADER:
+                raise WireError("a frame is too large.")
+            # its sender says more beside the body than anybody wants: that is let go
             self._sink.take_frame(kind, channel, bytes(self._scratch[begins:after]) + bytes(_FLAGS.size))
             self._channel, self._rest, self._inflow = channel, stop - after, None
             return after

@@ -23,8 +23,7 @@ Invite = Annotated[
     Path | None, typer.Option("--invite", envvar=INVITE, metavar="FILE", help="An invitation, in place of --broker.")
 ]
 Insecure = Annotated[
-    bool,
-    typer.Option("--insecure", envvar="FLUFFLE_INSECURE", help="Let --broker name another machine without TLS."),
+    bool, typer.Option("--insecure", envvar="FLUFFLE_INSECURE", help="Let --broker name another machine without TLS.")
 ]
 SettingPairs = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting for the learner's train().")

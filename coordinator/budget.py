@@ -117,10 +117,10 @@ class Budget:
         plan, spent, clip = self._plan, self._spent, self.clip(of.round)
         begun = bool(spent.seed) and (spent.round, spent.attempt) == (of.round, of.attempt)
         seed = bytes.fromhex(spent.seed) if begun else secrets.token_bytes(KEY_BYTES)
-        again, why = begun and spent.made == made.hex(), ""
-        if begun and not again and plan.rate < 1:  # of two sums of the same workers the dice hide them less than told
-            why = "another sum of those whom its dice have drawn was released, and is lost: others are drawn"
-        if not again and (why := why or self.refusal()):
+        again = begun and spent.made == made.hex()
+        # of two sums of the same draw dice hide whoever is in them less than is told of two draws
+        drawn = "a sum of those whom dice have drawn was released, and is lost: others are drawn" * (plan.rate < 1)
+        if not again and (why := (begun and drawn) or self.refusal()):
             raise WireError(f"{why}.")
         key, noise, following = key_of(seed, made), plan.dp_noise, clip
         if plan.dp_adaptive:

@@ -62,7 +62,7 @@ class Snapshot:
         try:
             if shutil.disk_usage(self._path.parent).free < 2 * (sums.low.nbytes + sums.high.nbytes):
                 return False  # the room is the next version's
-            with self._claim.writing(self._path, durable=False) as file:
+            with self._claim.writing(self._path, durable=False, mode=0o600) as file:
                 for piece in _pieces(of, tally, sums):
                     if not wanted():
                         raise _Unwanted  # noqa: TRY301 (so that nothing is sealed)

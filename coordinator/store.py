@@ -13,7 +13,7 @@ from typing import Any
 
 from broker.chain import Chain, bare
 from broker.errors import UsageError
-from broker.files import Put, checksum, draft_version, in_order, read_record, read_version, write_whole
+from broker.files import Put, appending, checksum, draft_version, in_order, read_record, read_version, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator import updates
@@ -173,7 +173,7 @@ class Store:
 
     def note(self, line: dict[str, Any]) -> None:
         """Add a line to the history; it survives a power failure."""
-        with disk(self.folder), self.claim.acting(), (self.folder / HISTORY).open("ab+") as file:
+        with disk(self.folder), self.claim.acting(), appending(self.folder / HISTORY, 0o666) as file:
             self._chain.append(file, line)
             os.fsync(file.fileno())
 

@@ -51,7 +51,7 @@ def keep(update: Update, data: memoryview, layout: Layout, *, run: Path, claim: 
     pieces = (data[at : at + FORGET_BYTES] for at in range(0, len(data), FORGET_BYTES))
     with disk(where):
         if not where.parent.is_dir():
-            where.parent.mkdir(parents=True, exist_ok=True)
+            where.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # who reads an update reads its rows
             for above in (where.parent.parent, run):
                 sync(above)
         draft_version(where, layout, in_order(forgetting(pieces, data, len)), about, tag=claim.tag)

@@ -44,7 +44,7 @@ class Vault:
             UsageError: the disk is full or not writable.
             RunEnded: another coordinator has taken over.
         """
-        with disk(self._path.parent), self._claim.writing(self._path) as file:
+        with disk(self._path.parent), self._claim.writing(self._path, mode=0o600) as file:
             file.writelines([*framed(name.encode()), *framed(words.data.cast("B"))])
             for each in said:
                 file.writelines(framed(encode(each)))

@@ -167,10 +167,9 @@ class Pupil:
         except FluffleError:
             self._mend()
             raise
-        delta, examples = done.delta, done.examples and min(done.examples, work.examples_max)
-        within = delta is None or _pack(layout, done, work, room=room, residual=request["residual"])
+        within = done.delta is None or _pack(layout, done, work, room=room, residual=request["residual"])
         return {
-            "examples": examples, "metrics": done.metrics, "scores": done.scores,
+            "examples": done.examples, "metrics": done.metrics, "scores": done.scores,
             "seconds": time.monotonic() - began, "within": within, "released": done.released,
         }  # fmt: skip
 
@@ -236,7 +235,8 @@ def _pack(
             if work.clip:
                 clip(fmt, layout, packed, work.clip)
             if residual is not None and owed is not None:
-                owed.tofile(residual[1])
+                with open(residual[1], "wb", opener=partial(os.open, mode=0o600)) as left:
+                    owed.tofile(left)
     except WireError as problem:
         raise LearnerFailed(str(problem), done.released) from None
     return within

@@ -145,11 +145,7 @@ def _members(
 
 
 async def _serve(
-    whos: list[Who],
-    sources: list[str],
-    trainer: Trainer,
-    connect: Callable[[], Awaitable[Link]],
-    stop: asyncio.Event,
+    whos: list[Who], sources: list[str], trainer: Trainer, connect: Callable[[], Awaitable[Link]], stop: asyncio.Event
 ) -> None:
     try:
         link = await connect()

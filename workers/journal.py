@@ -75,7 +75,7 @@ def keep(folder: Path, kept: Kept) -> None:
     }  # fmt: skip
     packed: bytes = msgpack.packb(record)
     path = _path(folder, kept.update.worker, kept.update.of)
-    write_whole(path, xxh3_64_digest(packed) + packed, durable=False)
+    write_whole(path, xxh3_64_digest(packed) + packed, durable=False, mode=0o600)
 
 
 def forget(folder: Path, worker: str, of: Attempt) -> None:

@@ -10,19 +10,17 @@ Nor can it fill the disk with refusals: an hour has only so many of them, and ho
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from broker.chain import AFTER_TORN, CHAIN, Chain
 from broker.errors import GaveUp, LearnerFailed, UsageError
-from broker.fields import legible
-from broker.files import sync, trouble
+from broker.fields import escaped
+from broker.files import appending, sync, trouble
 from broker.options import state_folder
 from broker.pact import COHORT_MAX
 
@@ -56,7 +54,7 @@ class Ledger:
         with self._alone:
             if event in FLOODS and not self._has_room(event, line):
                 return
-            with _disk(), open(self.path, "ab+", opener=partial(os.open, mode=0o600)) as file:
+            with _disk(), appending(self.path, 0o600) as file:
                 self._chain.append(file, line)
 
     def _has_room(self, event: str, line: Line) -> bool:
@@ -129,10 +127,9 @@ def find(folder: Path | None, worker: str) -> Path:
 
 def moment(line: Line) -> datetime | None:
     """When a line was written, in local time; None if somebody else has written it, and what is no time."""
-    try:
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError, OSError):
         return datetime.fromtimestamp(line["at"], UTC).astimezone()
-    except (KeyError, TypeError, ValueError, OverflowError, OSError):
-        return None
+    return None
 
 
 def told(line: Line) -> tuple[str, ...]:
@@ -150,7 +147,7 @@ def told(line: Line) -> tuple[str, ...]:
 def plain(fact: Any) -> Any:
     """A fact as it may stand in a line: bounded, and nothing in it that a terminal would obey."""
     if isinstance(fact, str):
-        return legible(fact[:TEXT_MAX].replace("\n", "\\n"))[:TEXT_MAX]
+        return escaped(fact[:TEXT_MAX])[:TEXT_MAX]
     if isinstance(fact, Mapping):
         return {plain(name): plain(value) for name, value in [*fact.items()][:ENTRIES_MAX]}
     if isinstance(fact, list | tuple):

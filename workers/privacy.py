@@ -79,15 +79,14 @@ class Private:
             raise ValueError(f"settings[{KEY!r}] is called once a task, with the model that train() was given")
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # as it should, for rows need no gradient
         self._engine.secure_rng = secret_dice()
-        wrapped, optimizer, loader = self._engine.make_private(
+        self._wrapped, optimizer, loader = self._engine.make_private(
             module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=self._noise,
             max_grad_norm=self._clip, poisson_sampling=True,
         )  # fmt: skip
-        self._wrapped = wrapped
         optimizer.clip_and_accumulate = partial(_cut, optimizer, optimizer.clip_and_accumulate)
-        key, deviation = secrets.token_bytes(KEY_BYTES), self._noise * self._clip
-        optimizer.add_noise = partial(_add_noise, optimizer, deviation, key, count())
-        return wrapped, optimizer, loader
+        key = secrets.token_bytes(KEY_BYTES)
+        optimizer.add_noise = partial(_add_noise, optimizer, self._noise * self._clip, key, count())
+        return self._wrapped, optimizer, loader
 
     @property
     def released(self) -> list[tuple[float, float, int]]:

@@ -344,7 +344,7 @@ class Worker:
         owed = self._residuals.of(task.of) if work.owes else None
         model = await asyncio.to_thread(model_digest, weights.data) if task.secure else b""
         done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
-        done = replace(done, model=model)
+        done = replace(done, model=model, examples=done.examples and min(done.examples, task.examples_max))
         if train and private:
             done = await asyncio.to_thread(self._spending.pay, task, done)
         told = (done.metrics if train else done.scores) if self._owner.policy.log == "metrics" else {}

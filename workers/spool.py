@@ -11,6 +11,7 @@ import mmap
 import os
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -210,7 +211,7 @@ class Spool:
         remedy = f"make room in {self.folder}, or choose another folder with --state"
         with trouble(what, remedy, error=LearnerFailed):
             try:
-                with path.open("w+b") as opened:
+                with open(path, "w+b", opener=partial(os.open, mode=0o600)) as opened:  # updates give rows away
                     reserve(opened.fileno(), count * pitch)
                     mapped = mmap.mmap(opened.fileno(), count * pitch)
             except OSError:

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 
 from broker.formats import FORMATS
-from broker.messages import EXAMPLES_MAX, Scalar, Task
+from broker.messages import Scalar, Task
 from broker.tensors import Layout, TensorSpec
 from workers.masking import Member
 from workers.spool import Slot
@@ -75,8 +75,8 @@ class Work:
     """What to do with the weights received; both, and the version is scored before it is trained.
 
     The update is written in `format`, of which `keep` is an argument where it wants one. Its norm is at most `clip`,
-    unless that is 0, and its examples are `examples_max` where the learner says more. With `row_noise` above 0 every
-    step's gradient has so much noise, in units of `row_clip`, to which each row's is cut (`privacy.py`).
+    unless that is 0. With `row_noise` above 0 every step's gradient has so much noise, in units of `row_clip`, to
+    which each row's is cut (`privacy.py`).
     It is done by a learner whose file has the SHA-256 `learner_file`, or by any if that is empty.
     """
 
@@ -88,7 +88,6 @@ class Work:
     format: str = "float32"
     keep: float = 1.0
     clip: float = 0.0
-    examples_max: int = EXAMPLES_MAX
     learner_file: str = ""
     row_noise: float = 0.0
     row_clip: float = 1.0
@@ -140,8 +139,7 @@ def work_for(task: Task, who: Who) -> Work:
     return Work(
         train=who.trains and task.work == "train", evaluate=noise is None,
         seed=task_seed(task.seed, task.of.round, who.name), settings=task.settings, round=task.of.round,
-        format=task.format, keep=task.keep, clip=task.clip, examples_max=task.examples_max,
-        learner_file=task.learner_file,
+        format=task.format, keep=task.keep, clip=task.clip, learner_file=task.learner_file,
         row_noise=private.multiplier if private else 0.0, row_clip=private.clip if private else 1.0,
     )  # fmt: skip
 

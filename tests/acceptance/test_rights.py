@@ -18,7 +18,7 @@ from yarl import URL
 
 from broker import topology
 from broker.errors import BrokerRefused
-from broker.federation import WORKER_CHANNELS, WORKER_CONNECTIONS
+from broker.federation import HELLOS_BYTES, WORKER_CHANNELS, WORKER_CONNECTIONS
 from broker.invitation import Access
 from broker.management import Management
 from tests.acceptance.secured import Secured
@@ -208,6 +208,19 @@ async def test_only_a_workers_own_upload_queue_refuses_when_it_is_full(secured: 
         for _ in range(8):
             await say("fluffle.down", "ada", headers={"BCC": ["bob"]})(coordinator)
     secured.pages.ask("DELETE", "operator-policies", "fluffle", "small")
+
+
+async def test_only_so_much_waits_of_what_a_worker_says_as_a_sign_of_life(secured: Secured) -> None:
+    """The queue's own bound is ten thousand of them, each as large as the broker takes."""
+    hellos = topology.hello_queue(RUN)
+    async with channel_of(secured.access("ada")) as ada, channel_of(secured.access("coordinator")) as coordinator:
+        up = await ada.get_exchange("fluffle.up", ensure=False)
+        await many(
+            2 * HELLOS_BYTES // 15_000_000,
+            lambda _: up.publish(aio_pika.Message(bytes(15_000_000)), "hello.ada"),
+            None,
+        )
+        assert 0 < await depth(coordinator, hellos) * 15_000_000 <= HELLOS_BYTES
 
 
 async def test_a_worker_has_no_other_vhost_and_no_pages(secured: Secured) -> None:

@@ -84,6 +84,16 @@ def test_a_present_that_no_coordinator_has_written_is_said_to_be_none(tmp_path: 
     assert json.loads(shown("status", run, "--json"))["now"] == {}
 
 
+def test_a_history_that_leads_into_another_file_adds_nothing_there(tmp_path: Path) -> None:
+    """Somebody else's folder, unpacked; a shell, for instance, does what stands in its file of commands."""
+    run, commands = a_run(tmp_path), tmp_path / "bashrc"
+    commands.write_text("ls\n")
+    (run / HISTORY).symlink_to(commands)
+    with pytest.raises(UsageError, match=r"cannot be written \(Too many levels of symbolic links\)"):
+        Store.open(run).note({"event": "score", "metrics": {"$(reboot)": 1.0}})
+    assert commands.read_text() == "ls\n"
+
+
 def test_a_chain_that_a_terminal_would_obey_is_none(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     (run / HISTORY).write_bytes(json.dumps({chain.CHAIN: CLEAR, "event": "x"}).encode() + b"\n")

@@ -204,7 +204,7 @@ class Lesson:
         fmt.pack(layout, memoryview(learned_), residual=None, dice=dice, into=delta.data)
         within = not work.clip or clip(fmt, layout, delta.data, work.clip) <= work.clip
         return Done(
-            min(examples, work.examples_max), {"loss": 1.0 / work.round}, scores, delta, 0.0, fmt.layout(layout),
+            examples, {"loss": 1.0 / work.round}, scores, delta, 0.0, fmt.layout(layout),
             within=within, released=[(work.row_noise, 0.1, 10)] if work.row_noise else [],
         )  # fmt: skip
 

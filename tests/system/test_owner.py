@@ -179,6 +179,18 @@ async def test_what_few_examples_have_made_does_not_leave(tmp_path: Path) -> Non
         assert lines(fed, "a", "update") == lines(fed, "a", "score") == []
 
 
+async def test_what_many_examples_have_made_leaves_though_the_plan_counts_it_for_one(tmp_path: Path) -> None:
+    rules = policy(tmp_path, "examples_min = 2")
+    async with federation(tmp_path, rounds=1, cohort=2, quorum=1, examples_max=1) as fed:
+        fed.join("a", policy=rules)
+        fed.join("b")
+        fed.begin()
+        await fed.end()
+        counted = fed.lines("round")[0]["counted"]
+        assert {worker: told["examples"] for worker, told in counted.items()} == {"a": 1, "b": 1}
+        assert [line["examples"] for line in lines(fed, "a", "update")] == [1]
+
+
 async def test_rounds_a_day_are_counted_in_the_ledger_and_so_survive_a_restart_until_midnight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

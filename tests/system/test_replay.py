@@ -41,6 +41,7 @@ async def run_in(folder: Path, **words: Any) -> Store:
         for name in NAMES:
             fed.join(name)
         await fed.end()
+        assert not any(kept.stat().st_mode & 0o077 for kept in (fed.run / updates.FOLDER).glob("*"))
         return fed.store
 
 

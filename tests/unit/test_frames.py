@@ -212,7 +212,7 @@ def test_large_bodies_are_sent_as_they_lie_in_memory() -> None:
     [
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
         b"\x01\x00\x00\x00\x00\x00\x04\x00\x0a\x00\x0a\xcd",  # ends with another byte
-        b"\x01\x00\x00" + (SCRATCH_BYTES).to_bytes(4, "big"),  # a method that fits nowhere
+        b"\x01\x00\x00" + (SCRATCH_BYTES).to_bytes(4, "big") + bytes(99),  # a method that fits nowhere
         frames.method(1, b"")[:-1] + b"\x00",
     ],
 )

@@ -49,6 +49,7 @@ def test_what_is_kept_is_found_again_as_it_was_until_it_is_forgotten(tmp_path: P
     keep(tmp_path, one)
     keep(tmp_path, other)
     assert all_kept(tmp_path) == [one, other]
+    assert not any(file.stat().st_mode & 0o077 for file in tmp_path.glob(f"*{SUFFIX}"))
     forget(tmp_path, "ada", OF)
     forget(tmp_path, "ada", OF)
     assert all_kept(tmp_path) == [other]

@@ -55,11 +55,12 @@ def snapshot(tmp_path: Path) -> Snapshot:
     return Snapshot(tmp_path, Claim(tmp_path))
 
 
-def test_sums_are_found_again_and_go_on_to_the_same_bits(snapshot: Snapshot) -> None:
+def test_sums_are_found_again_and_go_on_to_the_same_bits(snapshot: Snapshot, tmp_path: Path) -> None:
     assert snapshot.write(OF, {"n": 4}, summed(1, 2, 3, 4), wanted=lambda: True)
     again = summed(9)  # the memory of another turn
     again.clear()
     assert snapshot.read(OF, again) == {"n": 4}
+    assert (tmp_path / FILE).stat().st_mode & 0o077 == 0  # the sum of one update is that update
     assert again.carried, "both limbs have been written"
     assert (again.updates, again.examples) == (4, 10)
     for seed in (5, 6):

@@ -41,6 +41,7 @@ def test_a_model_without_bytes_has_a_place_too(spool: Spool) -> None:
 
 def test_a_model_lies_in_a_file_where_another_process_finds_it(spool: Spool) -> None:
     one, two, three = (spool.take(LARGE) for _ in range(3))
+    assert not any(slot.file[0].stat().st_mode & 0o077 for slot in (one, two, three)), "whoever reads it reads rows"
     for number, slot in enumerate((one, two, three)):
         slot.data[:] = bytes([number + 1]) * LARGE
     for number, slot in enumerate((one, two, three)):

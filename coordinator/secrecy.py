@@ -11,6 +11,7 @@ coordinator, or the version stays what it was: no round is ever unmasked twice.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -77,7 +78,8 @@ class Secrecy:
         secret = Secret(serial, bound, core, released=released)
         if released:
             if kept := self._vault.read(_name(here, secret)):
-                self._recall(here, secret, *kept)
+                with contextlib.suppress(Aborted):  # less is whole than it takes: as lost as nothing at all
+                    self._recall(here, secret, *kept)
             here.round.target = len(here.round.counted)  # nobody else is waited for
         here.secret = secret
         if again:  # they say again what they have opened, or take up keys anew
@@ -153,7 +155,7 @@ class Secrecy:
 
     async def _unmask(self, here: Open, secret: Secret) -> None:
         form, core = secret.form, secret.core
-        if form is None:
+        if form is None or not secret.calls:
             raise Aborted("what was put down of it is not there any more.")
         # whoever was cut off may come back, and nobody else can take its place
         waits_s = max(STAGE_S, self._plan.round_s)
@@ -183,9 +185,8 @@ class Secrecy:
         assert here
         while time.monotonic() < ends_at:
             self._desk.lapse(time.monotonic())
-            if not any(
-                worker not in secret.gone and not (present and here.round.is_away(worker)) for worker in waiting()
-            ):
+            owing = (worker for worker in waiting() if worker not in secret.gone)
+            if all(present and here.round.is_away(worker) for worker in owing):
                 break
             await self._wait(ends_at)
         for worker in waiting():
@@ -289,8 +290,7 @@ class Secrecy:
         if form is None or payload is None or form.layout.difference(payload.layout):
             raise Refused(f"{step.worker} sends masked words of another form.")
         secret.coming[step.worker] = step
-        update = Update(step.of, step.worker, step.of.round - 1, 1, {}, payload)
-        self._desk.uploads.put_nowait((here, update))
+        self._desk.uploads.put_nowait((here, Update(step.of, step.worker, step.of.round - 1, 1, {}, payload)))
 
     def _add(self, secret: Secret, worker: str, data: memoryview) -> None:
         """Add masked words to the sum.

@@ -370,6 +370,30 @@ async def test_a_coordinator_that_dies_when(tmp_path: Path, point: str) -> None:
         assert [[number for train, number in place.lesson.done if train] for place in places] == [[1, 2, 3]] * 3
 
 
+@pytest.mark.parametrize("lost", [1, 200, 1000])
+async def test_what_is_put_down_of_a_released_sum_and_damaged_costs_its_round_and_no_other(
+    tmp_path: Path, lost: int
+) -> None:
+    """Workers will not help to unmask that round again, so there must be no other attempt at it."""
+    async with federation(tmp_path, **SECURE, rounds=2) as fed:
+        torn = list[bytes]()
+
+        def look(what: Outgoing | Delivery) -> None:
+            if not torn and asks(what, Reveal, 1):
+                fed.kill()
+                torn.append((fed.run / FILE).read_bytes())
+                (fed.run / FILE).write_bytes(torn[0][:-lost])
+
+        fed.hook = look
+        for name in THREE:
+            fed.join(name)
+        await fed.end()
+        first, second = fed.lines("round")
+        assert (first["attempt"], first["secure"]["failed"]) == (1, "what was put down of it is not there any more.")
+        assert fed.store.load(1)[1] == start_weights()
+        assert second["secure"]["of"] == list(THREE)
+
+
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_broker_that_is_started_anew_when(tmp_path: Path, point: str) -> None:
     """What is said in a sum does not survive that: all of it is said again, and the same sum goes on."""

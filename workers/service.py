@@ -162,8 +162,7 @@ class Worker:
     def _outdated(self, run: str, epoch: int) -> bool:
         """Whether another coordinator has taken over the run since this one spoke."""
         if epoch < self._epochs.get(run, 0):
-            why = "if it is the present one, clocks were set back: start this worker anew"
-            self._tell(f"a former coordinator of {run} is not listened to; {why}", logging.WARNING)
+            self._tell(f"a former coordinator of {run} is not heard (clocks set back? start anew)", logging.WARNING)
             return True
         self._epochs[run] = epoch
         while len(self._epochs) > RUNS_MAX:

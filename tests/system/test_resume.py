@@ -394,9 +394,7 @@ async def test_workers_do_not_listen_to_a_coordinator_that_has_been_followed_and
         await fed.until(lambda: not any(waiting(fed, name) for name in NAMES))
         await wire.close()
         assert {name: place.lesson.done for name, place in fed.places.items()} == done
-        said = (
-            "a former coordinator of test is not listened to; if it is the present one, clocks were set back: start"
-        )
+        said = "a former coordinator of test is not heard (clocks set back? start anew)"
         assert [each.levelname for each in caplog.records if said in each.getMessage()] == ["WARNING"] * len(NAMES)
 
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from broker import files
 from broker.errors import RunEnded, UsageError
-from broker.files import trouble, write_whole, written
+from broker.files import seal, trouble, write_whole, written
+from broker.messages import COUNT_MAX
 
 EPOCH, LOCK = "epoch", ".epoch.lock"
 
@@ -105,7 +105,7 @@ class Claim:
             RunEnded: somebody has begun before.
         """
         try:
-            files.seal(path, durable=durable, tag=self.tag, guard=self.acting)
+            seal(path, durable=durable, tag=self.tag, guard=self.acting)
         except OSError:
             self.check()  # whoever has begun has removed what we had written
             raise
@@ -142,9 +142,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_epoch(folder: Path) -> int:
-    """The number of whoever acts for a run, or has acted last; 0 if nobody has, or if the file is damaged."""
+    """The number of whoever acts for a run, or has acted last; 0 if nobody has, or if the file says what none is."""
     with contextlib.suppress(OSError, ValueError):
-        return max(0, int((folder / EPOCH).read_text()))
+        return epoch if 0 <= (epoch := int((folder / EPOCH).read_text())) < COUNT_MAX else 0
     return 0
 
 

@@ -21,7 +21,7 @@ from workers.work import Done, Who
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 8  # tasks of which we know who has asked: more than a worker has in hand
+REMEMBERED = 32  # of so many times that a task was let in we know who has asked: more than a worker has in hand
 
 
 class Owner:
@@ -89,11 +89,13 @@ class Owner:
             raise Declined("the policy of the data's owner cannot be read.") from None
 
     def take(self, task: Task, *, trains: bool) -> None:
-        """A task is begun.
+        """A task is begun, if it may be: it has waited, others were begun meanwhile, and the rules may have changed.
 
         Raises:
+            Declined: as for `admit`.
             LearnerFailed: that cannot be written down.
         """
+        self.admit(task, self._told(task.of)["asked_by"], trains=trains)
         self.ledger.write(
             "taken", **self._told(task.of), work="train" if trains else "evaluate", version=task.version,
             cohort=task.cohort, bytes=task.payload.layout.size_bytes,

@@ -14,9 +14,10 @@ import pytest
 
 from broker.chain import check
 from broker.contract import Contract, fingerprint
-from broker.errors import LearnerFailed
+from broker.errors import Declined, LearnerFailed
 from broker.link import Delivery, Outgoing
-from broker.messages import Refusal, Score, Update
+from broker.messages import Attempt, Payload, Refusal, Score, Task, Update
+from broker.parts import PART_BYTES
 from broker.tensors import Layout
 from coordinator.roster import REST_ROUNDS
 from tests.system.rig import MODEL, Federation, expected, federation, read
@@ -25,7 +26,7 @@ from workers.learner import load
 from workers.ledger import Ledger
 from workers.spool import Spool
 from workers.training import Trainer
-from workers.work import Work
+from workers.work import Who, Work
 
 CONTRACT = fingerprint(MODEL)
 LEARNER = """
@@ -189,6 +190,30 @@ async def test_what_many_examples_have_made_leaves_though_the_plan_counts_it_for
         counted = fed.lines("round")[0]["counted"]
         assert {worker: told["examples"] for worker, told in counted.items()} == {"a": 1, "b": 1}
         assert [line["examples"] for line in lines(fed, "a", "update")] == [1]
+
+
+def test_what_waits_for_its_turn_is_begun_only_if_the_rules_allow_it_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight runs that ask at the same time are all let in before any is begun: so many rounds more than a day has."""
+    monkeypatch.setattr(owner, "_now", at(23, 0))
+    rules = policy(tmp_path, 'rounds_a_day = 1\nhours = ["22:00-06:00"]\ncoordinators = ["coordinator"]')
+    mine = owner.Owner(Who("a", "lesson", policy=rules), tmp_path)
+    tasks = [
+        Task(Attempt(f"run-{n}", 1, 1), "train", 0, 60.0, 1, {}, Payload("p", PART_BYTES, MODEL.specs))
+        for n in range(8)
+    ]
+    for task in tasks:
+        mine.admit(task, "coordinator", trains=True)
+    mine.take(tasks[0], trains=True)
+    for task in tasks[1:]:
+        with pytest.raises(Declined, match="serves 1 rounds a day"):
+            mine.take(task, trains=True)
+    monkeypatch.setattr(owner, "_now", at(7, 0, day=2))
+    with pytest.raises(Declined, match=r"serves at 22:00-06:00 only, by its clock it is 07:00"):
+        mine.take(tasks[1], trains=True)
+    assert [line["run"] for line in mine.ledger.read()] == ["run-0"]
+    assert mine.ledger.read()[0]["asked_by"] == "coordinator"
 
 
 async def test_rounds_a_day_are_counted_in_the_ledger_and_so_survive_a_restart_until_midnight(

@@ -47,7 +47,7 @@ def test_whoever_takes_up_a_copy_that_was_put_back_has_a_higher_number_than_any_
     assert begun(1030) == 1030
 
 
-@pytest.mark.parametrize("content", ["", "x", "-5", "\x00"])
+@pytest.mark.parametrize("content", ["", "x", "-5", "\x00", str(2**53), "9" * 400])
 def test_a_damaged_number_does_not_keep_anybody_from_beginning(tmp_path: Path, content: str) -> None:
     (tmp_path / EPOCH).write_text(content)
     assert read_epoch(tmp_path) == 0

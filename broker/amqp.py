@@ -246,8 +246,8 @@ class Connection(asyncio.BufferedProtocol):
             self._inlet.take(nbytes)
         except (WireError, PAMQPException, ValueError, LookupError, RecursionError) as problem:
             log.debug("%s: %r", self.name, problem)
-            for channel in self._channels.values():
-                channel.end(problem if isinstance(problem, WireError) else WireError("what comes is not AMQP."))
+            if not self._numbers:  # while we greet: it is no RabbitMQ; later it is an upheaval like any
+                self._channels[0].end(problem if isinstance(problem, WireError) else WireError("it is not AMQP."))
             self.abort("what comes is not AMQP")
 
     # -- what comes ---------------------------------------------------------------------------------------------

@@ -270,20 +270,21 @@ class Desk:
 
     async def _turn_down(self, update: Update, verdict: Verdict, reason: str, *, lost: bool = False) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
+        # a folder was put back: this try may come again, and its worker, asked the same, would have nothing to say
+        early = self.open is None and update.of.round > self.version
         await self._leave_parts(update.worker)
         if self.open and verdict is Verdict.INVALID:
             self.open.round.refuse(update.worker, reason)
         self._note_other(update.worker, verdict.value, reason, lie=verdict is Verdict.INVALID and not lost)
-        if verdict is not Verdict.DUPLICATE:  # the first copy will be answered
+        if verdict is not Verdict.DUPLICATE and not early:  # the first copy will be answered
             await self.post.tell([update.worker], Answer(update.of, verdict.value, reason[:1000]))
 
     async def _leave_parts(self, worker: str) -> None:
         """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
-        if self.open:
-            if worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
-                self.open.untidy.add(worker)
-        else:
+        if self.open is None:
             await self.post.drop_upload(worker)
+        elif worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
+            self.open.untidy.add(worker)
 
     def _score(self, score: Score) -> None:
         worker, here, metrics = score.worker, self.open, score.metrics

@@ -11,7 +11,7 @@ from broker import amqp, rabbit
 from broker.channels import Channel
 from broker.errors import BrokerRefused, LinkError
 from broker.invitation import Access
-from broker.link import Lane
+from broker.link import Lane, Outgoing
 
 
 def connection(lanes: int = 10) -> amqp.Connection:
@@ -26,6 +26,20 @@ async def test_a_connection_that_was_lost_opens_no_channel_on_which_somebody_wou
     lost.abort("the cable was cut")
     with pytest.raises(LinkError, match="the cable was cut"):
         lost.open(confirms=True)
+
+
+@pytest.mark.parametrize("garbage", [b"HTTP/1.1 400", b"\x01\x00\x01\x00\x00\x00\x01!!!!"])
+async def test_garbage_on_an_open_connection_is_a_connection_that_was_lost_for_whoever_waits_on_it(
+    garbage: bytes,
+) -> None:
+    broken = connection()
+    publishing = asyncio.create_task(broken.open(confirms=True).publish(Outgoing("fluffle.up", ("hello.a",), b"x")))
+    await asyncio.sleep(0)
+    broken.get_buffer(0)[: len(garbage)] = garbage
+    broken.buffer_updated(len(garbage))
+    with pytest.raises(LinkError, match="what comes is not AMQP"):
+        await publishing
+    assert not broken.alive
 
 
 async def test_a_channel_that_is_closed_while_it_opens_takes_no_other_answer_for_that_to_its_close() -> None:

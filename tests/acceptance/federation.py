@@ -7,13 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from broker.formats import FORMATS
+from coordinator.aggregation import RULES
+from coordinator.store import Store
 from fluffle import main
+from tests.summed import finished
+from workers import learner as learners
+from workers import task
+from workers.work import Work, task_seed
 
 FLUFFLE = (sys.executable, "-P", "-m", "fluffle")
 LEARNER = """
@@ -125,6 +132,23 @@ class Federation:
         """The tensors of a version; the header before them names the run, which differs from run to run."""
         raw = (self.run / "versions" / f"{number:06d}.safetensors").read_bytes()
         return raw[8 + int.from_bytes(raw[:8], "little") :]
+
+    def undisturbed(self, rounds: int, workers: Sequence[str]) -> bytes:
+        """What `version(rounds)` comes to if nothing happens: by a plain loop, in this process."""
+        store, found, rule = Store.open(self.run), learners.load(str(self.learner)), RULES["mean"]
+        places = {name: task.set_up(found, name) for name in workers}
+        layout, weights = store.load(0)
+        for number in range(1, rounds + 1):
+            sums = rule.init(layout, FORMATS["float32"])
+            for name, place in places.items():
+                seed = task_seed(store.plan.seed, number, name)
+                work = Work(train=True, evaluate=False, seed=seed, settings={}, round=number)
+                done = task.do(place, work, layout=layout, received=weights)
+                assert done.examples
+                assert done.delta
+                rule.add(sums, done.examples, memoryview(done.delta))
+            weights = memoryview(finished(rule, sums, weights))
+        return bytes(weights)
 
     def end(self) -> None:
         for process in self.processes.values():

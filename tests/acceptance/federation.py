@@ -1,15 +1,26 @@
 """Whole federations of real processes, for tests that kill them."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from broker.formats import FORMATS
+from coordinator.aggregation import RULES
+from coordinator.store import Store
+from fluffle import main
+from tests.summed import finished
+from workers import learner as learners
+from workers import task
+from workers.work import Work, task_seed
 
 FLUFFLE = (sys.executable, "-P", "-m", "fluffle")
 LEARNER = """
@@ -40,6 +51,25 @@ def evaluate(model, data):
     return {"loss": nn.functional.mse_loss(model(data[0]), data[1]).item(), "examples": len(data[0])}
 """
 ENOUGH_S = 90.0
+APART = {"broker", "coordinator", "demo", "worker"}
+"""Commands for a process of their own: they start what outlives them, or change its log and its signals."""
+
+
+def typed(*words: str, env: Mapping[str, str]) -> tuple[int, str, str]:
+    """One command to its end: exit status, stdout, stderr. In this process if it may: torch loads for seconds."""
+    if words[0] in APART:
+        done = subprocess.run([*FLUFFLE, *words], env=env, capture_output=True, text=True, timeout=90, check=False)
+        return done.returncode, done.stdout, done.stderr
+    path, out, err = [*sys.path], io.StringIO(), io.StringIO()
+    here = patch.dict(os.environ, env, clear=True), patch.object(sys, "argv", ["fluffle", *words])
+    try:
+        with here[0], here[1], redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as ended:
+        return int(ended.code or 0), out.getvalue(), err.getvalue()
+    finally:
+        sys.path[:] = path  # which a learner's folder has joined
+    raise AssertionError("a command always ends with a status")
 
 
 class Federation:
@@ -55,11 +85,9 @@ class Federation:
 
     def fluffle(self, *command: str, status: int = 0) -> str:
         """One command to its end; what it printed, on stderr if its status is not 0."""
-        done = subprocess.run(
-            [*FLUFFLE, *command], env=self.env, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stderr if status else done.stdout
+        found, out, err = typed(*command, env=self.env)
+        assert found == status, out + err
+        return err if status else out
 
     def start(self, name: str, *command: str) -> None:
         self.launch(name, *FLUFFLE, *command)
@@ -104,6 +132,23 @@ class Federation:
         """The tensors of a version; the header before them names the run, which differs from run to run."""
         raw = (self.run / "versions" / f"{number:06d}.safetensors").read_bytes()
         return raw[8 + int.from_bytes(raw[:8], "little") :]
+
+    def undisturbed(self, rounds: int, workers: Sequence[str]) -> bytes:
+        """What `version(rounds)` comes to if nothing happens: by a plain loop, in this process."""
+        store, found, rule = Store.open(self.run), learners.load(str(self.learner)), RULES["mean"]
+        places = {name: task.set_up(found, name) for name in workers}
+        layout, weights = store.load(0)
+        for number in range(1, rounds + 1):
+            sums = rule.init(layout, FORMATS["float32"])
+            for name, place in places.items():
+                seed = task_seed(store.plan.seed, number, name)
+                work = Work(train=True, evaluate=False, seed=seed, settings={}, round=number)
+                done = task.do(place, work, layout=layout, received=weights)
+                assert done.examples
+                assert done.delta
+                rule.add(sums, done.examples, memoryview(done.delta))
+            weights = memoryview(finished(rule, sums, weights))
+        return bytes(weights)
 
     def end(self) -> None:
         for process in self.processes.values():

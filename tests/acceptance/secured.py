@@ -3,8 +3,6 @@
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +15,7 @@ from broker.folder import known
 from broker.invitation import Access, Invitation
 from broker.management import Management
 from broker.topology import OPERATOR, of_run
-
-FLUFFLE = [sys.executable, "-c", "import fluffle; fluffle.main()"]
+from tests.acceptance.federation import typed
 
 
 class Secured:
@@ -30,9 +27,9 @@ class Secured:
     def fluffle(self, *words: str, status: int = 0) -> str:
         """One command to its end; what it said on both ways."""
         env = {**os.environ, "XDG_STATE_HOME": str(self.folder.parent / "state")}
-        done = subprocess.run([*FLUFFLE, *words], env=env, capture_output=True, text=True, timeout=90, check=False)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        found, out, err = typed(*words, env=env)
+        assert found == status, out + err
+        return out + err
 
     @property
     def federation(self) -> Federation:

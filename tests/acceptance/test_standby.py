@@ -15,27 +15,17 @@ from coordinator.claim import LOCK
 from tests.acceptance.federation import Federation
 
 pytestmark = pytest.mark.timeout(180)
-ROUNDS = 8
+ROUNDS, WORKERS = 8, ["w1", "w2"]
 PLAN = ("--rounds", str(ROUNDS), "--cohort", "2", "--quorum", "2")
 
 
-def begin(f: Federation, name: str) -> None:
-    f.run = f.folder / name
-    f.fluffle("init", str(f.learner), str(f.run), "--seed", "3", "--set", "nap=0.3")
-
-
-def undisturbed(f: Federation) -> bytes:
-    for name in ("w1", "w2"):
+def begin(f: Federation) -> None:
+    """Two workers, a coordinator, and a second one that stands by, when the first is at work."""
+    for name in WORKERS:
         f.worker(name)
-    begin(f, "undisturbed")
+    f.fluffle("init", str(f.learner), str(f.run), "--seed", "3", "--set", "nap=0.3")
     f.coordinator(*PLAN)
-    assert f.wait("coordinator") == 0
-    return f.version(ROUNDS)
-
-
-def second(f: Federation) -> None:
-    """A second coordinator stands by, when the first is at work."""
-    f.until((f.run / "epoch").exists)  # its log has lines of the run before
+    f.until((f.run / "epoch").exists)
     f.start("second", "coordinator", str(f.run), *PLAN)
     f.until(lambda: "standing by until it is gone" in f.log("second"))
 
@@ -54,10 +44,10 @@ def stop(coordinator: subprocess.Popen[bytes], run: Path) -> None:
     pytest.fail("the coordinator never lets go of its run")
 
 
-def assert_whole(f: Federation, bits: bytes) -> None:
-    assert f.version(ROUNDS) == bits
+def assert_whole(f: Federation) -> None:
+    assert f.version(ROUNDS) == f.undisturbed(ROUNDS, WORKERS)
     assert [(line["round"], sorted(line["counted"])) for line in f.rounds()] == [
-        (number, ["w1", "w2"]) for number in range(1, ROUNDS + 1)
+        (number, WORKERS) for number in range(1, ROUNDS + 1)
     ]
 
 
@@ -65,10 +55,7 @@ def test_a_standby_takes_over_from_a_coordinator_that_is_killed(
     federation: Federation, record_property: Callable[[str, object], None]
 ) -> None:
     f = federation
-    bits = undisturbed(f)
-    begin(f, "killed")
-    f.coordinator(*PLAN)
-    second(f)
+    begin(f)
     f.until(lambda: len(f.rounds()) >= 2)
     f.kill("coordinator")
     killed_at, made = time.monotonic(), len(f.rounds()) + 1  # one may have been made and not noted
@@ -79,17 +66,14 @@ def test_a_standby_takes_over_from_a_coordinator_that_is_killed(
     assert f.wait("second") == 0
     assert "goes on with w1, w2" in f.log("second")
     assert all(line["attempt"] == 1 for line in f.rounds() if line["round"] < made)
-    assert_whole(f, bits)
+    assert_whole(f)
 
 
 def test_a_coordinator_that_was_stopped_and_has_been_followed_ends_and_does_no_harm(
     federation: Federation, record_property: Callable[[str, object], None]
 ) -> None:
     f = federation
-    bits = undisturbed(f)
-    begin(f, "stopped")
-    f.coordinator(*PLAN)
-    second(f)
+    begin(f)
     f.until(lambda: len(f.rounds()) >= 2)
     first = f.processes["coordinator"]
     stop(first, f.run)
@@ -106,17 +90,13 @@ def test_a_coordinator_that_was_stopped_and_has_been_followed_ends_and_does_no_h
     assert "another coordinator has taken over the run" in f.log("coordinator").splitlines()[-1]
     assert f.wait("second") == 0
     assert "no sign of life of the coordinator" in f.log("second")
-    assert_whole(f, bits)
+    assert_whole(f)
 
 
 @pytest.mark.chaos
 def test_a_standby_ends_well_when_there_is_nothing_left_to_do(federation: Federation) -> None:
     f = federation
-    for name in ("w1", "w2"):
-        f.worker(name)
-    begin(f, "run")
-    f.coordinator(*PLAN)
-    second(f)
+    begin(f)
     assert f.wait("coordinator") == 0
     assert f.wait("second") == 0
     assert f"all {ROUNDS} rounds" in f.log("second")

@@ -447,4 +447,5 @@ def main(seed: int, *, quiet: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), quiet="--quiet" in sys.argv)
+    for number in filter(str.isdecimal, sys.argv[1:]):
+        main(int(number), quiet="--quiet" in sys.argv)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import LearnerFailed
+from tests.system.kept_guard import kept_guard
 from workers.guard import LOG_BYTES
 from workers.spool import Spool
 from workers.training import Trainer
@@ -51,10 +52,15 @@ os.wait()
 
 
 @contextlib.asynccontextmanager
-async def training(folder: Path, *, renew_after: int = 1000, memory_mb: int | None = None) -> AsyncIterator[Trainer]:
+async def training(
+    folder: Path, *, renew_after: int = 1000, memory_mb: int | None = None, own: bool = False
+) -> AsyncIterator[Trainer]:
+    """A trainer, with the guard that tests share unless it is to have its own."""
     path = folder / "learner.py"
     path.write_text(LEARNER)
     trainer = Trainer(str(path), Spool(folder / "models"), memory_mb=memory_mb, renew_after=renew_after)
+    if not own:
+        trainer._guard = kept_guard(memory_mb)
     try:
         yield trainer
     finally:
@@ -158,14 +164,14 @@ async def test_a_copy_of_the_process_that_returns_from_train_does_not_answer_for
     ],
 )
 async def test_whatever_else_a_learner_does_costs_its_task_only(tmp_path: Path, code: str, said: str) -> None:
-    async with training(tmp_path) as trainer:
+    async with training(tmp_path, own="getppid" in code) as trainer:
         with pytest.raises(LearnerFailed, match=said):
             await run(trainer, code)
         assert (await run(trainer)).examples == 5
 
 
 async def test_a_guard_that_was_killed_while_nothing_is_done_is_replaced_by_the_next_task(tmp_path: Path) -> None:
-    async with training(tmp_path) as trainer:
+    async with training(tmp_path, own=True) as trainer:
         await run(trainer)
         assert trainer._guard._process is not None
         assert trainer._child is not None
@@ -177,7 +183,7 @@ async def test_a_guard_that_was_killed_while_nothing_is_done_is_replaced_by_the_
 async def test_a_learner_that_prints_without_end_fills_no_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async with training(tmp_path) as trainer:
+    async with training(tmp_path, own=True) as trainer:
         await run(trainer, "for _ in range(100): print('x' * 100_000); print('y' * 100_000, file=sys.stderr)")
     said = capfd.readouterr().err
     assert len(said) < LOG_BYTES + 1000
@@ -233,7 +239,7 @@ from pathlib import Path
 from tests.system.test_guard import ESCAPES, run, training
 
 async def main(folder, pipe):
-    async with training(Path(folder)) as trainer:
+    async with training(Path(folder), own=True) as trainer:
         await run(trainer, ESCAPES.format(pipe=pipe) + "time.sleep(1000)")
 
 asyncio.run(main(*sys.argv[1:]))

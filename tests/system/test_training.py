@@ -26,6 +26,8 @@ from broker.formats import count_floats, format_of
 from broker.messages import Attempt, Scalar
 from broker.norms import squares
 from broker.tensors import FLOATS, Layout, TensorSpec, as_float64, view
+from tests.system.kept_guard import kept_guard
+from workers.guarded import Guard
 from workers.learner import load
 from workers.residuals import Residual, Residuals
 from workers.spool import Spool
@@ -113,11 +115,13 @@ def open_files() -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def training(learner: str, folder: Path) -> AsyncIterator[Trainer]:
-    """A started trainer; afterwards nothing of it is left."""
+async def training(learner: str, folder: Path, *, guard: Guard | None = None) -> AsyncIterator[Trainer]:
+    """A started trainer, with the guard that tests share or another; afterwards nothing of it is left."""
+    guard = guard or kept_guard()
     gc.collect()  # what other tests have left to be collected holds files
     before = open_files()
     trainer = Trainer(learner, Spool(folder / "models"))
+    trainer._guard = guard
     try:
         await trainer.start("here")
         yield trainer
@@ -159,7 +163,7 @@ async def begun(trainer: Trainer, folder: Path, asked: Work) -> tuple[asyncio.Ta
 
 
 async def test_tasks_share_the_data_and_a_learners_failure_costs_one_task_only(learner: str, tmp_path: Path) -> None:
-    async with training(learner, tmp_path) as trainer:
+    async with training(learner, tmp_path, guard=Guard(1, 0)) as trainer:
         pid = trainer.pid
         first = await run(trainer, work())
         assert (first.examples, first.metrics) == (5, {"tasks": 1.0})
@@ -357,7 +361,7 @@ async def test_a_process_that_dies_while_it_loads_the_data_is_a_failure(learner:
 
 def test_the_same_works_on_the_loop_that_the_daemon_runs_on(learner: str, tmp_path: Path) -> None:
     async def all_of_it() -> None:
-        async with training(learner, tmp_path) as trainer:
+        async with training(learner, tmp_path, guard=Guard(1, 0)) as trainer:
             running, _ = await begun(trainer, tmp_path, work(do="hang"))
             running.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -67,6 +67,10 @@ def load(where: str) -> Learner:
             f"the learner {where!r} has no function {', '.join(missing)}: write it, see workers/learners/."
         )
     functions = {name: getattr(module, name) for name in FUNCTIONS}
+    if hasattr(functions["model"], "state_dict") and not isinstance(functions["model"], type):
+        raise UsageError(
+            f"the model of the learner {where!r} is a module already: write `def model(): return …`, which makes one."
+        )
     demo = getattr(module, "demo", None)
     file = sha256(Path(module.__file__).read_bytes()).hexdigest() if module.__file__ else ""
     return Learner(name=learner_name(where), **functions, file=file, demo=demo if callable(demo) else None)

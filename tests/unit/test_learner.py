@@ -102,6 +102,13 @@ def test_missing_functions_are_named(tmp_path: Path) -> None:
     assert "has no function train, evaluate:" in why_not(where)
 
 
+def test_a_model_that_is_a_module_and_no_function_is_told_what_to_write(tmp_path: Path) -> None:
+    instance = GOOD + "\nfrom torch import nn\nmodel = nn.Linear(2, 1)\n"
+    assert "is a module already: write `def model(): return" in why_not(written(tmp_path / "made.py", instance))
+    kind = GOOD + "\nfrom torch import nn\nclass model(nn.Linear):\n    def __init__(self): super().__init__(2, 1)\n"
+    assert load(written(tmp_path / "kind.py", kind)).name == "kind"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -18,6 +18,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from xxhash import xxh3_64_hexdigest
 
+from broker.wording import Name
+
 log = logging.getLogger(__name__)
 
 FILE = "round.json"
@@ -41,7 +43,7 @@ class Try:
     round: int
     attempt: int
     plan: str
-    cohort: tuple[str, ...]
+    cohort: tuple[Name, ...]
     until: float
     line: dict[str, Any] | None = None
     serial: int = 1

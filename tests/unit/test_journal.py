@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.journal import FILE, Journal, Try
+from coordinator.journal import FILE, Journal, Try, _digest
 
 ABC = ("a", "b", "c")
 
@@ -115,6 +115,12 @@ def test_nothing_is_written_twice(tmp_path: Path) -> None:
     assert len(written) == 2
 
 
+def of_cohort(name: str) -> bytes:
+    """A folder that somebody else has made, who can reckon checksums, too."""
+    tries = [{"round": 1, "attempt": 1, "plan": "plan", "cohort": [name], "until": 0.0}]
+    return json.dumps({"check": _digest(tries), "tries": tries}).encode()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -126,6 +132,8 @@ def test_nothing_is_written_twice(tmp_path: Path) -> None:
         lambda _: json.dumps({"check": "5", "tries": 7}).encode(),
         lambda _: b"[]",
         lambda _: b"\xff",
+        lambda _: of_cohort("w" * 256),
+        lambda _: of_cohort("a/../b"),
     ],
 )
 def test_a_damaged_journal_is_said_to_be_and_no_attempt_of_it_is_used_again(

@@ -109,7 +109,7 @@ SHORT = 13245
 def test_a_run_ends_with_the_same_bits_under_a_handful_of_faults(
     arena: MakeArena, record_property: Callable[[str, object], None]
 ) -> None:
-    endure(arena(workers=3), SHORT, 9, within_s=150.0, record=record_property)
+    endure(arena(workers=2), SHORT, 9, within_s=150.0, record=record_property)
 
 
 @pytest.mark.chaos

@@ -105,8 +105,7 @@ class Desk:
         self.rests.remember(lines)
         told = [line for number, line in sorted(history.rounds(lines).items()) if number <= self.version]
         for line in told:
-            of = Attempt(self.plan.run, line["round"], line["attempt"])
-            self._made.append((of, frozenset(line["counted"])))
+            self._made.append((Attempt(self.plan.run, line["round"], line["attempt"]), frozenset(line["counted"])))
         return told[-1] if told else None
 
     def rest(self, here: Open) -> None:
@@ -270,20 +269,22 @@ class Desk:
 
     async def _turn_down(self, update: Update, verdict: Verdict, reason: str, *, lost: bool = False) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
+        # a folder was put back: this try may come again, and its worker, asked the same, would have nothing to say
+        tried = [each.round for each in self.store.journal.tries if each.attempt >= update.of.attempt]
+        early = self.open is None and update.of.round > self.version and update.of.round not in tried
         await self._leave_parts(update.worker)
         if self.open and verdict is Verdict.INVALID:
             self.open.round.refuse(update.worker, reason)
         self._note_other(update.worker, verdict.value, reason, lie=verdict is Verdict.INVALID and not lost)
-        if verdict is not Verdict.DUPLICATE:  # the first copy will be answered
+        if verdict is not Verdict.DUPLICATE and not early:  # the first copy will be answered
             await self.post.tell([update.worker], Answer(update.of, verdict.value, reason[:1000]))
 
     async def _leave_parts(self, worker: str) -> None:
         """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
-        if self.open:
-            if worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
-                self.open.untidy.add(worker)
-        else:
+        if self.open is None:
             await self.post.drop_upload(worker)
+        elif worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
+            self.open.untidy.add(worker)
 
     def _score(self, score: Score) -> None:
         worker, here, metrics = score.worker, self.open, score.metrics

@@ -105,8 +105,7 @@ class Desk:
         self.rests.remember(lines)
         told = [line for number, line in sorted(history.rounds(lines).items()) if number <= self.version]
         for line in told:
-            of = Attempt(self.plan.run, line["round"], line["attempt"])
-            self._made.append((of, frozenset(line["counted"])))
+            self._made.append((Attempt(self.plan.run, line["round"], line["attempt"]), frozenset(line["counted"])))
         return told[-1] if told else None
 
     def rest(self, here: Open) -> None:
@@ -271,7 +270,8 @@ class Desk:
     async def _turn_down(self, update: Update, verdict: Verdict, reason: str, *, lost: bool = False) -> None:
         log.warning("an update of %s is %s: %s", update.worker, verdict.value, reason)
         # a folder was put back: this try may come again, and its worker, asked the same, would have nothing to say
-        early = self.open is None and update.of.round > self.version
+        tried = [each.round for each in self.store.journal.tries if each.attempt >= update.of.attempt]
+        early = self.open is None and update.of.round > self.version and update.of.round not in tried
         await self._leave_parts(update.worker)
         if self.open and verdict is Verdict.INVALID:
             self.open.round.refuse(update.worker, reason)

@@ -4,6 +4,7 @@ Knows the learner's promises. Does not know processes, files or the wire; whatev
 out as LearnerFailed with a sentence, and anything else that comes out is a fault of ours.
 """
 
+import logging
 import math
 import operator
 import random
@@ -27,6 +28,8 @@ from workers.learner import Learner, blaming
 from workers.privacy import KEY as PRIVATE
 from workers.privacy import UNUSED, Private
 from workers.work import Outcome, Work
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,7 @@ def _trained(returned: Any) -> tuple[int, dict[str, float]]:
 
 
 def _metrics(found: Any, name: str) -> dict[str, float]:
-    """The learner's metrics as plain floats; those that are not finite are left out, for no mean can hold them."""
+    """The learner's metrics as plain floats, without those that are not finite."""
     if not isinstance(found, Mapping):
         raise LearnerFailed(f"{name}() returned {_kind(found)} where a dict of metrics belongs.")
     if len(found) > MAP_MAX:
@@ -176,8 +179,12 @@ def _metrics(found: Any, name: str) -> dict[str, float]:
                 f"{name}() returned a metric called {str(key)[:40]!r}: "
                 f"its name must be text of at most {KEY_MAX} characters."
             )
-        metrics[key] = _number(value, f"{name}() returned the metric {key!r} as")
-    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+        number = _number(value, f"{name}() returned the metric {key!r} as")
+        if math.isfinite(number):
+            metrics[key] = number
+        else:
+            log.warning("%s() returned the metric %r as %s: left out, for no mean can hold it", name, key, number)
+    return metrics
 
 
 def _number(value: Any, said: str) -> float:

@@ -133,9 +133,15 @@ def test_examples_out_of_bounds_are_refused(examples: int) -> None:
     assert f"says it learned from {examples} examples" in failure(returning(examples))
 
 
-def test_metrics_may_be_any_numbers_and_those_not_finite_are_left_out() -> None:
+def test_metrics_may_be_any_numbers_and_those_not_finite_are_left_out_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     given = {"a": 1, "b": np.float32(2.5), "c": torch.tensor([3.0]), "d": True, "e": float("nan"), "f": 10**400}
     assert do(returning((1, given))).metrics == {"a": 1.0, "b": 2.5, "c": 3.0, "d": 1.0}
+    assert [each.getMessage().partition(":")[0] for each in caplog.records] == [
+        "train() returned the metric 'e' as nan",
+        "train() returned the metric 'f' as inf",
+    ]
 
 
 @pytest.mark.filterwarnings("error")

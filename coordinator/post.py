@@ -234,8 +234,8 @@ class Post:
                         queue = topology.upload_queue(update.worker)
                         await self._collect(assembly, queue, patient=resent > 0, waiting=waiting)
                     except (TimeoutError, LinkError) as problem:
-                        missing, worker = assembly.missing, update.worker
-                        log.info("%s: %d parts of %s are missing (%s)", update.of, missing, worker, problem)
+                        missing, why = assembly.missing, str(problem) or "none is on its way"
+                        log.info("%s: %d parts of %s are missing: %s", update.of, missing, update.worker, why)
                         pause_s = LOOK_S if isinstance(problem, LinkError) else 0.0
                     if assembly.complete:
                         return True

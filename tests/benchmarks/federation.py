@@ -259,7 +259,8 @@ def cpu_a_round(samples: Samples) -> dict[str, float]:
 
 
 def rounds_of(history: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, history.read_text().splitlines())
+    whole = history.read_text().rpartition("\n")[0]  # the last line may be half written
+    lines = map(json.loads, whole.splitlines())
     return [line for line in lines if line["event"] == "round"]
 
 

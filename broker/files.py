@@ -268,7 +268,7 @@ def written(path: Path, tag: str = "", *, mode: int = 0o666) -> Iterator[IO[byte
     beside = _beside(path, tag)
     beside.unlink(missing_ok=True)  # a crash may have left it; or it is an older draft, which may still be in use
     try:
-        with open(beside, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with opened(beside, "x+b", mode) as file:
             yield file
     except BaseException as problem:
         _give_up(beside, path, problem)
@@ -284,7 +284,12 @@ def _give_up(beside: Path, path: Path, problem: BaseException) -> None:
 
 def appending(path: Path, mode: int) -> IO[bytes]:
     """A file to be read and added to, made if missing; one that leads elsewhere is none: others may have sent it."""
-    return open(path, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))
+    return opened(path, "ab+", mode, also=os.O_NOFOLLOW)
+
+
+def opened(path: Path, how: str, mode: int, *, also: int = 0) -> IO[bytes]:
+    """A file that is opened as `how` says and with `also`, system flags; `mode` are its permissions if it is made."""
+    return open(path, how, opener=lambda name, flags: os.open(name, flags | also, mode))
 
 
 def sync(path: Path) -> None:

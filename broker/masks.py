@@ -7,7 +7,7 @@ twice the time. Nobody looks at its tag.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from time import perf_counter
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ def apply(words: Words, masks: Iterable[Mask]) -> None:
             fold(tile, fresh, out=tile)
 
 
-@lru_cache(maxsize=1)
+@cache
 def fastest() -> CTR | GCM:
     """The mode that takes the least time on this processor, as it was when first asked for: a millisecond's work."""
     zeros, room = bytes(TILE_BYTES), bytearray(TILE_BYTES + _BLOCK_BYTES - 1)

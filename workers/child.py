@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from broker.contract import fingerprint, other_file
 from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
-from broker.files import trouble
+from broker.files import opened, trouble
 from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
@@ -223,19 +223,17 @@ def _pack(
     within = not work.clip or clip(FORMATS["float32"], layout, delta, work.clip) <= work.clip
     if work.format == "float32":
         return within
-    fmt, owed = format_of(work.format, keep=work.keep), None
-    dice = np.random.default_rng([work.seed, DICE_OF_FORMATS])
+    fmt, dice = format_of(work.format, keep=work.keep), np.random.default_rng([work.seed, DICE_OF_FORMATS])
     what = f"what the format {work.format} leaves out of an update cannot be kept"
     remedy = "make room on this worker's disk, or choose another folder with --state"
     try:
         with trouble(what, remedy, error=LearnerFailed):
-            if residual is not None:
-                owed = _read_floats(Path(residual[0]), count_floats(layout))
+            owed = None if residual is None else _read_floats(Path(residual[0]), count_floats(layout))
             packed = fmt.pack(layout, delta, residual=owed, dice=dice, into=room)
             if work.clip:
                 clip(fmt, layout, packed, work.clip)
             if residual is not None and owed is not None:
-                with open(residual[1], "wb", opener=partial(os.open, mode=0o600)) as left:
+                with opened(Path(residual[1]), "wb", 0o600) as left:
                     owed.tofile(left)
     except WireError as problem:
         raise LearnerFailed(str(problem), done.released) from None

@@ -150,14 +150,17 @@ class Guard:
         ours, theirs = socket.socketpair()
         with theirs:
             self._control = ours
-            self._process = await asyncio.create_subprocess_exec(
-                # -P: the folder the daemon was started in must not hide installed modules
-                *(sys.executable, "-P", "-m", "workers.guard", str(theirs.fileno()), str(self._memory_bytes)),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},
-            )
+            words, how = self._program(theirs)
+            self._process = await asyncio.create_subprocess_exec(*words, **how)
+
+    def _program(self, link: socket.socket) -> tuple[list[str], dict[str, Any]]:
+        """The guard's command line, and how it is started with its end of the control socket."""
+        # -P: the folder the daemon was started in must not hide installed modules
+        words = [sys.executable, "-P", "-m", "workers.guard", str(link.fileno()), str(self._memory_bytes)]
+        return words, {
+            "stdin": asyncio.subprocess.DEVNULL, "pass_fds": (link.fileno(),), "start_new_session": True,
+            "env": {**os.environ, "OMP_NUM_THREADS": str(self._threads)},
+        }  # fmt: skip
 
     def _order(self, word: bytes, *links: int) -> None:
         if self._control is None:

@@ -11,7 +11,6 @@ import mmap
 import os
 from collections import deque
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import numpy as np
 
 from broker.changes import apply_change
 from broker.errors import LearnerFailed, UsageError
-from broker.files import reserve, trouble
+from broker.files import opened, reserve, trouble
 from broker.formats import Format
 from broker.messages import Payload
 from broker.parts import Assembly
@@ -211,9 +210,9 @@ class Spool:
         remedy = f"make room in {self.folder}, or choose another folder with --state"
         with trouble(what, remedy, error=LearnerFailed):
             try:
-                with open(path, "w+b", opener=partial(os.open, mode=0o600)) as opened:  # updates give rows away
-                    reserve(opened.fileno(), count * pitch)
-                    mapped = mmap.mmap(opened.fileno(), count * pitch)
+                with opened(path, "w+b", 0o600) as file:  # updates give rows away
+                    reserve(file.fileno(), count * pitch)
+                    mapped = mmap.mmap(file.fileno(), count * pitch)
             except OSError:
                 path.unlink(missing_ok=True)
                 raise

@@ -4,10 +4,8 @@ Between two tests it has nothing to guard. How guards begin and end is for tests
 """
 
 import asyncio
-import os
 import socket
 import subprocess
-import sys
 
 from workers.guarded import Guard
 
@@ -19,13 +17,8 @@ class KeptGuard(Guard):
         super().__init__(1, memory_bytes)
         self._control, theirs = socket.socketpair()
         with theirs:
-            self._program = subprocess.Popen(
-                [sys.executable, "-P", "-m", "workers.guard", str(theirs.fileno()), str(memory_bytes)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
+            words, how = self._program(theirs)
+            self._kept = subprocess.Popen(words, **how)
 
     async def leave(self) -> None:
         """Not yet; but what a trainer has closed is closed in one of the loop's next turns."""
@@ -34,7 +27,7 @@ class KeptGuard(Guard):
     def end(self) -> None:
         if self._control is not None:
             self._control.close()
-        self._program.wait(20)
+        self._kept.wait(20)
 
 
 def kept_guard(memory_mb: int | None = None) -> KeptGuard:

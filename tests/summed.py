@@ -1,6 +1,19 @@
 """What a rule makes of sums, in memory, for tests that have no file to put it into."""
 
-from coordinator.aggregation import Rule, Sums
+from collections.abc import Iterable
+
+from broker.formats import FORMATS
+from broker.tensors import Layout
+from coordinator.aggregation import RULES, Rule, Sums
+
+
+def mean_of(layout: Layout, weights: memoryview, updates: Iterable[tuple[int, bytes]]) -> bytearray:
+    """The version that these updates, of so many examples each, make of the one before."""
+    rule = RULES["mean"]
+    sums = rule.init(layout, FORMATS["float32"])
+    for examples, delta in updates:
+        rule.add(sums, examples, memoryview(delta))
+    return finished(rule, sums, weights)
 
 
 def finished(rule: Rule, sums: Sums, weights: memoryview) -> bytearray:

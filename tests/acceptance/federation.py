@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from broker.formats import FORMATS
-from coordinator.aggregation import RULES
 from coordinator.store import Store
 from fluffle import main
-from tests.summed import finished
+from tests.summed import mean_of
 from workers import learner as learners
 from workers import task
 from workers.work import Work, task_seed
@@ -135,19 +133,19 @@ class Federation:
 
     def undisturbed(self, rounds: int, workers: Sequence[str]) -> bytes:
         """What `version(rounds)` comes to if nothing happens: by a plain loop, in this process."""
-        store, found, rule = Store.open(self.run), learners.load(str(self.learner)), RULES["mean"]
+        store, found = Store.open(self.run), learners.load(str(self.learner))
         places = {name: task.set_up(found, name) for name in workers}
         layout, weights = store.load(0)
         for number in range(1, rounds + 1):
-            sums = rule.init(layout, FORMATS["float32"])
+            updates: list[tuple[int, bytes]] = []
             for name, place in places.items():
                 seed = task_seed(store.plan.seed, number, name)
                 work = Work(train=True, evaluate=False, seed=seed, settings={}, round=number)
                 done = task.do(place, work, layout=layout, received=weights)
                 assert done.examples
                 assert done.delta
-                rule.add(sums, done.examples, memoryview(done.delta))
-            weights = memoryview(finished(rule, sums, weights))
+                updates.append((done.examples, bytes(done.delta)))
+            weights = memoryview(mean_of(layout, weights, updates))
         return bytes(weights)
 
     def end(self) -> None:

@@ -41,8 +41,8 @@ from coordinator.plan import Plan
 from coordinator.service import Coordinator
 from coordinator.store import Store
 from coordinator.unmasking import into_sums
+from tests import summed
 from tests.memory import MemoryBroker, MemoryLink
-from tests.summed import finished
 from workers.masking import Member
 from workers.post import Shared
 from workers.residuals import Residual
@@ -100,11 +100,7 @@ def _learned(seed: int, checksum: int) -> tuple[int, bytes]:
 
 def mean_of(weights: bytearray, updates: Iterable[tuple[int, bytes]]) -> bytearray:
     """The version that these updates make."""
-    rule = RULES["mean"]
-    sums = rule.init(MODEL, FORMATS["float32"])
-    for examples, delta in updates:
-        rule.add(sums, examples, memoryview(delta))
-    return finished(rule, sums, memoryview(weights))
+    return summed.mean_of(MODEL, memoryview(weights), updates)
 
 
 def secure_sum_of(plan: Plan, weights: bytearray, updates: Iterable[tuple[int, bytes]]) -> bytearray:
@@ -115,7 +111,7 @@ def secure_sum_of(plan: Plan, weights: bytearray, updates: Iterable[tuple[int, b
     for each in words:
         total += each
     into_sums(form, total, len(words), sums)
-    return finished(RULES["mean"], sums, memoryview(weights))
+    return summed.finished(RULES["mean"], sums, memoryview(weights))
 
 
 def secure_expected(plan: Plan, cohorts: Iterable[Iterable[str]]) -> bytearray:

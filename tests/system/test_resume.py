@@ -572,6 +572,17 @@ async def test_an_update_from_the_weights_of_another_turn_is_not_counted(
         assert fed.weights() == expected(fed.store.plan, [["a", "c"]])
 
 
+async def trained_once_under(fed: Federation, look: Callable[[Outgoing | Delivery], None]) -> None:
+    """A run of one round, in which nothing is lost whatever `look` does, and `b` trains no second time."""
+    fed.hook = look
+    fed.begin()
+    for name in NAMES:
+        fed.join(name)
+    await fed.end()
+    assert fed.weights() == expected(fed.store.plan, [NAMES])
+    assert [number for train, number in fed.places["b"].lesson.done if train] == [1]
+
+
 async def test_an_update_that_was_lost_with_the_inbox_is_said_again_when_its_turn_has_come_again(
     tmp_path: Path,
 ) -> None:
@@ -585,15 +596,9 @@ async def test_an_update_that_was_lost_with_the_inbox_is_said_again_when_its_tur
                 fed.kill()
                 fed.broker.delete(topology.inbox_queue("test"))
 
-        fed.hook = look
-        fed.begin()
-        for name in NAMES:
-            fed.join(name)
-        await fed.end()
+        await trained_once_under(fed, look)
         assert lost
         assert [line["attempt"] for line in fed.lines("round")] == [1]
-        assert fed.weights() == expected(fed.store.plan, [NAMES])
-        assert [number for train, number in fed.places["b"].lesson.done if train] == [1]
 
 
 async def test_a_refusal_that_was_lost_with_the_inbox_is_said_again_and_its_round_waits_for_nobody(
@@ -633,11 +638,5 @@ async def test_a_broker_that_has_lost_everything_in_the_midst_of_an_upload_is_fu
                 lost.append(message)
                 fed.broker.wipe()
 
-        fed.hook = look
-        fed.begin()
-        for name in NAMES:
-            fed.join(name)
-        await fed.end()
+        await trained_once_under(fed, look)
         assert lost
-        assert fed.weights() == expected(fed.store.plan, [NAMES])
-        assert [number for train, number in fed.places["b"].lesson.done if train] == [1]

@@ -38,25 +38,19 @@ from coordinator.store import NOW, Store
 log = logging.getLogger(__name__)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder; `fluffle init` makes one.")]
-OverSelect = Annotated[
-    float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
-]
+OverSelect = Annotated[float | None, typer.Option(help="Ask so many times the cohort, close when it is in: 1 to 3.")]
 How = Annotated[str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")]
 Down = Annotated[str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")]
-Privacy = Annotated[
-    str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
-]
+Privacy = Annotated[str | None, typer.Option(help="none, or secure: updates are added up in secret; needs --roster.")]
 Threshold = Annotated[
     float | None,
     typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 up to, not with, 1."),
 ]
 KeepUpdates = Annotated[
-    bool | None, typer.Option(help="Keep every counted update, to make versions again; nobody removes them but you.")
+    bool | None, typer.Option(help="Keep counted updates to make versions again; you remove them.")
 ]
 Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
-Dp = Annotated[
-    str | None, typer.Option(help="Differential privacy: central or distributed, of a worker; record, of a row.")
-]
+Dp = Annotated[str | None, typer.Option(help="Differential privacy: of a worker, central or distributed; record.")]
 DpNoise = Annotated[float | None, typer.Option(help="Its noise, in clips.")]
 DpBudget = Annotated[float | None, typer.Option(help="The largest epsilon; the run ends before it.")]
 DpDelta = Annotated[float | None, typer.Option(help="The delta that belongs to it.")]
@@ -80,9 +74,7 @@ def coordinator(
     how: How = None,
     keep: Annotated[float | None, typer.Option(help="The part of its numbers that a top-k update sends.")] = None,
     down: Down = None,
-    clip: Annotated[
-        float | None, typer.Option(help="The largest norm of an update; workers scale longer ones down.")
-    ] = None,
+    clip: Annotated[float | None, typer.Option(help="The largest norm of an update; longer: scaled down.")] = None,
     examples_max: Annotated[int | None, typer.Option(help="The most examples that an update counts for.")] = None,
     privacy: Privacy = None,
     ring_bits: Annotated[int | None, typer.Option(help="Secure: 32 or 64 bits a number.")] = None,

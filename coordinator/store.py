@@ -13,7 +13,7 @@ from typing import Any
 
 from broker.chain import Chain, bare
 from broker.errors import UsageError
-from broker.files import Put, appending, checksum, draft_version, in_order, read_record, read_version, write_whole
+from broker.files import Put, appending, checksum, draft_version, let_go, read_record, read_version, write_whole
 from broker.tensors import Layout
 from coordinator import plan as plans
 from coordinator import updates
@@ -127,6 +127,7 @@ class Store:
         """
         with disk(self.folder):
             self.claim.seal(self.path(version))
+        let_go(self.path(version - 1))
 
     def save(self, version: int, layout: Layout, weights: memoryview) -> None:
         """Draft and seal a version.
@@ -134,7 +135,7 @@ class Store:
         Raises:
             UsageError: the disk is full or not writable.
         """
-        self.draft(version, layout, in_order([weights]))
+        self.draft(version, layout, lambda put: put(0, weights))
         self.seal(version)
 
     def load(self, version: int) -> tuple[Layout, memoryview]:

@@ -39,7 +39,7 @@ BOUND_S = 30.0
 
 
 def gone(find: Find, folder: Path) -> None:
-    """Return when nothing of a node is left: an ending process loses its words first, and its lock an instant later."""
+    """Return when nothing of a node is left; an ending process loses its words first, an instant later its lock."""
     until = time.monotonic() + BOUND_S
     while left := find(str(folder)) + [name for name in (KEEPER, EPMD, BROKER) if holder(folder / name)]:
         assert time.monotonic() < until, f"still there: {left}"

@@ -165,6 +165,19 @@ def test_a_version_that_is_there_already_is_replaced_whole(store: Store) -> None
     assert store.load(1) == (LAYOUT, ONE)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no such call")
+def test_a_version_that_is_safe_makes_room_in_the_cache_for_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = list[tuple[int, int, int, int]]()
+    monkeypatch.setattr(os, "posix_fadvise", lambda number, *rest: let_go.append((os.fstat(number).st_ino, *rest)))
+    save(store, 1)
+    assert let_go == [(store.path(0).stat().st_ino, 0, 0, os.POSIX_FADV_DONTNEED)], "the one before, not the new one"
+    store.path(1).unlink()
+    save(store, 2)
+    assert store.latest() == 2, "a version that was removed is nobody's trouble"
+
+
 def test_a_damaged_version_is_named(store: Store) -> None:
     save(store, 1)
     store.path(1).write_bytes(store.path(1).read_bytes()[:-1])

@@ -1,6 +1,7 @@
 """How the updates of a round become one change: rules, as records of three functions.
 
-To change how updates are averaged, change or add a rule here; the plan's `rule` names one of `RULES`.
+The mean, and what all rules share; to change how updates are averaged, change or add one. The plan's `rule` names one
+of `rules.RULES`.
 
 Knows arithmetic. Does not know who sent what, rounds, files, or how an update is written (`broker/formats.py`). The
 result is a pure function of the weights and the *set* of updates: the same bits in whatever order they are added.
@@ -33,8 +34,8 @@ from broker.errors import WireError
 from broker.files import Put
 from broker.formats import CHUNK_ITEMS, Format, Run, count_floats
 from broker.norms import SLACK, squares
-from broker.pieces import Piece, look, pieces
-from broker.tensors import FLOATS, Layout, are_finite, as_float64, from_float64, saturated
+from broker.pieces import Items, Piece, look, pieces
+from broker.tensors import FLOATS, Layout, Segment, are_finite, as_float64, from_float64, saturated
 from coordinator.privacy import Veil
 
 REACH = 2.0**51
@@ -50,6 +51,7 @@ LOW_REACH = 2.0**10  # · 2^52 is half of what an int64 holds
 
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
+Other = tuple[Segment, Items]
 
 
 class Spread(Protocol):
@@ -79,11 +81,14 @@ class Sums:
         fmt: how updates are written.
         seats: for how many at a time there are temporaries.
         clip: the largest norm of an update (`broker/norms.py`); 0 for any.
+        trim: how many of the smallest and largest values of each float a rule leaves out.
+        aside: memory with the same bytes, for rules that need all updates at once; the very same where that stays.
 
     Attributes:
         layout: the tensors' places in the weights.
         fmt: how updates are written.
-        clip: the largest norm of an update, or 0.
+        clip, trim, aside: as given.
+        whole: the updates that were set aside.
         low: int64 sums in steps of 2^-52, one item for each float of the layout, in its order.
         high: int64 sums in ones.
         bounds: chunk → largest possible |low| · 2^-52 there; where a chunk is absent, `low` is void and the sum zero.
@@ -96,11 +101,22 @@ class Sums:
             example then.
     """
 
-    def __init__(self, layout: Layout, fmt: Format, *, seats: int = 1, clip: float = 0.0) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        fmt: Format,
+        *,
+        seats: int = 1,
+        clip: float = 0.0,
+        trim: int = 0,
+        aside: Callable[[memoryview], memoryview] = memoryview,
+    ) -> None:
         floats = count_floats(layout)
         self.layout = layout
         self.fmt = fmt
         self.clip = clip
+        self.trim = trim
+        self.aside = aside
         self.low = np.empty(floats, np.int64)
         self.high = np.empty(floats, np.int64)  # costs nothing until it is touched
         self.x = [np.empty(min(floats, CHUNK_ITEMS)) for _ in range(seats)]  # temporaries of one chunk
@@ -109,6 +125,7 @@ class Sums:
 
     def clear(self) -> None:
         """Begin anew in the same memory; takes no time, since chunks are zeroed when they are first added to."""
+        self.whole: list[memoryview] = []
         self.bounds: dict[int, float] = {}
         self.carried: set[int] = set()
         self.largest: dict[int, NDArray[np.generic]] = {}
@@ -145,6 +162,27 @@ def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Sprea
         WireError: NaN, infinity, a norm above the clip, values beyond the grid's reach, booleans that are neither 0
             nor 1, what the format cannot decode; nothing has been added then.
     """
+    reaches, others = examine(sums, examples, update, spread=spread)
+
+    def fold(item: tuple[list[Run], float], seat: int) -> None:
+        for run in item[0]:
+            _fold(sums, run, examples, bound=item[1], seat=seat)
+
+    spread(fold, zip(_chunks(sums, update), reaches, strict=True))
+    for segment, values in others:
+        before = sums.largest.get(segment.start)
+        sums.largest[segment.start] = values.copy() if before is None else np.maximum(before, values)
+    sums.examples += examples
+    sums.updates += 1
+    sums.reach += max(reaches, default=0.0)
+
+
+def examine(sums: Sums, examples: int, update: memoryview, *, spread: Spread) -> tuple[list[float], list[Other]]:
+    """Whether an update may count; chunk by chunk its bound on |examples · delta|, and its integers and booleans.
+
+    Raises:
+        WireError: see `add_weighted`.
+    """
     others = list(sums.fmt.others(sums.layout, update))
     sizes = spread(lambda chunk, _: _sizes(chunk, sums.clip), _chunks(sums, update))
     norm = math.sqrt(sum(squared for _, squared in sizes))
@@ -158,18 +196,7 @@ def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Sprea
         raise WireError("the round's sum would leave its grid: lower the examples or the size of the deltas.")
     if any(segment.dtype == "bool" and values.view(np.uint8).max() > 1 for segment, values in others):
         raise WireError("the update holds a boolean that is neither 0 nor 1.")
-
-    def fold(item: tuple[list[Run], float], seat: int) -> None:
-        for run in item[0]:
-            _fold(sums, run, examples, bound=item[1], seat=seat)
-
-    spread(fold, zip(_chunks(sums, update), reaches, strict=True))
-    for segment, values in others:
-        before = sums.largest.get(segment.start)
-        sums.largest[segment.start] = values.copy() if before is None else np.maximum(before, values)
-    sums.examples += examples
-    sums.updates += 1
-    sums.reach += reach
+    return reaches, others
 
 
 def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = alone) -> None:
@@ -200,14 +227,21 @@ def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = a
         for place in places:
             put(place.ours.start, _next(sums, weights, place, seat=seat))
 
-    spread(take, _together(pieces(sums.layout, sums.layout), lambda place: place.at))
+    spread(take, together(pieces(sums.layout, sums.layout), lambda place: place.at))
 
 
 def _next(sums: Sums, weights: memoryview, place: Piece, *, seat: int) -> memoryview:
     """The next version of floats within one chunk, in memory that the seat's next call uses again."""
+    return moved(_mean(sums, slice(place.at, place.stop), seat=seat), weights, place, y=sums.y[seat])
+
+
+def moved(mean: NDArray[np.float64], weights: memoryview, place: Piece, *, y: NDArray[np.float64]) -> memoryview:
+    """Weights of one chunk, moved by `mean`, which is changed; in the memory of `y`.
+
+    Raises:
+        WireError: one is not finite in its tensor's dtype.
+    """
     old, dtype = look(weights, place.ours), place.ours.dtype
-    mean = _mean(sums, slice(place.at, place.stop), seat=seat)
-    y = sums.y[seat]
     mean += as_float64(old, dtype, out=y[: len(old)])
     after = from_float64(saturated(mean, dtype), dtype, out=y.view(old.dtype)[: len(old)])
     if not are_finite(after, dtype):
@@ -217,16 +251,17 @@ def _next(sums: Sums, weights: memoryview, place: Piece, *, seat: int) -> memory
 
 def _chunks(sums: Sums, update: memoryview) -> Iterator[list[Run]]:
     """The update's runs, those of one chunk together: whoever has a chunk has it alone."""
-    return _together(sums.fmt.runs(sums.layout, update), _first)
+    return together(sums.fmt.runs(sums.layout, update), first_of)
 
 
-def _together(items: Iterable[_Item], first: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+def together(items: Iterable[_Item], first: Callable[[_Item], int]) -> Iterator[list[_Item]]:
     """Items, whose first float `first` tells, by chunks."""
     numbered = ((first(item) // CHUNK_ITEMS, item) for item in items)
     return ([item for _, item in those] for _, those in groupby(numbered, itemgetter(0)))
 
 
-def _first(run: Run) -> int:
+def first_of(run: Run) -> int:
+    """The first float of a run."""
     return int(run.where.start if isinstance(run.where, slice) else run.where[0])
 
 
@@ -248,7 +283,7 @@ def _sizes(runs: list[Run], clip: float) -> tuple[float, float]:
 def _fold(sums: Sums, run: Run, examples: int, *, bound: float, seat: int) -> None:
     """Add the contributions of one run, none of which is larger than `bound`."""
     where, values = run
-    chunk = _first(run) // CHUNK_ITEMS
+    chunk = first_of(run) // CHUNK_ITEMS
     split = bound > LOW_REACH / 2
     _make_room(sums, chunk, 0.5 if split else bound, seat=seat)
     x = sums.x[seat][: len(values)]
@@ -345,4 +380,3 @@ def digest(sums: Sums) -> bytes:
 
 MEAN = Rule(Sums, add_weighted, finish_mean)
 """The mean weighted by examples."""
-RULES = {"mean": MEAN}

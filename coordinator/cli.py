@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder; `fluffle init` makes one.")]
 OverSelect = Annotated[float | None, typer.Option(help="Ask so many times the cohort, close when it is in: 1 to 3.")]
+Rule = Annotated[str | None, typer.Option(help="mean; or median, trimmed-mean, which a few liars cannot bend.")]
+Trim = Annotated[int | None, typer.Option(help="How many trimmed-mean leaves out at both ends; 1.")]
 How = Annotated[str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")]
 Down = Annotated[str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")]
 Privacy = Annotated[str | None, typer.Option(help="none, or secure: updates are added up in secret; needs --roster.")]
@@ -71,6 +73,8 @@ def coordinator(
     gather_s: Annotated[float | None, typer.Option(help="Seconds to wait at first for a full cohort.")] = None,
     schedule: Annotated[str | None, typer.Option(help="parallel or cyclic.")] = None,
     workers: Annotated[str | None, typer.Option(help="Only these: names with commas, in cyclic order.")] = None,
+    rule: Rule = None,
+    trim: Trim = None,
     how: How = None,
     keep: Annotated[float | None, typer.Option(help="The part of its numbers that a top-k update sends.")] = None,
     down: Down = None,

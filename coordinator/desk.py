@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from broker import topology
 from broker.errors import PartsLost, WireError
@@ -19,15 +20,16 @@ from broker.link import Delivery
 from broker.messages import Answer, Attempt, Claim, Goodbye, Hello, Message, Ready, Refusal, Score, Step, Update
 from broker.tensors import Layout
 from coordinator import history, updates
-from coordinator.aggregation import RULES, Spread, alone
+from coordinator.aggregation import Spread, alone
 from coordinator.hands import SEATS, Hands
 from coordinator.history import Facts
 from coordinator.keeping import Keeping
 from coordinator.opened import Open, Secret
 from coordinator.post import Post
-from coordinator.rooms import Room, forgetting_put, read_lightly
+from coordinator.rooms import Room, copied, forgetting_put, read_lightly
 from coordinator.roster import Rests, Roster
 from coordinator.round import Round, Verdict, judge
+from coordinator.rules import RULES
 from coordinator.scores import Scores, let_oldest_go
 from coordinator.store import Store
 
@@ -69,7 +71,10 @@ class Desk:
         self.format = format_of(self.plan.format, keep=self.plan.kept)
         self.payload_layout = self.format.layout(layout)
         self.rule = RULES[self.plan.rule]
-        self.sums = self.rule.init(layout, read_lightly(self.format), seats=SEATS, clip=self.plan.clip)
+        self.sums = self.rule.init(
+            layout, read_lightly(self.format), seats=SEATS, clip=self.plan.clip, trim=self.plan.trims,
+            aside=partial(copied, store.folder),
+        )  # fmt: skip
         self._hands = Hands()
         # a model of one chunk is added before a second thread has woken up
         self.spread: Spread = self._hands.spread if len(self.sums.low) > CHUNK_ITEMS else alone

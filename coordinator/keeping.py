@@ -62,7 +62,9 @@ class Keeping:
 
     async def _keep(self, here: Open, opened: Callable[[], Open | None]) -> None:
         kept, round_ = (here.round.of, self._sums.updates), here.round
-        if kept == self._kept or self._plan.schedule == "cyclic":  # a cyclic round begins again with its first turn
+        if kept == self._kept or self._plan.rule != "mean":  # the workers keep what is only set aside
+            return
+        if self._plan.schedule == "cyclic":  # such a round begins again with its first turn
             return
         if not 0 < self._sums.updates == len(round_.counted):  # these are the sums of a turn that is over
             return

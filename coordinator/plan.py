@@ -23,8 +23,8 @@ from broker.pact import COHORT_MAX, COHORT_MIN
 from broker.parts import PART_BYTES
 from broker.ring import Ring, ring_of
 from broker.wording import Name
-from coordinator.aggregation import RULES
 from coordinator.privacy import contradictions
+from coordinator.rules import RULES, bent
 
 FILE = "plan.toml"
 ON_SUMS = "central", "distributed"  # kinds of `dp` that put noise on a sum of updates, and not on a row's share
@@ -76,7 +76,9 @@ class Plan:
         gather_s: seconds that a coordinator which has just come up waits for a full cohort; later rounds do not.
         schedule: `parallel` averages a cohort's updates; `cyclic` sends the model from one to the next.
         workers: only these take part, and cyclic rounds keep their order; empty: anyone, by name.
-        rule: how updates become a change; a name in `aggregation.RULES`.
+        rule: how updates become a change; a name in `rules.RULES`, which says what each bears.
+        trim: how many of the smallest and largest values of each float the rule trimmed-mean leaves out; 1 unless
+            given, and then only there.
         seed: begins all dice: cohorts, and the learner's own by way of the task.
         part_bytes: how large the pieces are in which models travel; no number is cut in two.
         format: how updates travel; a name in `broker/formats.py`, which says what each costs and loses.
@@ -118,6 +120,7 @@ class Plan:
     schedule: Literal["parallel", "cyclic"] = "parallel"
     workers: tuple[Name, ...] = ()
     rule: str = "mean"
+    trim: Annotated[int, Field(ge=1, le=10**6)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     part_bytes: Annotated[int, Field(ge=PART_BYTES_MIN, le=PART_BYTES_MAX, multiple_of=8)] = PART_BYTES
     format: Literal["float32", "bfloat16", "int8", "top-k"] = "float32"
@@ -169,7 +172,7 @@ class Plan:
             raise ValueError(
                 f"a cyclic round has no use for changes of versions (down is {self.down}): set it to full"
             )
-        if said := next((sentence for wrong, sentence in contradictions(self) if wrong), ""):
+        if said := next((sentence for wrong, sentence in (*bent(self), *contradictions(self)) if wrong), ""):
             raise ValueError(said)
 
     def _check_secure(self) -> None:
@@ -214,6 +217,11 @@ class Plan:
     def asks(self) -> int:
         """How many workers are asked in a round, if they are here."""
         return math.ceil(round(self.cohort * self.over_select, 6))  # 10 · 1.1 is 11, not the float above it
+
+    @property
+    def trims(self) -> int:
+        """`trim` in force: as given, or 1; a median of two would leave out nothing, either."""
+        return 1 if self.trim is None else self.trim
 
     @property
     def population(self) -> int:

@@ -18,8 +18,9 @@ from broker.formats import FORMATS, format_of
 from broker.pieces import CHUNK_ITEMS
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, as_float64, view
 from coordinator import history, updates
-from coordinator.aggregation import RULES, Sums
+from coordinator.aggregation import Sums
 from coordinator.rooms import forgetting_put, read_lightly
+from coordinator.rules import RULES
 from coordinator.store import Store
 
 
@@ -44,7 +45,7 @@ def replay(store: Store, version: int, start: int) -> Outcome:
         raise UsageError(f"the history of {store.folder} has no round that made version {missing}.")
     layout, weights = store.load(start)
     fmt = read_lightly(format_of(store.plan.format, keep=store.plan.kept))
-    sums = RULES[store.plan.rule].init(layout, fmt, seats=1)
+    sums = RULES[store.plan.rule].init(layout, fmt, trim=store.plan.trims)
     count = 0
     with tempfile.TemporaryDirectory(prefix="fluffle-replay-") as folder:
         for number in range(start + 1, version + 1):

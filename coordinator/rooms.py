@@ -40,6 +40,25 @@ def forgetting_put(put: Put, looked_at: memoryview) -> Put:
     return put_lightly
 
 
+def copied(folder: Path, data: memoryview) -> memoryview:
+    """The same bytes in a file without a name in `folder`: many uploads may be set aside at once.
+
+    Raises:
+        UsageError: the disk has no room for them.
+    """
+    room = _file(folder, len(data))
+    room[:] = data
+    forget(room)
+    return room
+
+
+def _file(folder: Path, size_bytes: int) -> memoryview:
+    what = f"{folder} has no room for an upload of {size_bytes} bytes"
+    with trouble(what, "make some"), tempfile.TemporaryFile(dir=folder) as file:
+        reserve(file.fileno(), size_bytes)
+        return memoryview(mmap.mmap(file.fileno(), size_bytes))
+
+
 class Room:
     """Room for one upload at a time.
 
@@ -59,13 +78,6 @@ class Room:
         """
         if len(self._room) != size_bytes:
             self._room = memoryview(b"")  # before the new one is made: never two at once
-            self._room = self._make(size_bytes)
+            small = size_bytes <= MEMORY_BYTES_MAX
+            self._room = memoryview(bytearray(size_bytes)) if small else _file(self._folder, size_bytes)
         return self._room
-
-    def _make(self, size_bytes: int) -> memoryview:
-        if size_bytes <= MEMORY_BYTES_MAX:
-            return memoryview(bytearray(size_bytes))
-        what = f"{self._folder} has no room for an upload of {size_bytes} bytes"
-        with trouble(what, "make some"), tempfile.TemporaryFile(dir=self._folder) as file:
-            reserve(file.fileno(), size_bytes)
-            return memoryview(mmap.mmap(file.fileno(), size_bytes))

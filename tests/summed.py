@@ -4,16 +4,15 @@ from collections.abc import Iterable
 
 from broker.formats import FORMATS
 from broker.tensors import Layout
-from coordinator.aggregation import RULES, Rule, Sums
+from coordinator.aggregation import MEAN, Rule, Sums
 
 
 def mean_of(layout: Layout, weights: memoryview, updates: Iterable[tuple[int, bytes]]) -> bytearray:
     """The version that these updates, of so many examples each, make of the one before."""
-    rule = RULES["mean"]
-    sums = rule.init(layout, FORMATS["float32"])
+    sums = MEAN.init(layout, FORMATS["float32"])
     for examples, delta in updates:
-        rule.add(sums, examples, memoryview(delta))
-    return finished(rule, sums, weights)
+        MEAN.add(sums, examples, memoryview(delta))
+    return finished(MEAN, sums, weights)
 
 
 def finished(rule: Rule, sums: Sums, weights: memoryview) -> bytearray:

@@ -35,7 +35,7 @@ PURE = (
     "broker/parts.py", "broker/pieces.py", "broker/ring.py", "broker/shamir.py", "broker/tensors.py",
     "broker/topology.py",
     "coordinator/aggregation.py", "coordinator/history.py", "coordinator/plan.py", "coordinator/privacy.py",
-    "coordinator/roster.py", "coordinator/round.py", "coordinator/unmasking.py",
+    "coordinator/roster.py", "coordinator/round.py", "coordinator/rules.py", "coordinator/unmasking.py",
     "workers/imprint.py", "workers/masking.py", "workers/policy.py",
 )  # fmt: skip
 OUTSIDE_WORLD = {
@@ -56,7 +56,7 @@ MAY_IMPORT_AMQP = {
 }  # fmt: skip
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 400
-ALL_LINES_MAX = 12_147  # 10,000 is the aim, and was kept before identities, TLS, secure sums and privacy came
+ALL_LINES_MAX = 12_257  # 10,000 is the aim, and was kept before identities, TLS, secure sums and privacy came
 ARGUMENTS_MAX = 6
 # asyncio hands bytes only to what descends from its own word for protocols
 PARENTS = {"Exception", "Protocol", "Enum", "NamedTuple", "asyncio.Protocol", "asyncio.BufferedProtocol"}

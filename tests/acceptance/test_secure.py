@@ -22,7 +22,7 @@ from broker.ring import Form, counted, encode
 from broker.tensors import Layout, TensorSpec
 from broker.topology import Binding, Queue, Topology
 from coordinator import plan as plans
-from coordinator.aggregation import RULES
+from coordinator.rules import RULES
 from coordinator.unmasking import into_sums
 from tests.acceptance.federation import FLUFFLE, Federation
 from tests.summed import finished

@@ -8,7 +8,9 @@ import asyncio
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import coordinator.post
@@ -26,7 +28,7 @@ from broker.messages import (
     Update,
     encode,
 )
-from broker.tensors import Layout, TensorSpec
+from broker.tensors import Layout, TensorSpec, view
 from tests.hostile.liar import (
     DELTA,
     EXAMPLES,
@@ -45,7 +47,7 @@ from tests.hostile.liar import (
     update,
 )
 from tests.system.rig import MODEL, Federation, expected, federation, learned, mean_of, start_weights
-from workers.work import task_seed
+from workers.work import Done, task_seed
 
 OVER = b"\0" * (MESSAGE_BYTES_MAX + 1)
 WIDE = Layout.of([*MODEL.specs[:-1], TensorSpec("zz", "float16", (7,))])
@@ -159,6 +161,30 @@ async def test_an_update_of_something_else_is_not_counted(
         only_the_honest(fed, 1)
         assert (LIAR, verdict) in verdicts(fed)
         assert await liar.left() == {}
+
+
+@pytest.mark.parametrize(("rule", "bends"), [("mean", True), ("trimmed-mean", False), ("median", False)])
+async def test_one_of_four_who_is_counted_and_lies_does_not_bend_a_rule_that_leaves_it_out(
+    tmp_path: Path, rule: str, bends: bool
+) -> None:
+    async with federation(tmp_path, rule=rule, cohort=4, quorum=4) as fed:
+        for name in ("a", "b", "c"):
+            fed.join(name)
+        lesson = fed.join("d").lesson
+        honest = lesson.run
+
+        async def lie(*words: Any, **others: Any) -> Done:
+            done = await honest(*words, **others)
+            if done.delta:
+                view(done.delta.data[: 4 * 132_000], "float32")[:] = -1e6
+            return done
+
+        lesson.run = lie  # type: ignore[method-assign]
+        await fed.end()
+        assert fed.counted() == [list("abcd")] * 2
+        moved = np.abs(view(memoryview(fed.weights())[: 4 * 132_000], "float32")).max()
+        assert (moved > 1e5) == bends
+        assert moved < 2 or bends, "none of what is learned is longer than 0.7"
 
 
 async def test_a_stranger_is_not_counted(tmp_path: Path) -> None:

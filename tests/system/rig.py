@@ -36,8 +36,8 @@ from broker.pinned import Roster
 from broker.ring import Form, encode
 from broker.tensors import Layout, TensorSpec, view
 from coordinator import plan as plans
-from coordinator.aggregation import RULES
 from coordinator.plan import Plan
+from coordinator.rules import RULES
 from coordinator.service import Coordinator
 from coordinator.store import Store
 from coordinator.unmasking import into_sums

@@ -64,6 +64,7 @@ PATIENT_S = 3600.0  # nothing is left to the deadline
 PLANS: dict[str, dict[str, Any]] = {
     "all": {"cohort": 3, "quorum": 3, "round_s": PATIENT_S},
     "all, kept": {"cohort": 3, "quorum": 3, "round_s": PATIENT_S, "keep_updates": True},
+    "all, median": {"cohort": 3, "quorum": 3, "round_s": PATIENT_S, "rule": "median"},
     "all, cyclic": {"cohort": 3, "quorum": 3, "round_s": PATIENT_S, "schedule": "cyclic"},
     "deadline": {"cohort": 3, "quorum": 3, "round_s": 40.0},
     "quorum": {"cohort": 3, "quorum": 2, "round_s": 30.0},
@@ -345,7 +346,8 @@ class Simulation:
             turns = [counted] if store.plan.schedule == "parallel" else [[name] for name in counted]
             for turn in turns:
                 seeds = [task_seed(store.plan.seed, number, name) for name in turn]
-                weights = next_version(weights, [learned(seed, weights) for seed in seeds])
+                updates = [learned(seed, weights) for seed in seeds]
+                weights = (median if store.plan.rule == "median" else next_version)(weights, updates)
             if store.load(number)[1] != weights:
                 problems.append(f"version {number} does not follow from {counted} and the version before")
                 return
@@ -412,6 +414,17 @@ def next_version(weights: bytearray, updates: list[tuple[int, bytes]]) -> bytear
         )
         old = np.frombuffer(weights[where], kind).astype(float)
         after[where] = (old + steps.astype(float) / (examples * 2.0**52)).astype(kind).tobytes()
+    return after
+
+
+def median(weights: bytearray, updates: list[tuple[int, bytes]]) -> bytearray:
+    """What follows by the rule `median` from a version and three updates; as independent."""
+    after = bytearray(weights)
+    for segment in MODEL.segments:
+        where, kind = slice(segment.start, segment.stop), np.dtype(segment.dtype)
+        middle = np.median([np.frombuffer(delta[where], kind) for _, delta in updates], axis=0)
+        old = np.frombuffer(weights[where], kind).astype(float)
+        after[where] = (middle if kind == np.int64 else old + middle).astype(kind).tobytes()
     return after
 
 

@@ -30,6 +30,8 @@ WAYS: list[dict[str, Any]] = [
     {"format": "top-k", "keep": 0.05},
     {"format": "int8", "down": "int8"},
     {"down": "bfloat16"},
+    {"rule": "trimmed-mean"},
+    {"rule": "median", "format": "top-k", "keep": 0.3},
     {"schedule": "cyclic", "workers": ("c", "a", "b")},
     {"schedule": "cyclic", "format": "top-k", "keep": 0.5},
 ]

@@ -25,7 +25,9 @@ from coordinator.post import Post
 from coordinator.service import Coordinator
 from coordinator.snapshot import FILE, Snapshot
 from coordinator.store import Store
-from tests.system.rig import Federation, Wire, expected, federation, read
+from tests.system.rig import Federation, Wire, expected, federation, learned, read, start_weights
+from tests.system.simulation import median
+from workers.work import task_seed
 
 NAMES = ("a", "b", "c")
 ROUNDS = 3
@@ -249,6 +251,29 @@ async def test_whoever_is_in_the_sums_that_were_written_down_may_be_gone_for_goo
         await fed.end()
         assert fed.counted() == [list(NAMES)]
         assert_bits(fed, 1)
+
+
+async def test_updates_that_are_only_set_aside_are_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a rule that needs all of them at once there is no sum to write down."""
+    monkeypatch.setattr("coordinator.keeping.KEEP_S", 0.01)
+    async with federation(tmp_path, rounds=1, rule="median") as fed:
+        fed.begin()
+        for name in NAMES:
+            fed.join(name)
+        fed.places["c"].lesson.gate.clear()
+        desk = fed.coordinator.desk if fed.coordinator else None
+        await fed.until(lambda: bool(desk and len(desk.sums.whole) == 2))
+        await asyncio.sleep(0.1)
+        assert not (fed.run / FILE).exists()
+        await restart(fed)
+        fed.places["c"].lesson.gate.set()
+        await fed.end()
+        start = start_weights()
+        updates = [learned(task_seed(fed.store.plan.seed, 1, name), start) for name in NAMES]
+        assert fed.weights() == median(start, updates)
+        assert [place.lesson.done.count((True, 1)) for place in fed.places.values()] == [1, 1, 1]
 
 
 async def test_short_rounds_never_write_their_sums_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from broker.errors import WireError
 from broker.formats import CHUNK_ITEMS, FORMATS, Format, Run
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, TensorSpec, as_float64, from_float64, view
-from coordinator.aggregation import EXAMPLES_MAX, LOW_REACH, MEAN, REACH, RULES, Sums
+from coordinator.aggregation import EXAMPLES_MAX, LOW_REACH, MEAN, REACH, Sums
 from tests.summed import finished as made_of
 
 AS_IT_IS = FORMATS["float32"]
@@ -443,10 +443,6 @@ def test_the_weights_and_the_updates_are_left_as_they_were() -> None:
     mean(layout, weights, [(1, update)])
     assert weights == one("float32", 1.0)[1]
     assert update == one("float32", 2.0)[1]
-
-
-def test_every_rule_can_be_named_in_a_plan() -> None:
-    assert RULES["mean"] is MEAN
 
 
 def test_16_bit_floats_are_rounded_once_from_the_mean() -> None:

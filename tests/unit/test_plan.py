@@ -101,7 +101,21 @@ def test_a_plan_is_frozen() -> None:
             ),
         ),
         ({"workers": ["a", "b", "a"]}, "a worker is listed twice: name each once"),
-        ({"rule": "median"}, "there is no rule 'median': choose one of mean"),
+        ({"rule": "krum"}, "there is no rule 'krum': choose one of mean, trimmed-mean, median"),
+        ({"trim": 1}, "trim is for the rule trimmed-mean, and the rule is mean: leave trim out"),
+        ({"trim": 1, "rule": "median"}, "trim is for the rule trimmed-mean, and the rule is median: leave trim out"),
+        (
+            {"rule": "median"},
+            "median leaves out 1 at both ends, and the quorum is 2: raise it and cohort to 3",
+        ),
+        (
+            {"rule": "trimmed-mean", "trim": 2, "cohort": 6},
+            "trimmed-mean leaves out 2 at both ends, and the quorum is 4: raise it and cohort to 5",
+        ),
+        (
+            {"rule": "median", "schedule": "cyclic", "cohort": 5},
+            "a cyclic turn has one update, of which median can leave nothing out: set rule to mean",
+        ),
         ({"keep": 0.1}, "keep is for the format top-k, and the format is float32: leave keep out"),
         ({"keep": 0.1, "format": "int8"}, "keep is for the format top-k, and the format is int8: leave keep out"),
         (

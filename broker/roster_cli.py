@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from broker.errors import UsageError
+from broker.fields import counted
 from broker.pinned import Roster, draw_identity, fingerprint, public_of, read_identity
 
 app = typer.Typer(no_args_is_help=True, help="Who may take part in secure rounds, signed by the operator.")
@@ -51,7 +52,8 @@ def sign(
         roster.check(public_of(operator))
     signed = roster.signed(operator)
     signed.write(file)
-    typer.echo(f"version {signed.version}, {len(signed.workers)} workers, operator {signed.operator.hex()}")
+    workers = counted(len(signed.workers), "worker")
+    typer.echo(f"version {signed.version}, {workers}, operator {signed.operator.hex()}")
 
 
 @app.command()

@@ -23,7 +23,7 @@ from rich.table import Table
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
 from broker.errors import UsageError
-from broker.fields import legible
+from broker.fields import counted, legible
 from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.options import BrokerUrl, GiveUp, Insecure, Invite, RosterFile, SettingPairs, parse_settings, way_in
@@ -190,7 +190,7 @@ def status(
     for said in [*told, *(f"  {_abandoned(line)}" for line in filter(None, [abandoned])), *history.spent(lines)]:
         say(said)
     if kept:
-        say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
+        say(f"{counted(len(kept), 'update')} kept, {sum(kept) / 1e6:.2f} MB in all")
     rounds = {line.get("version"): line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "workers", "held out", "s", "MB down", "MB up", padding=0)
     for point in points:
@@ -235,7 +235,7 @@ def _said_before(lines: list[history.Line]) -> Iterator[str]:
             how = f"an update of {other['worker']} was {verdict}" + (f" {times} times" if times > 1 else "")
             yield f"{of}: {how}: {reason}"
         for worker, rest in line.get("rested", {}).items():
-            yield f"{of}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
+            yield f"{of}: {worker} began to rest for {counted(rest['rounds'], 'round')}: {rest['why']}"
 
 
 def _present(store: Store) -> tuple[dict[str, Any], list[str]]:
@@ -254,16 +254,14 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
     if "waiting" in now:  # a former fluffle did not say
         left_s = now.get("deadline_s") or 0.0
         when = f"the deadline is in {left_s:.0f} s" if left_s > 0 else "the deadline has passed"
-        counted, target, quorum = len(now["counted"]), now["target"], now["quorum"]
-        yield (
-            f"round {now['round']}, attempt {now['attempt']}: {counted} updates of {len(now['cohort'])} asked are "
-            f"counted, target {target}, quorum {quorum}; {when}"
-        )
+        updates = f"{len(now['counted'])}/{len(now['cohort'])} updates"
+        aim = f"target {now['target']}, quorum {now['quorum']}"
+        yield f"round {now['round']}, attempt {now['attempt']}: {updates}, {aim}; {when}"
         yield from (f"  waits for {worker}: {why}" for worker, why in now["waiting"].items())
         yield from (f"  {worker} gives nothing: {reason}" for worker, reason in now["refused"].items())
     for worker, rest in now.get("resting", {}).items():
         asked = ", but is asked: there is no quorum without" if worker in now.get("cohort", ()) else ""
-        yield f"  {worker} rests for {rest['rounds']} more rounds{asked}: {rest['why']}"
+        yield f"  {worker} rests for {counted(rest['rounds'], 'more round')}{asked}: {rest['why']}"
 
 
 def _abandoned(line: history.Line) -> str:
@@ -278,10 +276,10 @@ def verify(
 ) -> None:
     """Whether a run is still what was written: plan, history, versions, kept updates. Exit status 1 if not."""
     findings, found = verifying.verify(run, remembered=remembered)
-    for finding in findings:
-        sys.stdout.write(f"{legible(finding.said)}\n")
+    sys.stdout.writelines(f"{legible(finding.said)}\n" for finding in findings)
     bad = sum(finding.bad for finding in findings)
-    sys.stdout.write(f"{f'{bad} things are not as they were written' if bad else 'all is well'}: {found}\n")
+    said = f"not as it was written, in {counted(bad, 'place')}" if bad else "all is well"
+    sys.stdout.write(f"{said}: {found}\n")
     if bad:
         raise typer.Exit(1)
 
@@ -296,7 +294,7 @@ def replay(
     """Make a version again from the updates that were kept, and say whether the bits agree. Exit status 1 if not."""
     begin = to - 1 if start is None else start
     done = replaying.replay(Store.open(run), to, begin)
-    of = f"from version {begin} and {done.updates} {'updates' if done.updates > 1 else 'update'}"
+    of = f"from version {begin} and {counted(done.updates, 'update')}"
     if not done.differences:
         sys.stdout.write(f"version {to} made again {of} is the same, bit for bit\n")
         return

@@ -22,7 +22,7 @@ from rich.text import Text
 from broker import daemon, options, rabbit
 from broker.chain import check
 from broker.errors import UsageError
-from broker.fields import NAME, NAME_RULE, legible
+from broker.fields import NAME, NAME_RULE, counted, legible
 from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.pinned import identity_of, read_identity, read_roster
@@ -184,12 +184,13 @@ def try_(
 
 def _shown(report: Report) -> Table:
     table, done, specs = Table(show_header=False), report.done, report.layout.specs
-    table.add_row("model", f"{sum(spec.items for spec in specs):,} numbers in {len(specs)} tensors")
+    numbers = counted(sum(spec.items for spec in specs), "number")
+    table.add_row("model", f"{numbers} in {counted(len(specs), 'tensor')}")
     table.add_row("travels each way, each round", f"{report.layout.size_bytes / 1e6:.3f} MB")
     table.add_row("contract", report.contract.tensors)
     table.add_row("learner file", report.contract.file)
     table.add_row("loading learner and data", f"{report.ready_s:.2f} s")
-    table.add_row("one task", f"{done.seconds:.2f} s, {done.examples:,} examples")
+    table.add_row("one task", f"{done.seconds:.2f} s, {counted(done.examples or 0, 'example')}")
     table.add_row("train said", _metrics(done.metrics))
     table.add_row("evaluate before", _metrics(done.scores))
     table.add_row("evaluate after", _metrics(report.after))
@@ -220,9 +221,9 @@ def ledger(
         found = {"worker": called, "lines": lines, "chain": last, "findings": [each._asdict() for each in findings]}
         sys.stdout.write(json.dumps(found) + "\n")
     elif verify or remembered:
-        said = f"{bad} things are not as they were written" if bad else "all is well"
+        said = f"not as it was written, in {counted(bad, 'place')}" if bad else "all is well"
         sys.stdout.writelines(f"{each.said}\n" for each in findings)
-        sys.stdout.write(f"{said}: {len(lines)} lines in {path}; the chain ends in {last or 'nothing'}\n")
+        sys.stdout.write(f"{said}: {counted(len(lines), 'line')} in {path}; the chain ends in {last or 'nothing'}\n")
     else:
         table, bad = Table("when", "what", "run", "round", "asked by", ""), 0
         for line in lines:

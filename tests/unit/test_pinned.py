@@ -120,7 +120,7 @@ def test_an_operator_makes_a_roster_on_the_command_line(tmp_path: Path) -> None:
     assert run("roster", "sign", roster, "--key", operator).startswith("version 1, 2 workers, operator ")
     run("roster", "remove", roster, "south")
     said = run("roster", "sign", roster, "--key", operator)
-    assert said.startswith("version 2, 1 workers")
+    assert said.startswith("version 2, 1 worker, operator ")
     said = run("roster", "verify", roster, "--operator", said.split()[-1])
     assert said.startswith("version 2, signed by ")
     assert f"north  {fingerprint(Roster.read(Path(roster)).workers['north'])}" in said

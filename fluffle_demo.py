@@ -5,11 +5,12 @@ Knows how broker, coordinator and workers are put together. Does not know how an
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, chdir, redirect_stdout
+from contextlib import ExitStack, chdir, closing, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,29 +20,29 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from broker import wording
 from broker.contract import fingerprint
 from broker.daemon import PARENT
 from broker.errors import FluffleError, RunEnded, UsageError
-from broker.fields import legible
+from broker.fields import counted, legible
 from broker.invitation import Access
-from broker.node import Node
-from broker.options import BROKER, INVITE, Insecure
+from broker.node import Node, find_server
+from broker.options import BROKER, INVITE, Insecure, SettingPairs, parse_settings
 from broker.pinned import draw_keys
 from broker.processes import begin
 from coordinator import history, report
 from coordinator import plan as plans
 from coordinator.store import Store, new_run_name
+from workers.cli import LearnerName
 
 POLL_S = 0.1
 SECURE = {"clip": 8.0, "examples_max": 2048}
 """Of a demonstration with secure rounds: how long an update may be, and for how many examples it counts."""
 STOP_S = 20.0
 HELD_OUT = "held-out"
-INTERRUPTED = 130
 
 
 def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = False) -> Store:
@@ -50,11 +51,11 @@ def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = Fal
     Raises:
         UsageError: a setting, the learner or the folder is not as it must be.
     """
+    plan = plans.make({"run": new_run_name(run), "learner": learner, **values}, "these options")
     # here and not above: torch takes two seconds to load, and no other command needs it in this process
     from workers import learner as learners  # noqa: PLC0415
     from workers import task, weights  # noqa: PLC0415
 
-    plan = plans.make({"run": new_run_name(run), "learner": learner, **values}, "these options")
     with chdir("."):  # a learner may go elsewhere, but paths are as they were typed
         found = learners.load(learner)
         model = task.new_model(found, seed=plan.seed)
@@ -62,6 +63,25 @@ def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = Fal
         drawn = memoryview(weights.read(model, layout))
     plan = plans.change(plan, {"contract": fingerprint(layout), "learner_file": found.file if pin else ""})
     return Store.create(run, plan, layout, drawn)
+
+
+def init(
+    learner: LearnerName,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder to make.")],
+    seed: Annotated[int, typer.Option(min=0, help="Begins all dice: first weights, cohorts, training.")] = 0,
+    settings: SettingPairs = None,
+    pin_learner: Annotated[
+        bool, typer.Option(help="Let workers train only with the very same learner file, bit for bit.")
+    ] = False,
+    if_missing: Annotated[bool, typer.Option(help="Leave a run alone that is there already.")] = False,
+) -> None:
+    """Make a run: its folder, its plan, and version 0 from the learner's model()."""
+    if if_missing and (run / plans.FILE).exists():
+        store = Store.open(run)
+        sys.stdout.write(f"{run} holds the run {store.plan.run} already\n")
+        return
+    store = make_run(learner, run, {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
+    sys.stdout.write(f"{run} is ready: run {store.plan.run}, version 0 is {store.path(0)}\n")
 
 
 _scratch = partial(tempfile.TemporaryDirectory, prefix="fluffle-")
@@ -94,8 +114,11 @@ def demo(
     insecure: Insecure = False,
 ) -> None:
     """Train one model across several workers through RabbitMQ, and say whether it was worth it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary broker's folder goes with us, too
     if broker_url:
         Access.at(broker_url, insecure=insecure)  # or everybody would find out alone
+    else:
+        find_server()
     out = Console(stderr=as_json, highlight=False)
     folder = run or _free_folder(Path("fluffle-demo"))
     cast = _cast(learner, workers, data or [], seed)
@@ -110,11 +133,11 @@ def demo(
         "seed": seed,
         "settings": cast.settings,
     }
+    store = make_run(learner, folder, values)  # before RabbitMQ, which takes seconds: every option is looked at here
     try:
         with ExitStack() as stack:
             out.print("starting RabbitMQ …" if broker_url is None else "using the RabbitMQ given")
             url = broker_url or stack.enter_context(Node(Path(stack.enter_context(_scratch())))).url
-            store = make_run(learner, folder, values)
             began_at = time.monotonic()
             _play(store, cast, url, out)
             seconds = time.monotonic() - began_at
@@ -122,7 +145,7 @@ def demo(
         figures = _figures(store, cast, _compare(store, cast), seconds)
     except KeyboardInterrupt:
         out.print(f"stopped; what there is of the run is in {escape(str(folder))}/")
-        raise typer.Exit(INTERRUPTED) from None
+        raise
     picture = report.draw(store, figures)
     if as_json:
         sys.stdout.write(json.dumps(figures) + "\n")
@@ -160,9 +183,7 @@ def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     """
     logs = store.folder / "log"
     logs.mkdir()
-    with _scratch() as state, ExitStack() as last:
-        company = Company(url, logs, Path(state))
-        last.callback(company.stop)
+    with _scratch() as state, closing(Company(url, logs, Path(state))) as company:
         keys, roster, member = store.folder / "keys", tuple[str, ...](), tuple[str, ...]()
         if store.plan.privacy == "secure":
             roster = ("--roster", str(draw_keys(keys, [*cast.workers])))
@@ -207,7 +228,7 @@ class Company:
                 raise RunEnded(f"{name} ended with status {status}: {last[0]} (all of it: {log})")
         return self._running["coordinator"].poll() == 0
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ask everyone to leave, and see to it."""
         for process in self._running.values():
             process.terminate()
@@ -222,13 +243,7 @@ class Company:
 
 def _watch(store: Store, company: Company, out: Console) -> None:
     """Show a line for every version, and what is happening meanwhile, until the last is made."""
-    columns = (
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = "round", MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), "{task.description}"
     told = 0
     with Progress(*columns, console=out, transient=True) as progress:
         bar = progress.add_task("starting the workers", total=store.plan.rounds)
@@ -316,8 +331,8 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
     row("the federation", figures["federated"]["accuracy"], figures["federated"]["loss"])
     row("all data in one place", figures["pooled"]["accuracy"], figures["pooled"]["loss"])
     out.print(table)
-    down, up = figures["bytes_down"] / 1e6, figures["bytes_up"] / 1e6
-    out.print(f"{figures['rounds']} rounds in {figures['seconds']:.1f} s; {down:.2f} MB down, {up:.2f} MB up")
+    rounds, down, up = counted(figures["rounds"], "round"), figures["bytes_down"] / 1e6, figures["bytes_up"] / 1e6
+    out.print(f"{rounds} in {figures['seconds']:.1f} s; {down:.2f} MB down, {up:.2f} MB up")
     learner, run, last = escape(store.plan.learner), escape(str(store.folder)), store.path(store.latest() or 0)
     source = escape(cast.held_out or next(iter(cast.workers.values())))
     out.print(

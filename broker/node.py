@@ -25,7 +25,7 @@ from broker.processes import STOP_S, end, holder, spawn, take
 
 START_S = 60.0
 """How long a node may take until it answers."""
-SERVERS = (Path("/usr/lib/rabbitmq/bin/rabbitmq-server"),)
+SERVERS = "/usr/lib/rabbitmq/bin/rabbitmq-server", "rabbitmq-server"
 """Where packages put the server itself; the one they put on the PATH changes user, and with it cookie and folder."""
 
 
@@ -126,16 +126,13 @@ def find_server() -> Path:
     Raises:
         UsageError: there is none.
     """
-    for path in SERVERS:
-        if os.access(path, os.X_OK):
-            return path
-    found = shutil.which("rabbitmq-server")
-    if found is None:
-        raise UsageError(
-            "RabbitMQ is not installed: `apt-get install rabbitmq-server` as root, `brew install rabbitmq`, "
-            "or `docker compose up` or any other broker with --broker URL"
-        )
-    return Path(found)
+    for program in SERVERS:
+        if found := shutil.which(program):
+            return Path(found)
+    raise UsageError(
+        "RabbitMQ is not installed: `apt-get install rabbitmq-server` as root, `brew install rabbitmq`, "
+        "or `docker compose up` or any other broker with --broker URL"
+    )
 
 
 def find_epmd() -> Path:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fluffle
 import fluffle_demo
+from broker.fields import counted
 from coordinator.history import Point
 from coordinator.plan import Plan
 
@@ -31,6 +32,41 @@ def test_a_terminal_that_knows_ascii_only_shows_all_the_rest() -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "a name, ?" in done.stdout
+
+
+@pytest.mark.parametrize("while_loading", ["typer", "coordinator.cli", "coordinator.service"])
+def test_ctrl_c_while_a_command_loads_ends_it_without_a_word(while_loading: str) -> None:
+    typed = f"""
+import importlib.abc, signal, sys
+
+class Pressed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {while_loading!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Pressed())
+sys.argv = ["fluffle", "status", "run"]
+import fluffle
+fluffle.main()
+"""
+    done = subprocess.run([sys.executable, "-c", typed], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_options_are_looked_at_before_a_broker_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fluffle_demo, "Node", lambda _: pytest.fail("a broker was made"))
+    typed = ["demo", "--learner", "toy", "--run", str(tmp_path / "run"), "--schedule", "spiral"]
+    assert "schedule must be" in str(CliRunner().invoke(fluffle.app, typed).exception)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_one_thing_is_told_as_one(tmp_path: Path) -> None:
+    assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    run = fluffle_demo.make_run("toy", tmp_path / "run", {})
+    run.path(0).write_bytes(b"")
+    done = CliRunner().invoke(fluffle.app, ["verify", str(run.folder)])
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1].startswith("not as it was written, in 1 place: "), done.output
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")

@@ -66,14 +66,18 @@ def main() -> None:
     try:
         app()
     except FluffleError as problem:
-        sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
-        sys.exit(problem.status)
+        _end(str(problem), problem.status)
+    except MemoryError:
+        _end("there is not enough memory for this, or this process may not have it.")
     except OSError as problem:
         if problem.filename is None and problem.errno not in (errno.ENOENT, errno.ENOSPC):  # a fault of ours
             raise
-        of = problem.filename or "the output, or room for temporary files,"
-        sys.stderr.write(f"fluffle: {legible(str(of))} cannot be used: {problem.strerror}.\n")
-        sys.exit(UsageError.status)
+        _end(f"{problem.filename or 'the output, or room for temporary files,'} cannot be used: {problem.strerror}.")
+
+
+def _end(said: str, status: int = UsageError.status) -> None:
+    sys.stderr.write(f"fluffle: {legible(said)}\n")
+    sys.exit(status)
 
 
 def _version(asked: bool) -> None:

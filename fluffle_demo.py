@@ -104,9 +104,7 @@ def demo(
     rounds: Annotated[int | None, typer.Option(min=1, help="Versions to make.")] = None,
     schedule: Annotated[str, typer.Option(help="parallel or cyclic.")] = "parallel",
     privacy: Annotated[str, typer.Option(help="none, or secure: nobody sees a worker's update.")] = "none",
-    broker_url: Annotated[
-        str | None, typer.Option("--broker", help="Use this RabbitMQ; default: a private one.")
-    ] = None,
+    broker_url: Annotated[str | None, typer.Option("--broker", help="This RabbitMQ; default: a private one.")] = None,
     run: Annotated[Path | None, typer.Option(help="The run's folder; default: fluffle-demo.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="A worker's source; give one for each worker.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Begins all dice.")] = 0,

@@ -27,7 +27,7 @@ from broker.fields import counted, legible
 from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.options import BrokerUrl, GiveUp, Insecure, Invite, RosterFile, SettingPairs, parse_settings, way_in
-from broker.pinned import read_roster
+from broker.pinned import Roster, read_roster
 from coordinator import history, service, standby, updates
 from coordinator import plan as plans
 from coordinator import replay as replaying
@@ -38,14 +38,10 @@ from coordinator.store import NOW, Store
 log = logging.getLogger(__name__)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder; `fluffle init` makes one.")]
-OverSelect = Annotated[
-    float | None, typer.Option(help="Ask so many times the cohort, and close when it is counted: 1 to 3.")
-]
+OverSelect = Annotated[float | None, typer.Option(help="Ask 1 to 3 times the cohort, and close when it is counted.")]
 How = Annotated[str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")]
 Down = Annotated[str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")]
-Privacy = Annotated[
-    str | None, typer.Option(help="none, or secure: updates are only added up in secret; needs --roster.")
-]
+Privacy = Annotated[str | None, typer.Option(help="none, or secure: updates are added up in secret; needs --roster.")]
 Threshold = Annotated[
     float | None,
     typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 up to, not with, 1."),
@@ -112,18 +108,18 @@ def coordinator(
     given |= {"run": None, "format": how, "workers": tuple(workers.split(",")) if workers else None}
     given["settings"] = {**store.plan.settings, **parse_settings(settings)} if settings else None
     changes = {each.name: given[each.name] for each in fields(plans.Plan) if given.get(each.name) is not None}
+    plan = plans.change(store.plan, changes)
+    _keys(store, plan, roster, access)  # what is wrong is said now, and not when it is our turn
     daemon.start_log()
-    if said := counsel(plans.change(store.plan, changes)):
+    if said := counsel(plan):
         log.warning("%s", said)
     daemon.mind_parent()
     with standby.turn(run) as forced:
         store = Store.open(run)  # as it is now
+        plan = plans.change(store.plan, changes)
+        keys = _keys(store, plan, roster, access)
         store.begin_epoch()
-        store.adopt(plans.change(store.plan, changes))
-        operator = Invitation.read(access.file).operator if access.file else ""
-        keys = read_roster(roster, operator) if roster else None
-        if store.plan.privacy == "secure" and not (keys and keys.workers):
-            raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
+        store.adopt(plan)
         connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
 
         async def begin(link: Link) -> None:
@@ -135,6 +131,20 @@ def coordinator(
             daemon.run(lambda stop: _serve(store, connect, stop, begin))
         finally:
             store.tidy()  # no thread writes any more
+
+
+def _keys(store: Store, plan: plans.Plan, roster: Path | None, access: Access) -> Roster | None:
+    """Whose keys count in a run that is about to take this plan. Nothing is written.
+
+    Raises:
+        UsageError: the plan comes too late; the roster is none, or a secure run has none.
+    """
+    store.would_change(plan)
+    operator = Invitation.read(access.file).operator if access.file else ""
+    keys = read_roster(roster, operator) if roster else None
+    if plan.privacy == "secure" and not (keys and keys.workers):
+        raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
+    return keys
 
 
 async def _serve(
@@ -183,7 +193,7 @@ def status(
 
     say(f"run {store.plan.run}, learner {store.plan.learner}")
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
-    for said in [*_said_contract(store.plan), *_said_of(invite)]:
+    for said in _said_of(store.plan, invite):
         say(said)
     if waits:
         say(f"standing by: process {waits['process']} on {waits['machine']}")
@@ -209,14 +219,10 @@ def status(
         say(said)
 
 
-def _said_contract(plan: plans.Plan) -> Iterator[str]:
-    """What every worker's learner must be; a former fluffle did not say."""
-    if plan.contract:
+def _said_of(plan: plans.Plan, invite: Path | None) -> Iterator[str]:
+    """What every worker's learner must be; as whom an invitation lets the coordinator in, and if it ends soon."""
+    if plan.contract:  # a former fluffle did not say
         yield f"contract {plan.contract}" + (f", learner file {plan.learner_file}" if plan.learner_file else "")
-
-
-def _said_of(invite: Path | None) -> Iterator[str]:
-    """As whom an invitation lets the coordinator in, and whether it ends soon."""
     if invite:
         access = Access.invited(invite, "coordinator")
         yield from filter(None, (f"invited: {access.said}", access.expiry()))
@@ -254,9 +260,8 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
     if "waiting" in now:  # a former fluffle did not say
         left_s = now.get("deadline_s") or 0.0
         when = f"the deadline is in {left_s:.0f} s" if left_s > 0 else "the deadline has passed"
-        updates = f"{len(now['counted'])}/{len(now['cohort'])} updates"
-        aim = f"target {now['target']}, quorum {now['quorum']}"
-        yield f"round {now['round']}, attempt {now['attempt']}: {updates}, {aim}; {when}"
+        updates = f"{len(now['counted'])}/{len(now['cohort'])} updates, target {now['target']}"
+        yield f"round {now['round']}, attempt {now['attempt']}: {updates}, quorum {now['quorum']}; {when}"
         yield from (f"  waits for {worker}: {why}" for worker, why in now["waiting"].items())
         yield from (f"  {worker} gives nothing: {reason}" for worker, reason in now["refused"].items())
     for worker, rest in now.get("resting", {}).items():

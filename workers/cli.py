@@ -53,9 +53,7 @@ def worker(
     data: Source,
     broker: options.BrokerUrl = None,
     invite: options.Invite = None,
-    name: Annotated[
-        str | None, typer.Option(help="Unique in the federation; this machine's name if not given.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Unique in the federation; default: this machine's name.")] = None,
     many: Annotated[
         int | None,
         typer.Option(

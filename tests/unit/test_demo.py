@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import fluffle
 import fluffle_demo
 from broker.fields import counted
+from coordinator import standby
 from coordinator.history import Point
 from coordinator.plan import Plan
 
@@ -69,6 +70,27 @@ def test_one_thing_is_told_as_one(tmp_path: Path) -> None:
     assert done.output.splitlines()[-1].startswith("not as it was written, in 1 place: "), done.output
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--privacy secure --cohort 3 --clip 8 --examples-max 9 --roster nowhere.json", "nowhere.json"),
+        ("--privacy secure --cohort 3 --clip 8 --examples-max 9", "give the operator's roster with --roster"),
+        ("--clip 8", "is frozen since version 1: make another run to change clip"),
+    ],
+)
+def test_a_coordinator_says_what_is_wrong_with_its_options_before_it_waits_for_its_turn_or_changes_anything(
+    typed: str, said: str, tmp_path: Path
+) -> None:
+    run = fluffle_demo.make_run("toy", tmp_path / "run", {})
+    if "frozen" in said:
+        run.save(1, *run.load(0))
+    before = (run.folder / "plan.toml").read_text()
+    with standby.turn(run.folder):
+        words = ["coordinator", str(run.folder), "--broker", "amqp://u:p@127.0.0.1:1", *typed.split()]
+        assert said in str(CliRunner().invoke(fluffle.app, words).exception)
+    assert (run.folder / "plan.toml").read_text() == before
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
 def test_an_output_that_takes_nothing_more_is_said_in_a_sentence() -> None:
     with Path("/dev/full").open("w") as full:
@@ -83,16 +105,26 @@ def test_an_output_that_takes_nothing_more_is_said_in_a_sentence() -> None:
     assert done.stderr.startswith("fluffle: the output, or room for temporary files, cannot be used: No space left")
 
 
-def test_no_room_for_temporary_files_is_said_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found"),
+            "used: No usable temporary directory",
+        ),
+        (MemoryError(), "fluffle: there is not enough memory for this, or"),
+    ],
+)
+def test_no_room_for_temporary_files_and_no_memory_are_said_in_a_sentence(
+    problem: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def app() -> None:
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+        raise problem
 
     monkeypatch.setattr(fluffle, "app", app)
     with pytest.raises(SystemExit, match="2"):
         fluffle.main()
-    assert capsys.readouterr().err.endswith("cannot be used: No usable temporary directory found in ['/tmp'].\n")
+    assert said in capsys.readouterr().err
 
 
 def test_a_version_that_nobody_has_scored_is_told_as_such() -> None:

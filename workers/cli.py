@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from broker import daemon, options, rabbit
@@ -181,7 +181,7 @@ def try_(
 
 
 def _shown(report: Report) -> Table:
-    table, done, specs = Table(show_header=False), report.done, report.layout.specs
+    table, done, specs = Table("", Column(overflow="fold"), show_header=False), report.done, report.layout.specs
     numbers = counted(sum(spec.items for spec in specs), "number")
     table.add_row("model", f"{numbers} in {counted(len(specs), 'tensor')}")
     table.add_row("travels each way, each round", f"{report.layout.size_bytes / 1e6:.3f} MB")

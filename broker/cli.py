@@ -63,7 +63,7 @@ def status(folder: Folder) -> None:
     _warn(folder)
     url = node.status(folder)
     if url is None:
-        typer.echo(f"no RabbitMQ node runs in {folder}: `fluffle broker start` starts one", err=True)
+        typer.echo(f"no RabbitMQ node runs in {folder}: `fluffle broker start --dir {folder}` starts one", err=True)
         raise typer.Exit(1)
     typer.echo(_url(folder, url))
 

@@ -39,7 +39,7 @@ BOUND_S = 30.0
 
 
 def gone(find: Find, folder: Path) -> None:
-    """Return when nothing of a node is left: an ending process loses its words first, and its lock an instant later."""
+    """Return when nothing of a node is left; an ending process loses its words first, an instant later its lock."""
     until = time.monotonic() + BOUND_S
     while left := find(str(folder)) + [name for name in (KEEPER, EPMD, BROKER) if holder(folder / name)]:
         assert time.monotonic() < until, f"still there: {left}"
@@ -183,7 +183,7 @@ def test_an_id_that_another_program_got_is_never_killed(tmp_path: Path) -> None:
 def test_the_command_line_starts_a_node_that_stays_until_it_is_stopped(tmp_path: Path, processes_with: Find) -> None:
     before = fluffle_broker("status", state=tmp_path)
     assert (before.returncode, before.stdout) == (1, "")
-    assert "no RabbitMQ node runs in" in before.stderr
+    assert f"`fluffle broker start --dir {tmp_path / 'fluffle' / 'broker'}` starts one" in before.stderr
     try:
         first, again = (fluffle_broker("start", state=tmp_path) for _ in range(2))
         assert (first.returncode, first.stderr) == (0, "")

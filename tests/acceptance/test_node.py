@@ -198,6 +198,22 @@ def test_the_command_line_starts_a_node_that_stays_until_it_is_stopped(tmp_path:
     assert "no RabbitMQ node runs" in fluffle_broker("stop", state=tmp_path).stderr
 
 
+def test_a_node_may_have_more_open_files_than_the_shell_that_starts_it(tmp_path: Path) -> None:
+    """With 64 of them RabbitMQ would start, and answer nobody."""
+    code = f"""
+import resource
+from pathlib import Path
+from broker import node
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+node.spawn = lambda *_, **__: print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, node.FILES))
+folder = Path({str(tmp_path / "node")!r})
+node.launch(folder, node.settle(folder, None), conf="", parent=0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def test_the_command_line_leaves_usage_errors_to_its_caller(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     result = CliRunner().invoke(cli.app, ["start", "--dir", str(tmp_path)])

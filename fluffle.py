@@ -6,6 +6,7 @@ Knows the commands' names, where each of them is, and exit statuses. Does not kn
 try:
     import errno
     import io
+    import signal
     import sys
     from importlib import import_module
     from importlib.metadata import version as installed_version
@@ -63,6 +64,7 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without … or ε still shows all the rest
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever is temporary goes with us
     try:
         app()
     except FluffleError as problem:

@@ -5,7 +5,6 @@ Knows how broker, coordinator and workers are put together. Does not know how an
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -112,7 +111,6 @@ def demo(
     insecure: Insecure = False,
 ) -> None:
     """Train one model across several workers through RabbitMQ, and say whether it was worth it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary broker's folder goes with us, too
     if broker_url:
         Access.at(broker_url, insecure=insecure)  # or everybody would find out alone
     else:

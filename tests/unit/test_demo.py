@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ fluffle.main()
 """
     done = subprocess.run([sys.executable, "-c", typed], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_nothing_stays_behind(tmp_path: Path) -> None:
+    words = [sys.executable, "-P", "-m", "fluffle", "try", "toy", "--data", "alice"]
+    with subprocess.Popen(words, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not [*tmp_path.glob("fluffle-*")]:
+            time.sleep(0.01)
+        process.terminate()
+        assert (process.wait(), process.communicate()[1]) == (130, b"")
+    assert not [*tmp_path.glob("fluffle-*")]
 
 
 def test_options_are_looked_at_before_a_broker_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Knows the commands' names, where each of them is, and exit statuses. Does not kn
 try:
     import errno
     import io
+    import os
     import signal
     import sys
     from importlib import import_module
@@ -62,6 +63,10 @@ def main() -> None:
 
     Exit status 2 for what the user can mend, 3 for stopped early, 4 for given up: start it anew; 1 for other trouble.
     """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # was closed, as by `<&-`: no file or lock may have it
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without … or ε still shows all the rest
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever is temporary goes with us

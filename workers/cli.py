@@ -70,14 +70,9 @@ def worker(
     ] = None,
     threads: Threads = 1,
     memory_mb: Annotated[
-        int | None,
-        typer.Option(
-            min=MEMORY_MB_MIN, help="Memory of the training process, torch's own included; default: no limit."
-        ),
+        int | None, typer.Option(min=MEMORY_MB_MIN, help="Of the training process, with torch; default: no limit.")
     ] = None,
-    renew_after: Annotated[
-        int, typer.Option(min=1, help="Tasks after which a fresh training process takes over.")
-    ] = RENEW_AFTER,
+    renew_after: Annotated[int, typer.Option(min=1, help="Tasks until a fresh training process.")] = RENEW_AFTER,
     roster: options.RosterFile = None,
     identity: Annotated[
         Path | None,

@@ -65,6 +65,22 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_and_nothing_stays_behind(tmp_path
     assert not [*tmp_path.glob("fluffle-*")]
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_was_closed_before_a_command_began_does_not_become_a_file_of_ours(closed: str, tmp_path: Path) -> None:
+    """A lock on it would be lost with the first program that is started, and a print could spoil a version."""
+    code = f"""
+import os, sys, fluffle
+def app():
+    print("out")
+    print("err", file=sys.stderr)
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        assert file.fileno() > 2 and os.get_inheritable(0) and os.get_inheritable(1) and os.get_inheritable(2)
+fluffle.app = app
+fluffle.main()
+"""
+    subprocess.run(["/bin/sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code], check=True)
+
+
 def test_options_are_looked_at_before_a_broker_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fluffle_demo, "Node", lambda _: pytest.fail("a broker was made"))
     typed = ["demo", "--learner", "toy", "--run", str(tmp_path / "run"), "--schedule", "spiral"]

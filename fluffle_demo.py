@@ -27,6 +27,7 @@ from broker.contract import fingerprint
 from broker.daemon import PARENT
 from broker.errors import FluffleError, RunEnded, UsageError
 from broker.fields import counted, legible
+from broker.folder import LOG
 from broker.invitation import Access
 from broker.node import Node, find_server
 from broker.options import BROKER, INVITE, Insecure, SettingPairs, parse_settings
@@ -130,10 +131,12 @@ def demo(
         "settings": cast.settings,
     }
     store = make_run(learner, folder, values)  # before RabbitMQ, which takes seconds: every option is looked at here
+    logs = store.folder / "log"
+    logs.mkdir()
     try:
         with ExitStack() as stack:
             out.print("starting RabbitMQ …" if broker_url is None else "using the RabbitMQ given")
-            url = broker_url or stack.enter_context(Node(Path(stack.enter_context(_scratch())))).url
+            url = broker_url or stack.enter_context(_broker(stack.enter_context(_scratch()), logs)).url
             began_at = time.monotonic()
             _play(store, cast, url, out)
             seconds = time.monotonic() - began_at
@@ -171,15 +174,20 @@ def _cast(learner: str, workers: int, sources: list[str], seed: int) -> Cast:
     return wording.make(Cast, said, whose)
 
 
+def _broker(folder: str, logs: Path) -> Node:
+    """A RabbitMQ for as long as this takes; its log stays, for whoever asks why it did not start."""
+    node = Node(Path(folder))
+    (node.folder / LOG).symlink_to(logs.absolute() / "rabbitmq.log")
+    return node
+
+
 def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     """Start everyone, watch until the coordinator is done, and send everyone home.
 
     Raises:
         RunEnded: the coordinator or a worker failed.
     """
-    logs = store.folder / "log"
-    logs.mkdir()
-    with _scratch() as state, closing(Company(url, logs, Path(state))) as company:
+    with _scratch() as state, closing(Company(url, store.folder / "log", Path(state))) as company:
         keys, roster, member = store.folder / "keys", tuple[str, ...](), tuple[str, ...]()
         if store.plan.privacy == "secure":
             roster = ("--roster", str(draw_keys(keys, [*cast.workers])))

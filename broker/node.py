@@ -183,7 +183,7 @@ def wait_until_ready(folder: Path, address: Address, timeout_s: float) -> None:
     Raises:
         UsageError: it ended before, or `timeout_s` went by.
     """
-    log, until = folder / LOG, time.monotonic() + timeout_s
+    log, until = (folder / LOG).resolve(), time.monotonic() + timeout_s
     while not answers(address.port):
         if holder(folder / KEEPER) is None:
             raise UsageError(f"RabbitMQ ended while it started, saying “{last_words(log)}”: the whole log is {log}")

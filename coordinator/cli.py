@@ -42,13 +42,8 @@ OverSelect = Annotated[float | None, typer.Option(help="Ask 1 to 3 times the coh
 How = Annotated[str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")]
 Down = Annotated[str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")]
 Privacy = Annotated[str | None, typer.Option(help="none, or secure: updates are added up in secret; needs --roster.")]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 up to, not with, 1."),
-]
-KeepUpdates = Annotated[
-    bool | None, typer.Option(help="Keep every counted update, to make versions again; nobody removes them but you.")
-]
+Threshold = Annotated[float | None, typer.Option(help="Secure: part of the neighbours that opens a secret, below 1.")]
+KeepUpdates = Annotated[bool | None, typer.Option(help="Keep counted updates, to make versions again, for ever.")]
 Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
 Dp = Annotated[
     str | None, typer.Option(help="Differential privacy: central or distributed, of a worker; record, of a row.")

@@ -32,7 +32,7 @@ def add(
     file: File, name: Name, key: Annotated[str, typer.Argument(metavar="KEY", help="What its keygen printed.")]
 ) -> None:
     """Put a worker on the roster, or begin one; sign it afterwards. Compare the fingerprint by telephone."""
-    with alone(file.absolute().parent):  # of `fluffle invite`, too: both read, change and write
+    with alone(file.parent.resolve(strict=True)):  # of `fluffle invite`, too: both read, change and write
         roster = (Roster.read(file) if file.exists() else Roster({}, 0)).with_(name, _key(key))
         roster.write(file)
     typer.echo(f"{name}  {fingerprint(roster.workers[name])}")
@@ -41,7 +41,7 @@ def add(
 @app.command()
 def remove(file: File, name: Name) -> None:
     """Strike a worker off; sign the roster afterwards."""
-    with alone(file.absolute().parent):
+    with alone(file.resolve(strict=True).parent):
         Roster.read(file).without(name).write(file)
 
 
@@ -50,7 +50,7 @@ def sign(
     file: File, key: Annotated[Path, typer.Option("--key", help="The operator's secret key, from keygen.")]
 ) -> None:
     """Sign the roster as its next version; a roster that another operator has signed is not taken over."""
-    with alone(file.absolute().parent):
+    with alone(file.resolve(strict=True).parent):
         roster, operator = Roster.read(file), read_identity(key)
         if roster.signature:
             roster.check(public_of(operator))

@@ -74,10 +74,7 @@ def worker(
     ] = None,
     renew_after: Annotated[int, typer.Option(min=1, help="Tasks until a fresh training process.")] = RENEW_AFTER,
     roster: options.RosterFile = None,
-    identity: Annotated[
-        Path | None,
-        typer.Option(help="File with this worker's secret key, for secure rounds; {name} in it is its name."),
-    ] = None,
+    identity: Annotated[Path | None, typer.Option(help="Secure: its secret key; {name} in it is its name.")] = None,
     give_up_s: options.GiveUp = None,
     insecure: options.Insecure = False,
 ) -> None:
@@ -193,9 +190,7 @@ def _shown(report: Report) -> Table:
 def ledger(
     name: Annotated[str | None, typer.Option(help="The worker's; this machine's name if not given.")] = None,
     state: State = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Say whether it is as it was written, and how it ends.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Whether it is as it was written, and its end.")] = False,
     remembered: Annotated[
         str, typer.Option("--chain", help="A chain that was printed before, which must still be there.")
     ] = "",

@@ -1,31 +1,61 @@
-"""The front door: one command line over the three rooms, and `fluffle demo`.
+"""The front door: one command line over the three rooms.
 
-Knows the commands' names and exit statuses. Does not know how any of the rooms works.
+Knows the commands' names, where each of them is, and exit statuses. Does not know how any of the rooms works.
 """
 
-import errno
-import io
-import sys
-from importlib.metadata import version as installed_version
-from pathlib import Path
-from typing import Annotated
+try:
+    import errno
+    import io
+    import os
+    import signal
+    import sys
+    from importlib import import_module
+    from importlib.metadata import version as installed_version
+    from typing import Annotated, Any
 
-import typer
+    import typer
+    from typer.core import TyperGroup
+    from typer.main import get_group
 
-import broker.cli
-import broker.roster_cli
-import coordinator.cli
-import workers.attack_cli
-import workers.cli
-from broker.errors import FluffleError, UsageError
-from broker.fields import legible
-from broker.options import SettingPairs, parse_settings
-from coordinator import plan as plans
-from coordinator.store import Store
-from fluffle_demo import demo, make_run
-from workers.cli import LearnerName
+    from broker.errors import FluffleError, UsageError
+    from broker.fields import legible
+except KeyboardInterrupt:  # typer takes care of it from then on
+    raise SystemExit(130) from None
 
-app = typer.Typer(name="fluffle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+COMMANDS = {
+    "demo": "fluffle_demo.demo", "try": "workers.cli.try_", "init": "fluffle_demo.init",
+    "coordinator": "coordinator.cli.coordinator", "worker": "workers.cli.worker", "status": "coordinator.cli.status",
+    "verify": "coordinator.cli.verify", "replay": "coordinator.cli.replay", "ledger": "workers.cli.ledger",
+    "evaluate": "workers.cli.evaluate", "attack": "workers.attack_cli.attack", "invite": "broker.cli.invite",
+    "revoke": "broker.cli.revoke", "keygen": "broker.roster_cli.keygen", "broker": "broker.cli.app",
+    "roster": "broker.roster_cli.app",
+}  # fmt: skip
+"""Where each of them is, in the order in which --help lists them."""
+
+
+class Commands(TyperGroup):
+    """What is typed after `fluffle`, each loaded when it is asked for: all their libraries take half a second."""
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        """All names."""
+        return [*COMMANDS]
+
+    def get_command(self, _ctx: Any, cmd_name: str) -> Any:
+        """The command, or group of commands, of a name; None if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        room, _, name = COMMANDS[cmd_name].rpartition(".")
+        found, alone = getattr(import_module(room), name), typer.Typer()
+        if isinstance(found, typer.Typer):
+            alone.add_typer(found, name=cmd_name)
+        else:
+            alone.command(cmd_name)(found)
+        return get_group(alone).commands[cmd_name]
+
+
+app = typer.Typer(
+    name="fluffle", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 def main() -> None:
@@ -33,19 +63,28 @@ def main() -> None:
 
     Exit status 2 for what the user can mend, 3 for stopped early, 4 for given up: start it anew; 1 for other trouble.
     """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # was closed, as by `<&-`: no file or lock may have it
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without … or ε still shows all the rest
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever is temporary goes with us
     try:
         app()
     except FluffleError as problem:
-        sys.stderr.write(f"fluffle: {legible(str(problem))}\n")
-        sys.exit(problem.status)
+        _end(str(problem), problem.status)
+    except MemoryError:
+        _end("there is not enough memory for this, or this process may not have it.")
     except OSError as problem:
         if problem.filename is None and problem.errno not in (errno.ENOENT, errno.ENOSPC):  # a fault of ours
             raise
-        of = problem.filename or "the output, or room for temporary files,"
-        sys.stderr.write(f"fluffle: {legible(str(of))} cannot be used: {problem.strerror}.\n")
-        sys.exit(UsageError.status)
+        _end(f"{problem.filename or 'the output, or room for temporary files,'} cannot be used: {problem.strerror}.")
+
+
+def _end(said: str, status: int = UsageError.status) -> None:
+    sys.stderr.write(f"fluffle: {legible(said)}\n")
+    sys.exit(status)
 
 
 def _version(asked: bool) -> None:
@@ -61,37 +100,6 @@ Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_ver
 def front(*, version: Version = False) -> None:
     """Federated learning for PyTorch over RabbitMQ."""
 
-
-def init(
-    learner: LearnerName,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder to make.")],
-    seed: Annotated[int, typer.Option(min=0, help="Begins all dice: first weights, cohorts, training.")] = 0,
-    settings: SettingPairs = None,
-    pin_learner: Annotated[
-        bool, typer.Option(help="Let workers train only with the very same learner file, bit for bit.")
-    ] = False,
-    if_missing: Annotated[bool, typer.Option(help="Leave a run alone that is there already.")] = False,
-) -> None:
-    """Make a run: its folder, its plan, and version 0 from the learner's model()."""
-    if if_missing and (run / plans.FILE).exists():
-        store = Store.open(run)
-        sys.stdout.write(f"{run} holds the run {store.plan.run} already\n")
-        return
-    store = make_run(learner, run, {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
-    sys.stdout.write(f"{run} is ready: run {store.plan.run}, version 0 is {store.path(0)}\n")
-
-
-app.command()(demo)  # here, and not at each function, because this is the order in which --help lists them
-app.command(name="try")(workers.cli.try_)
-app.command()(init)
-for command in (
-    coordinator.cli.coordinator, workers.cli.worker, coordinator.cli.status, coordinator.cli.verify,
-    coordinator.cli.replay, workers.cli.ledger, workers.cli.evaluate, workers.attack_cli.attack,
-    broker.cli.invite, broker.cli.revoke, broker.roster_cli.keygen,
-):  # fmt: skip
-    app.command()(command)
-app.add_typer(broker.cli.app, name="broker", help="A private RabbitMQ node on this machine, secured or not.")
-app.add_typer(broker.roster_cli.app, name="roster")
 
 if __name__ == "__main__":
     main()

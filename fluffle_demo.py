@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, chdir, redirect_stdout
+from contextlib import ExitStack, chdir, closing, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,29 +19,30 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from broker import wording
 from broker.contract import fingerprint
 from broker.daemon import PARENT
 from broker.errors import FluffleError, RunEnded, UsageError
-from broker.fields import legible
+from broker.fields import counted, legible
+from broker.folder import LOG
 from broker.invitation import Access
-from broker.node import Node
-from broker.options import BROKER, INVITE, Insecure
+from broker.node import Node, find_server
+from broker.options import BROKER, INVITE, Insecure, SettingPairs, parse_settings
 from broker.pinned import draw_keys
 from broker.processes import begin
 from coordinator import history, report
 from coordinator import plan as plans
 from coordinator.store import Store, new_run_name
+from workers.cli import LearnerName
 
 POLL_S = 0.1
 SECURE = {"clip": 8.0, "examples_max": 2048}
 """Of a demonstration with secure rounds: how long an update may be, and for how many examples it counts."""
 STOP_S = 20.0
 HELD_OUT = "held-out"
-INTERRUPTED = 130
 
 
 def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = False) -> Store:
@@ -50,11 +51,11 @@ def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = Fal
     Raises:
         UsageError: a setting, the learner or the folder is not as it must be.
     """
+    plan = plans.make({"run": new_run_name(run), "learner": learner, **values}, "these options")
     # here and not above: torch takes two seconds to load, and no other command needs it in this process
     from workers import learner as learners  # noqa: PLC0415
     from workers import task, weights  # noqa: PLC0415
 
-    plan = plans.make({"run": new_run_name(run), "learner": learner, **values}, "these options")
     with chdir("."):  # a learner may go elsewhere, but paths are as they were typed
         found = learners.load(learner)
         model = task.new_model(found, seed=plan.seed)
@@ -62,6 +63,25 @@ def make_run(learner: str, run: Path, values: dict[str, Any], *, pin: bool = Fal
         drawn = memoryview(weights.read(model, layout))
     plan = plans.change(plan, {"contract": fingerprint(layout), "learner_file": found.file if pin else ""})
     return Store.create(run, plan, layout, drawn)
+
+
+def init(
+    learner: LearnerName,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder to make.")],
+    seed: Annotated[int, typer.Option(min=0, help="Begins all dice: first weights, cohorts, training.")] = 0,
+    settings: SettingPairs = None,
+    pin_learner: Annotated[
+        bool, typer.Option(help="Let workers train only with the very same learner file, bit for bit.")
+    ] = False,
+    if_missing: Annotated[bool, typer.Option(help="Leave a run alone that is there already.")] = False,
+) -> None:
+    """Make a run: its folder, its plan, and version 0 from the learner's model()."""
+    if if_missing and (run / plans.FILE).exists():
+        store = Store.open(run)
+        sys.stdout.write(f"{run} holds the run {store.plan.run} already\n")
+        return
+    store = make_run(learner, run, {"seed": seed, "settings": parse_settings(settings)}, pin=pin_learner)
+    sys.stdout.write(f"{run} is ready: run {store.plan.run}, version 0 is {store.path(0)}\n")
 
 
 _scratch = partial(tempfile.TemporaryDirectory, prefix="fluffle-")
@@ -84,9 +104,7 @@ def demo(
     rounds: Annotated[int | None, typer.Option(min=1, help="Versions to make.")] = None,
     schedule: Annotated[str, typer.Option(help="parallel or cyclic.")] = "parallel",
     privacy: Annotated[str, typer.Option(help="none, or secure: nobody sees a worker's update.")] = "none",
-    broker_url: Annotated[
-        str | None, typer.Option("--broker", help="Use this RabbitMQ; default: a private one.")
-    ] = None,
+    broker_url: Annotated[str | None, typer.Option("--broker", help="This RabbitMQ; default: a private one.")] = None,
     run: Annotated[Path | None, typer.Option(help="The run's folder; default: fluffle-demo.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="A worker's source; give one for each worker.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Begins all dice.")] = 0,
@@ -96,6 +114,8 @@ def demo(
     """Train one model across several workers through RabbitMQ, and say whether it was worth it."""
     if broker_url:
         Access.at(broker_url, insecure=insecure)  # or everybody would find out alone
+    else:
+        find_server()
     out = Console(stderr=as_json, highlight=False)
     folder = run or _free_folder(Path("fluffle-demo"))
     cast = _cast(learner, workers, data or [], seed)
@@ -110,11 +130,13 @@ def demo(
         "seed": seed,
         "settings": cast.settings,
     }
+    store = make_run(learner, folder, values)  # before RabbitMQ, which takes seconds: every option is looked at here
+    logs = store.folder / "log"
+    logs.mkdir()
     try:
         with ExitStack() as stack:
             out.print("starting RabbitMQ …" if broker_url is None else "using the RabbitMQ given")
-            url = broker_url or stack.enter_context(Node(Path(stack.enter_context(_scratch())))).url
-            store = make_run(learner, folder, values)
+            url = broker_url or stack.enter_context(_broker(stack.enter_context(_scratch()), logs)).url
             began_at = time.monotonic()
             _play(store, cast, url, out)
             seconds = time.monotonic() - began_at
@@ -122,7 +144,7 @@ def demo(
         figures = _figures(store, cast, _compare(store, cast), seconds)
     except KeyboardInterrupt:
         out.print(f"stopped; what there is of the run is in {escape(str(folder))}/")
-        raise typer.Exit(INTERRUPTED) from None
+        raise
     picture = report.draw(store, figures)
     if as_json:
         sys.stdout.write(json.dumps(figures) + "\n")
@@ -152,17 +174,20 @@ def _cast(learner: str, workers: int, sources: list[str], seed: int) -> Cast:
     return wording.make(Cast, said, whose)
 
 
+def _broker(folder: str, logs: Path) -> Node:
+    """A RabbitMQ for as long as this takes; its log stays, for whoever asks why it did not start."""
+    node = Node(Path(folder))
+    (node.folder / LOG).symlink_to(logs.absolute() / "rabbitmq.log")
+    return node
+
+
 def _play(store: Store, cast: Cast, url: str, out: Console) -> None:
     """Start everyone, watch until the coordinator is done, and send everyone home.
 
     Raises:
         RunEnded: the coordinator or a worker failed.
     """
-    logs = store.folder / "log"
-    logs.mkdir()
-    with _scratch() as state, ExitStack() as last:
-        company = Company(url, logs, Path(state))
-        last.callback(company.stop)
+    with _scratch() as state, closing(Company(url, store.folder / "log", Path(state))) as company:
         keys, roster, member = store.folder / "keys", tuple[str, ...](), tuple[str, ...]()
         if store.plan.privacy == "secure":
             roster = ("--roster", str(draw_keys(keys, [*cast.workers])))
@@ -207,7 +232,7 @@ class Company:
                 raise RunEnded(f"{name} ended with status {status}: {last[0]} (all of it: {log})")
         return self._running["coordinator"].poll() == 0
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ask everyone to leave, and see to it."""
         for process in self._running.values():
             process.terminate()
@@ -222,13 +247,7 @@ class Company:
 
 def _watch(store: Store, company: Company, out: Console) -> None:
     """Show a line for every version, and what is happening meanwhile, until the last is made."""
-    columns = (
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = "round", MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), "{task.description}"
     told = 0
     with Progress(*columns, console=out, transient=True) as progress:
         bar = progress.add_task("starting the workers", total=store.plan.rounds)
@@ -316,8 +335,8 @@ def _show(out: Console, figures: dict[str, Any], store: Store, cast: Cast) -> No
     row("the federation", figures["federated"]["accuracy"], figures["federated"]["loss"])
     row("all data in one place", figures["pooled"]["accuracy"], figures["pooled"]["loss"])
     out.print(table)
-    down, up = figures["bytes_down"] / 1e6, figures["bytes_up"] / 1e6
-    out.print(f"{figures['rounds']} rounds in {figures['seconds']:.1f} s; {down:.2f} MB down, {up:.2f} MB up")
+    rounds, down, up = counted(figures["rounds"], "round"), figures["bytes_down"] / 1e6, figures["bytes_up"] / 1e6
+    out.print(f"{rounds} in {figures['seconds']:.1f} s; {down:.2f} MB down, {up:.2f} MB up")
     learner, run, last = escape(store.plan.learner), escape(str(store.folder)), store.path(store.latest() or 0)
     source = escape(cast.held_out or next(iter(cast.workers.values())))
     out.print(

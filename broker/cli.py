@@ -15,7 +15,7 @@ from broker.errors import UsageError
 from broker.federation import FILE, Federation
 from broker.options import state_folder
 
-app = typer.Typer(no_args_is_help=True, help="A private RabbitMQ node on this machine.")
+app = typer.Typer(no_args_is_help=True, help="A private RabbitMQ node on this machine, secured or not.")
 
 Folder = Annotated[
     Path,
@@ -35,14 +35,10 @@ Port = Annotated[
 @app.command()
 def start(folder: Folder, port: Port = None) -> None:
     """Start the node unless it runs, and print its URL. It runs until `stop`."""
-    typer.echo(_started(folder, port))
-
-
-def _started(folder: Path, port: int | None) -> str:
     url = node.start_detached(folder, port)
     if (folder / FILE).exists():
         _say(securing.apply(folder))
-    return _url(folder, url)
+    typer.echo(_url(folder, url))
 
 
 def _url(folder: Path, otherwise: str) -> str:
@@ -67,7 +63,7 @@ def status(folder: Folder) -> None:
     _warn(folder)
     url = node.status(folder)
     if url is None:
-        typer.echo(f"no RabbitMQ node runs in {folder}: `fluffle broker start` starts one", err=True)
+        typer.echo(f"no RabbitMQ node runs in {folder}: `fluffle broker start --dir {folder}` starts one", err=True)
         raise typer.Exit(1)
     typer.echo(_url(folder, url))
 
@@ -110,9 +106,9 @@ def secure(
     changes = {name: value for name, value in given.items() if value is not None}
     left = securing.secure(folder, changes, renew=renew)
     if run:
-        _started(folder, None)
-    else:
-        _say(left)
+        node.start_detached(folder)
+        left = securing.apply(folder)
+    _say(left)
     _warn(folder)
     typer.echo(f"{Federation.read(folder).url} is for whoever holds an invitation: {folder}/coordinator.fluffle")
 

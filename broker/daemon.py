@@ -44,9 +44,9 @@ class StoppedEarly(FluffleError):
 
 
 def start_log() -> None:
-    """One line per event on stderr, with the time."""
+    """One line per event on stderr, with day and time: a daemon stays for weeks."""
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%F %T", force=True
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(_legible)

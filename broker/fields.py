@@ -49,6 +49,11 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 round`, `2 rounds`, `1,000 rounds`: so many of something, for a sentence."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def shown(of: Any) -> dict[str, Any]:
     """A dataclass as the map that `build` takes; its values are not copied, as they are by `asdict`."""
     return {each.name: getattr(of, each.name) for each in fields(of)}

@@ -21,7 +21,7 @@ from yarl import URL
 
 from broker import wording
 from broker.errors import UsageError
-from broker.fields import NAME, NAME_RULE
+from broker.fields import NAME, NAME_RULE, counted
 from broker.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -225,8 +225,8 @@ class Access:
         if left > NOTICE:
             return ""
         return (
-            f"{self.file} ends on {self.until:%Y-%m-%d}, in {max(left.days, 0)} days: ask whoever runs the "
-            "federation for a new one and put it in its place; nothing need be restarted."
+            f"{self.file} ends on {self.until:%Y-%m-%d}, in {counted(max(left.days, 0), 'day')}: ask whoever runs "
+            "the federation for a new one and put it in its place; nothing need be restarted."
         )
 
 

@@ -10,6 +10,7 @@ parent is gone, however it died, the keeper ends both; with no parent to watch i
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -25,7 +26,10 @@ from broker.processes import STOP_S, end, holder, spawn, take
 
 START_S = 60.0
 """How long a node may take until it answers."""
-SERVERS = (Path("/usr/lib/rabbitmq/bin/rabbitmq-server"),)
+FILES = 10_240
+"""So many open files RabbitMQ may have, if the system allows it. It takes a hundred, and one for each connection;
+shells often allow 1024, and fewer on macOS, where no process may have more than this."""
+SERVERS = "/usr/lib/rabbitmq/bin/rabbitmq-server", "rabbitmq-server"
 """Where packages put the server itself; the one they put on the PATH changes user, and with it cookie and folder."""
 
 
@@ -114,10 +118,8 @@ def stop_detached(folder: Path) -> bool:
 
 def status(folder: Path) -> str | None:
     """The URL of the node that runs in `folder` and answers, None when none does."""
-    if holder(folder / BROKER) is None:
-        return None
-    address = known(folder)
-    return address.url if answers(address.port) else None
+    address = None if holder(folder / BROKER) is None else known(folder)
+    return address.url if address and answers(address.port) else None
 
 
 def find_server() -> Path:
@@ -126,16 +128,13 @@ def find_server() -> Path:
     Raises:
         UsageError: there is none.
     """
-    for path in SERVERS:
-        if os.access(path, os.X_OK):
-            return path
-    found = shutil.which("rabbitmq-server")
-    if found is None:
-        raise UsageError(
-            "RabbitMQ is not installed: `apt-get install rabbitmq-server` as root, `brew install rabbitmq`, "
-            "or `docker compose up` or any other broker with --broker URL"
-        )
-    return Path(found)
+    for program in SERVERS:
+        if found := shutil.which(program):
+            return Path(found)
+    raise UsageError(
+        "RabbitMQ is not installed: `apt-get install rabbitmq-server` as root, `brew install rabbitmq`, "
+        "or `docker compose up` or any other broker with --broker URL"
+    )
 
 
 def find_epmd() -> Path:
@@ -144,11 +143,9 @@ def find_epmd() -> Path:
     Raises:
         UsageError: there is none.
     """
-    found = shutil.which("epmd")
-    if found is not None:
+    if found := shutil.which("epmd"):
         return Path(found)
-    erl = shutil.which("erl")
-    if erl is not None and os.access(beside := Path(erl).resolve().with_name("epmd"), os.X_OK):
+    if (erl := shutil.which("erl")) and os.access(beside := Path(erl).resolve().with_name("epmd"), os.X_OK):
         return beside
     raise UsageError("Erlang's epmd is not on the PATH: install RabbitMQ with its Erlang, or add Erlang's bin folder")
 
@@ -157,6 +154,8 @@ def launch(folder: Path, address: Address, *, conf: str, parent: int) -> subproc
     """Write a node's files and start its keeper, which watches process `parent` (0: nobody)."""
     find_server()
     find_epmd()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # what we start inherits it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, FILES)), hard))
     with take(folder / KEEPER) as held:
         end(folder / BROKER, STOP_S)  # left by a keeper that was killed
         end(folder / EPMD, STOP_S)
@@ -184,7 +183,7 @@ def wait_until_ready(folder: Path, address: Address, timeout_s: float) -> None:
     Raises:
         UsageError: it ended before, or `timeout_s` went by.
     """
-    log, until = folder / LOG, time.monotonic() + timeout_s
+    log, until = (folder / LOG).resolve(), time.monotonic() + timeout_s
     while not answers(address.port):
         if holder(folder / KEEPER) is None:
             raise UsageError(f"RabbitMQ ended while it started, saying “{last_words(log)}”: the whole log is {log}")

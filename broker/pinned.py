@@ -76,23 +76,25 @@ class Roster:
         made = Roster(self.workers, self.version + 1, public_of(operator))
         return replace(made, signature=operator.sign(made._said()))
 
-    def check(self, operator: bytes = b"") -> "Roster":
+    def check(self, operator: bytes = b"", *, source: str = "the roster") -> "Roster":
         """This roster, if it is signed by whom it should be; by anybody if `operator` is empty.
+
+        `source` is what it is called in what is said.
 
         Raises:
             UsageError: it is not.
         """
         if not self.signature:
-            raise UsageError("the roster is not signed: `fluffle roster sign` it with the operator's key.")
+            raise UsageError(f"{source} is not signed: `fluffle roster sign` it with the operator's key.")
         if operator and operator != self.operator:
             raise UsageError(
-                f"the roster is signed by another operator: {fingerprint(self.operator)} instead of "
+                f"{source} is signed by another operator: {fingerprint(self.operator)} instead of "
                 f"{fingerprint(operator)}; ask yours."
             )
         try:
             _public(self.operator).verify(self.signature, self._said())
         except InvalidSignature:
-            raise UsageError("the roster is not what the operator has signed: get it from them again.") from None
+            raise UsageError(f"{source} is not what the operator has signed: get it from them again.") from None
         return self
 
     def vouch(self, name: str, identity: Ed25519PrivateKey) -> None:
@@ -140,7 +142,7 @@ class Roster:
         try:
             made: Roster = TypeAdapter(cls).validate_json(text)
         except ValidationError:
-            raise UsageError(f"{source} is not a roster: `fluffle roster add` makes one.") from None
+            raise UsageError(f"{source} is not a roster: restore it, or ask the operator for it.") from None
         if len(set(made.workers.values())) < len(made.workers):
             raise UsageError(f"{source} is not a roster: two workers share a key.")
         return made

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from broker.errors import UsageError
+from broker.fields import counted
 from broker.pinned import Roster, draw_identity, fingerprint, public_of, read_identity
+from broker.secure import alone
 
 app = typer.Typer(no_args_is_help=True, help="Who may take part in secure rounds, signed by the operator.")
 
@@ -30,15 +32,17 @@ def add(
     file: File, name: Name, key: Annotated[str, typer.Argument(metavar="KEY", help="What its keygen printed.")]
 ) -> None:
     """Put a worker on the roster, or begin one; sign it afterwards. Compare the fingerprint by telephone."""
-    roster = (Roster.read(file) if file.exists() else Roster({}, 0)).with_(name, _key(key))
-    roster.write(file)
+    with alone(file.parent.resolve(strict=True)):  # of `fluffle invite`, too: both read, change and write
+        roster = (Roster.read(file) if file.exists() else Roster({}, 0)).with_(name, _key(key))
+        roster.write(file)
     typer.echo(f"{name}  {fingerprint(roster.workers[name])}")
 
 
 @app.command()
 def remove(file: File, name: Name) -> None:
     """Strike a worker off; sign the roster afterwards."""
-    Roster.read(file).without(name).write(file)
+    with alone(file.resolve(strict=True).parent):
+        Roster.read(file).without(name).write(file)
 
 
 @app.command()
@@ -46,12 +50,14 @@ def sign(
     file: File, key: Annotated[Path, typer.Option("--key", help="The operator's secret key, from keygen.")]
 ) -> None:
     """Sign the roster as its next version; a roster that another operator has signed is not taken over."""
-    roster, operator = Roster.read(file), read_identity(key)
-    if roster.signature:
-        roster.check(public_of(operator))
-    signed = roster.signed(operator)
-    signed.write(file)
-    typer.echo(f"version {signed.version}, {len(signed.workers)} workers, operator {signed.operator.hex()}")
+    with alone(file.resolve(strict=True).parent):
+        roster, operator = Roster.read(file), read_identity(key)
+        if roster.signature:
+            roster.check(public_of(operator))
+        signed = roster.signed(operator)
+        signed.write(file)
+    workers = counted(len(signed.workers), "worker")
+    typer.echo(f"version {signed.version}, {workers}, operator {signed.operator.hex()}")
 
 
 @app.command()

@@ -51,7 +51,7 @@ def secure(folder: Path, changes: Mapping[str, Any], *, renew: bool = False) -> 
     """
     folder = folder.absolute()
     port = settle(folder, None).port
-    with _alone(folder):
+    with alone(folder):
         if (folder / FILE).exists():
             before = Federation.read(folder)
         else:
@@ -93,7 +93,7 @@ def invite(
         UsageError: there is no federation, or the name cannot be had, or the roster is another operator's.
     """
     folder = folder.absolute()
-    with _alone(folder):
+    with alone(folder):
         now = Federation.read(folder)
         if NAME.fullmatch(name) is None or name in (OPERATOR, COORDINATOR):
             raise UsageError(
@@ -125,7 +125,7 @@ def revoke(folder: Path, name: str) -> bool:
         LinkError: the broker does not answer, so that the worker, if it answers later, would still be let in.
     """
     folder = folder.absolute()
-    with _alone(folder):
+    with alone(folder):
         now = Federation.read(folder)
         if name in (OPERATOR, COORDINATOR) or name not in {*now.parties, *now.revoked}:
             raise UsageError(f"nobody called {name!r} has been invited: check the name.")
@@ -146,7 +146,7 @@ def strike(folder: Path, name: str, *, operator: Path | None = None) -> str:
     Raises:
         UsageError: the operator's key or the roster is none, or they do not belong together.
     """
-    with _alone(folder):
+    with alone(folder):
         file = folder / ROSTER
         if not file.exists() or name not in Roster.read(file).workers:
             return ""
@@ -182,7 +182,7 @@ def apply(folder: Path) -> str:
     Raises:
         UsageError: it refuses, or it is somebody else's and does not answer.
     """
-    with _alone(folder):  # whom another command revokes meanwhile must not be let in again
+    with alone(folder):  # whom another command revokes meanwhile must not be let in again
         return _apply(folder, Federation.read(folder))
 
 
@@ -235,14 +235,14 @@ def _pages(folder: Path, now: Federation, *, by_operator: bool = False) -> Manag
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """One command at a time; each is done in seconds, because every question to the broker has its bound.
 
     Raises:
         UsageError: there is no such folder, or another command holds it for too long: it may have been stopped.
     """
     if not folder.is_dir():
-        raise UsageError(f"there is no {folder}: `fluffle broker secure {folder}` makes a federation there.")
+        raise UsageError(f"there is no folder {folder}: `fluffle broker secure {folder}` makes a federation there.")
     with (folder / "federation.lock").open("a") as lock:
         if not locked(lock.fileno(), within_s=ALONE_S):
             raise UsageError(f"another command is at work in {folder}: wait until it is done, or end it.")

@@ -23,11 +23,11 @@ from rich.table import Table
 from broker import daemon, rabbit
 from broker.daemon import StoppedEarly
 from broker.errors import UsageError
-from broker.fields import legible
+from broker.fields import counted, legible
 from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.options import BrokerUrl, GiveUp, Insecure, Invite, RosterFile, SettingPairs, parse_settings, way_in
-from broker.pinned import read_roster
+from broker.pinned import Roster, read_roster
 from coordinator import history, service, standby, updates
 from coordinator import plan as plans
 from coordinator import replay as replaying
@@ -44,13 +44,8 @@ Trim = Annotated[int | None, typer.Option(help="How many trimmed-mean leaves out
 How = Annotated[str | None, typer.Option("--format", help="How updates travel: float32, bfloat16, int8 or top-k.")]
 Down = Annotated[str | None, typer.Option(help="How versions travel: full, or their change as bfloat16 or int8.")]
 Privacy = Annotated[str | None, typer.Option(help="none, or secure: updates are added up in secret; needs --roster.")]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="Secure: the part of its neighbours that opens a worker's secrets: 0.5 up to, not with, 1."),
-]
-KeepUpdates = Annotated[
-    bool | None, typer.Option(help="Keep counted updates to make versions again; you remove them.")
-]
+Threshold = Annotated[float | None, typer.Option(help="Secure: part of the neighbours that opens a secret, below 1.")]
+KeepUpdates = Annotated[bool | None, typer.Option(help="Keep counted updates, to make versions again, for ever.")]
 Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
 Dp = Annotated[str | None, typer.Option(help="Differential privacy: of a worker, central or distributed; record.")]
 DpNoise = Annotated[float | None, typer.Option(help="Its noise, in clips.")]
@@ -108,18 +103,18 @@ def coordinator(
     given |= {"run": None, "format": how, "workers": tuple(workers.split(",")) if workers else None}
     given["settings"] = {**store.plan.settings, **parse_settings(settings)} if settings else None
     changes = {each.name: given[each.name] for each in fields(plans.Plan) if given.get(each.name) is not None}
+    plan = plans.change(store.plan, changes)
+    _keys(store, plan, roster, access)  # what is wrong is said now, and not when it is our turn
     daemon.start_log()
-    if said := counsel(plans.change(store.plan, changes)):
+    if said := counsel(plan):
         log.warning("%s", said)
     daemon.mind_parent()
     with standby.turn(run) as forced:
         store = Store.open(run)  # as it is now
+        plan = plans.change(store.plan, changes)
+        keys = _keys(store, plan, roster, access)
         store.begin_epoch()
-        store.adopt(plans.change(store.plan, changes))
-        operator = Invitation.read(access.file).operator if access.file else ""
-        keys = read_roster(roster, operator) if roster else None
-        if store.plan.privacy == "secure" and not (keys and keys.workers):
-            raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
+        store.adopt(plan)
         connect = partial(rabbit.connect, access, name=f"coordinator-{store.plan.run}", give_up_s=give_up_s)
 
         async def begin(link: Link) -> None:
@@ -131,6 +126,20 @@ def coordinator(
             daemon.run(lambda stop: _serve(store, connect, stop, begin))
         finally:
             store.tidy()  # no thread writes any more
+
+
+def _keys(store: Store, plan: plans.Plan, roster: Path | None, access: Access) -> Roster | None:
+    """Whose keys count in a run that is about to take this plan. Nothing is written.
+
+    Raises:
+        UsageError: the plan comes too late; the roster is none, or a secure run has none.
+    """
+    store.would_change(plan)
+    operator = Invitation.read(access.file).operator if access.file else ""
+    keys = read_roster(roster, operator) if roster else None
+    if plan.privacy == "secure" and not (keys and keys.workers):
+        raise UsageError("a secure run needs to know whose keys count: give the operator's roster with --roster.")
+    return keys
 
 
 async def _serve(
@@ -179,14 +188,14 @@ def status(
 
     say(f"run {store.plan.run}, learner {store.plan.learner}")
     say(f"version {store.latest()} of {store.plan.rounds}; {now.get('why', 'not started yet')}")
-    for said in [*_said_contract(store.plan), *_said_of(invite)]:
+    for said in _said_of(store.plan, invite):
         say(said)
     if waits:
         say(f"standing by: process {waits['process']} on {waits['machine']}")
     for said in [*told, *(f"  {_abandoned(line)}" for line in filter(None, [abandoned])), *history.spent(lines)]:
         say(said)
     if kept:
-        say(f"{len(kept)} updates are kept, {sum(kept) / 1e6:.2f} MB in all")
+        say(f"{counted(len(kept), 'update')} kept, {sum(kept) / 1e6:.2f} MB in all")
     rounds = {line.get("version"): line for line in lines if line.get("event") == "round"}
     table = Table("version", "updates", "workers", "held out", "s", "MB down", "MB up", padding=0)
     for point in points:
@@ -205,14 +214,10 @@ def status(
         say(said)
 
 
-def _said_contract(plan: plans.Plan) -> Iterator[str]:
-    """What every worker's learner must be; a former fluffle did not say."""
-    if plan.contract:
+def _said_of(plan: plans.Plan, invite: Path | None) -> Iterator[str]:
+    """What every worker's learner must be; as whom an invitation lets the coordinator in, and if it ends soon."""
+    if plan.contract:  # a former fluffle did not say
         yield f"contract {plan.contract}" + (f", learner file {plan.learner_file}" if plan.learner_file else "")
-
-
-def _said_of(invite: Path | None) -> Iterator[str]:
-    """As whom an invitation lets the coordinator in, and whether it ends soon."""
     if invite:
         access = Access.invited(invite, "coordinator")
         yield from filter(None, (f"invited: {access.said}", access.expiry()))
@@ -231,7 +236,7 @@ def _said_before(lines: list[history.Line]) -> Iterator[str]:
             how = f"an update of {other['worker']} was {verdict}" + (f" {times} times" if times > 1 else "")
             yield f"{of}: {how}: {reason}"
         for worker, rest in line.get("rested", {}).items():
-            yield f"{of}: {worker} began to rest for {rest['rounds']} rounds: {rest['why']}"
+            yield f"{of}: {worker} began to rest for {counted(rest['rounds'], 'round')}: {rest['why']}"
 
 
 def _present(store: Store) -> tuple[dict[str, Any], list[str]]:
@@ -250,16 +255,13 @@ def _said_now(now: dict[str, Any]) -> Iterator[str]:
     if "waiting" in now:  # a former fluffle did not say
         left_s = now.get("deadline_s") or 0.0
         when = f"the deadline is in {left_s:.0f} s" if left_s > 0 else "the deadline has passed"
-        counted, target, quorum = len(now["counted"]), now["target"], now["quorum"]
-        yield (
-            f"round {now['round']}, attempt {now['attempt']}: {counted} updates of {len(now['cohort'])} asked are "
-            f"counted, target {target}, quorum {quorum}; {when}"
-        )
+        updates = f"{len(now['counted'])}/{len(now['cohort'])} updates, target {now['target']}"
+        yield f"round {now['round']}, attempt {now['attempt']}: {updates}, quorum {now['quorum']}; {when}"
         yield from (f"  waits for {worker}: {why}" for worker, why in now["waiting"].items())
         yield from (f"  {worker} gives nothing: {reason}" for worker, reason in now["refused"].items())
     for worker, rest in now.get("resting", {}).items():
         asked = ", but is asked: there is no quorum without" if worker in now.get("cohort", ()) else ""
-        yield f"  {worker} rests for {rest['rounds']} more rounds{asked}: {rest['why']}"
+        yield f"  {worker} rests for {counted(rest['rounds'], 'more round')}{asked}: {rest['why']}"
 
 
 def _abandoned(line: history.Line) -> str:
@@ -274,10 +276,10 @@ def verify(
 ) -> None:
     """Whether a run is still what was written: plan, history, versions, kept updates. Exit status 1 if not."""
     findings, found = verifying.verify(run, remembered=remembered)
-    for finding in findings:
-        sys.stdout.write(f"{legible(finding.said)}\n")
+    sys.stdout.writelines(f"{legible(finding.said)}\n" for finding in findings)
     bad = sum(finding.bad for finding in findings)
-    sys.stdout.write(f"{f'{bad} things are not as they were written' if bad else 'all is well'}: {found}\n")
+    said = f"not as it was written, in {counted(bad, 'place')}" if bad else "all is well"
+    sys.stdout.write(f"{said}: {found}\n")
     if bad:
         raise typer.Exit(1)
 
@@ -292,7 +294,7 @@ def replay(
     """Make a version again from the updates that were kept, and say whether the bits agree. Exit status 1 if not."""
     begin = to - 1 if start is None else start
     done = replaying.replay(Store.open(run), to, begin)
-    of = f"from version {begin} and {done.updates} {'updates' if done.updates > 1 else 'update'}"
+    of = f"from version {begin} and {counted(done.updates, 'update')}"
     if not done.differences:
         sys.stdout.write(f"version {to} made again {of} is the same, bit for bit\n")
         return

@@ -29,11 +29,8 @@ def draw(store: Store, compared: dict[str, Any]) -> Path | None:
         _line(axes, "mean over the workers", [(p.version, p.scored.get(metric)) for p in points])
         for who in sorted({who for p in points for who in p.held_out}):
             _line(axes, who, [(p.version, p.held_out.get(who, {}).get(metric)) for p in points])
-        levels = {
-            "a worker alone": compared["alone"].get(f"mean_{metric}"),
-            "all data in one place": compared["pooled"].get(metric),
-        }
-        for (label, level), style in zip(levels.items(), ("--", ":"), strict=True):
+        alone, pooled = compared["alone"].get(f"mean_{metric}"), compared["pooled"].get(metric)
+        for label, level, style in (("a worker alone", alone, "--"), ("all data in one place", pooled, ":")):
             if level is not None:
                 axes.axhline(level, linestyle=style, color="grey", label=label)
         axes.set_xlabel("version")

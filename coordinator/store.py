@@ -80,15 +80,21 @@ class Store:
         Raises:
             UsageError: version 1 exists and more than `rounds` would change.
         """
+        if self.would_change(plan):
+            self.write(self.folder / plans.FILE, plans.to_toml(plan))
+            self.plan = plan
+
+    def would_change(self, plan: Plan) -> bool:
+        """Whether to adopt a plan changes anything.
+
+        Raises:
+            UsageError: as `adopt`.
+        """
         old, new = plans.as_dict(self.plan), plans.as_dict(plan)
-        changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-        if not changed:
-            return
-        if self.latest() and changed != ["rounds"]:
-            names = ", ".join(key for key in changed if key != "rounds")
-            raise UsageError(f"{self.folder} is frozen since version 1: make another run to change {names}.")
-        self.write(self.folder / plans.FILE, plans.to_toml(plan))
-        self.plan = plan
+        changed = {key for key in old | new if old.get(key) != new.get(key)}
+        if self.latest() and (frozen := ", ".join(sorted(changed - {"rounds"}))):
+            raise UsageError(f"{self.folder} is frozen since version 1: make another run to change {frozen}.")
+        return bool(changed)
 
     def path(self, version: int) -> Path:
         """Where a version is, or would be."""

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+import fluffle
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "broker": {"broker"},
@@ -58,8 +60,10 @@ FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 400
 ALL_LINES_MAX = 12_257  # 10,000 is the aim, and was kept before identities, TLS, secure sums and privacy came
 ARGUMENTS_MAX = 6
-# asyncio hands bytes only to what descends from its own word for protocols
-PARENTS = {"Exception", "Protocol", "Enum", "NamedTuple", "asyncio.Protocol", "asyncio.BufferedProtocol"}
+# asyncio hands bytes only to what descends from its own word for protocols, and so does typer with commands
+PARENTS = {
+    "Exception", "Protocol", "Enum", "NamedTuple", "asyncio.Protocol", "asyncio.BufferedProtocol", "TyperGroup",
+}  # fmt: skip
 FORBIDDEN_WORDS = {
     "manager", "handler", "helper", "helpers", "util", "utils", "base", "client", "common", "core", "misc", "node",
 }  # fmt: skip
@@ -161,10 +165,22 @@ def test_torch_stays_with_the_workers() -> None:
     )
 
 
-def test_the_front_door_opens_without_loading_torch() -> None:
-    seen = "import sys, fluffle; print(*sorted({'torch', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+def loaded_by(*words: str) -> set[str]:
+    """The packages and modules that are there when a command has been understood."""
+    seen = f"import sys, fluffle; fluffle.app({words!r}, standalone_mode=False); print(*sys.modules)"
     found = subprocess.run([sys.executable, "-P", "-c", seen], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.strip() == "", f"`import fluffle` loads {found.stdout.strip()}: import it where it is needed"
+    return {*found.stdout.splitlines()[-1].split()}
+
+
+def test_the_front_door_opens_without_loading_torch() -> None:
+    loaded = loaded_by("--help") & {"torch", "sklearn", "matplotlib"}
+    assert not loaded, f"`fluffle --help` loads {', '.join(loaded)}: import it where it is needed"
+
+
+def test_a_command_loads_no_room_but_its_own() -> None:
+    assert loaded_by("status", "--help") & ROOMS == {"broker", "coordinator", "fluffle"}
+    assert loaded_by("worker", "--help") & ROOMS == {"broker", "fluffle", "workers"}
+    assert loaded_by("roster", "--help") & ROOMS == {"broker", "fluffle"}
 
 
 def test_only_the_link_to_rabbitmq_knows_aio_pika() -> None:
@@ -284,9 +300,8 @@ def test_the_whole_program_can_be_read() -> None:
 
 def is_command(source: Source, function: Function) -> bool:
     """Whether typer calls it: its arguments are the command line's options, which people give by name anyway."""
-    by_name = source.path.endswith("cli.py") and not function.name.startswith("_")
-    front = (ROOT / "fluffle.py").read_text()
-    return by_name or re.search(rf"app\.command\([^)]*\)\({function.name}\)", front) is not None
+    named = source.path.removesuffix(".py").replace("/", ".") + "." + function.name in fluffle.COMMANDS.values()
+    return named or any("command(" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
 def arguments(function: Function) -> tuple[list[ast.arg], list[ast.arg]]:

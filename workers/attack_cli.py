@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,6 @@ from broker.errors import UsageError
 
 WORK = 600  # rows that a line of the table is worth
 ACROSS = 9  # scenes beside each other in the picture
-EXTRA = "needs scikit-learn and matplotlib: pip install 'fluffle[demo]'."
 Shown = tuple[Any, Any]
 """A scene and what was found, of `attack.py`, which loads torch."""
 
@@ -55,12 +55,15 @@ def attack(
         _picture(shown, out / "attack.png")
 
 
-def _digits() -> tuple[Any, Any]:
+def _extra(module: str, name: str, what: str) -> Any:
     try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - an extra
+        return getattr(import_module(module), name)
     except ImportError:
-        raise UsageError(f"`fluffle attack` {EXTRA}") from None
-    pixels, digits = load_digits(return_X_y=True)
+        raise UsageError(f"{what} needs scikit-learn and matplotlib: pip install 'fluffle[demo]'.") from None
+
+
+def _digits() -> tuple[Any, Any]:
+    pixels, digits = _extra("sklearn.datasets", "load_digits", "`fluffle attack`")(return_X_y=True)
     return pixels / 16.0, digits
 
 
@@ -103,11 +106,8 @@ def _show(shown: list[Shown]) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise UsageError(f"the picture {EXTRA}") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = _extra("matplotlib.figure", "Figure", "the picture")
+    return figure(figsize=(width, height), layout="constrained")
 
 
 def _picture(shown: list[Shown], path: Path) -> None:

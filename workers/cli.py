@@ -16,13 +16,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from broker import daemon, options, rabbit
 from broker.chain import check
 from broker.errors import UsageError
-from broker.fields import NAME, NAME_RULE, legible
+from broker.fields import NAME, NAME_RULE, counted, legible
 from broker.invitation import Access, Invitation
 from broker.link import Link
 from broker.pinned import identity_of, read_identity, read_roster
@@ -53,9 +53,7 @@ def worker(
     data: Source,
     broker: options.BrokerUrl = None,
     invite: options.Invite = None,
-    name: Annotated[
-        str | None, typer.Option(help="Unique in the federation; this machine's name if not given.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Unique in the federation; default: this machine's name.")] = None,
     many: Annotated[
         int | None,
         typer.Option(
@@ -72,19 +70,11 @@ def worker(
     ] = None,
     threads: Threads = 1,
     memory_mb: Annotated[
-        int | None,
-        typer.Option(
-            min=MEMORY_MB_MIN, help="Memory of the training process, torch's own included; default: no limit."
-        ),
+        int | None, typer.Option(min=MEMORY_MB_MIN, help="Of the training process, with torch; default: no limit.")
     ] = None,
-    renew_after: Annotated[
-        int, typer.Option(min=1, help="Tasks after which a fresh training process takes over.")
-    ] = RENEW_AFTER,
+    renew_after: Annotated[int, typer.Option(min=1, help="Tasks until a fresh training process.")] = RENEW_AFTER,
     roster: options.RosterFile = None,
-    identity: Annotated[
-        Path | None,
-        typer.Option(help="File with this worker's secret key, for secure rounds; {name} in it is its name."),
-    ] = None,
+    identity: Annotated[Path | None, typer.Option(help="Secure: its secret key; {name} in it is its name.")] = None,
     give_up_s: options.GiveUp = None,
     insecure: options.Insecure = False,
 ) -> None:
@@ -183,13 +173,14 @@ def try_(
 
 
 def _shown(report: Report) -> Table:
-    table, done, specs = Table(show_header=False), report.done, report.layout.specs
-    table.add_row("model", f"{sum(spec.items for spec in specs):,} numbers in {len(specs)} tensors")
+    table, done, specs = Table("", Column(overflow="fold"), show_header=False), report.done, report.layout.specs
+    numbers = counted(sum(spec.items for spec in specs), "number")
+    table.add_row("model", f"{numbers} in {counted(len(specs), 'tensor')}")
     table.add_row("travels each way, each round", f"{report.layout.size_bytes / 1e6:.3f} MB")
     table.add_row("contract", report.contract.tensors)
     table.add_row("learner file", report.contract.file)
     table.add_row("loading learner and data", f"{report.ready_s:.2f} s")
-    table.add_row("one task", f"{done.seconds:.2f} s, {done.examples:,} examples")
+    table.add_row("one task", f"{done.seconds:.2f} s, {counted(done.examples or 0, 'example')}")
     table.add_row("train said", _metrics(done.metrics))
     table.add_row("evaluate before", _metrics(done.scores))
     table.add_row("evaluate after", _metrics(report.after))
@@ -199,9 +190,7 @@ def _shown(report: Report) -> Table:
 def ledger(
     name: Annotated[str | None, typer.Option(help="The worker's; this machine's name if not given.")] = None,
     state: State = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Say whether it is as it was written, and how it ends.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Whether it is as it was written, and its end.")] = False,
     remembered: Annotated[
         str, typer.Option("--chain", help="A chain that was printed before, which must still be there.")
     ] = "",
@@ -220,9 +209,9 @@ def ledger(
         found = {"worker": called, "lines": lines, "chain": last, "findings": [each._asdict() for each in findings]}
         sys.stdout.write(json.dumps(found) + "\n")
     elif verify or remembered:
-        said = f"{bad} things are not as they were written" if bad else "all is well"
+        said = f"not as it was written, in {counted(bad, 'place')}" if bad else "all is well"
         sys.stdout.writelines(f"{each.said}\n" for each in findings)
-        sys.stdout.write(f"{said}: {len(lines)} lines in {path}; the chain ends in {last or 'nothing'}\n")
+        sys.stdout.write(f"{said}: {counted(len(lines), 'line')} in {path}; the chain ends in {last or 'nothing'}\n")
     else:
         table, bad = Table("when", "what", "run", "round", "asked by", ""), 0
         for line in lines:

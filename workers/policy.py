@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from broker import wording
+from broker.fields import counted
 from broker.tensors import PAYLOAD_BYTES_MAX
 
 DAY_MINUTES = 24 * 60
@@ -111,7 +112,7 @@ class Policy:
             (self.privacy == "secure" and not asked.secure, "serves secure rounds only"),
             (self.is_unbounded(asked.delta), f"bounds epsilon, for a delta of {self.delta_max:g} at the most"),
             (trains and asked.cohort < self.cohort_min, f"asks for a cohort of {self.cohort_min} at the least"),
-            (trains and most is not None and done_today >= most, f"serves {most} rounds a day"),
+            (trains and most is not None and done_today >= most, f"serves {counted(most or 0, 'round')} a day"),
         )
         return next((_said(rule) for broken, rule in reasons if broken), "")
 

@@ -122,7 +122,7 @@ class Secrecy:
         roster = shown_roster(secure.shown, member.operator)
         roster.vouch(member.name, member.identity)
         with trouble(f"{self._seen} cannot be used", "mend its permissions, or make room", error=LearnerFailed):
-            seen = Roster.read(self._seen) if self._seen.exists() else Roster({}, 0)
+            seen = Roster.read(self._seen).check(source=str(self._seen)) if self._seen.exists() else Roster({}, 0)
             if seen.operator != roster.operator or seen.version < roster.version:
                 roster.write(self._seen)
             elif (seen.version, seen.workers) != (roster.version, roster.workers):

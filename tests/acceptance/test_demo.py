@@ -1,6 +1,7 @@
 """`fluffle demo`, as a newcomer types it."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -85,10 +86,14 @@ def test_digits_answer_why_one_would_federate(tmp_path: Path) -> None:
     assert figures["bytes_up"] > figures["bytes_down"]
 
 
-def test_ctrl_c_leaves_no_process_and_no_half_written_file(
-    tmp_path: Path, processes_with: Callable[[str], list[str]]
+@pytest.mark.parametrize(
+    ("number", "reached"), [(signal.SIGINT, "versions/000003.safetensors"), (signal.SIGTERM, "plan.toml")]
+)
+def test_ctrl_c_and_sigterm_leave_no_process_and_no_half_written_file(
+    number: signal.Signals, reached: str, tmp_path: Path, processes_with: Callable[[str], list[str]]
 ) -> None:
-    run = tmp_path / "run"
+    run, scratch = tmp_path / "run", tmp_path / "tmp"
+    scratch.mkdir()
     process = subprocess.Popen(
         [
             *FLUFFLE,
@@ -107,15 +112,16 @@ def test_ctrl_c_leaves_no_process_and_no_half_written_file(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
     )
     until = time.monotonic() + 90
-    while not (run / "versions/000003.safetensors").exists() and time.monotonic() < until:
+    while not (run / reached).exists() and time.monotonic() < until:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert b"Traceback" not in said
     assert not processes_with(str(run))
-    assert not list(run.rglob(".*.new"))
+    assert not [*run.rglob(".*.new"), *scratch.glob("fluffle-*")]
     for version in (run / "versions").iterdir():
         load_file(version)

@@ -15,6 +15,7 @@ import aio_pika
 import pytest
 from typer.testing import CliRunner
 
+import fluffle_demo
 from broker import cli
 from broker import node as node_module
 from broker.errors import UsageError
@@ -151,8 +152,13 @@ def test_a_port_in_use_is_a_sentence(tmp_path: Path, processes_with: Find) -> No
 
 
 def test_a_broker_that_ends_early_is_a_sentence_with_its_last_words(tmp_path: Path, processes_with: Find) -> None:
-    with pytest.raises(UsageError, match=r"ended while it started, saying “.*no_such_setting.*node\.log"):
-        Node(tmp_path / "node", conf="no_such_setting = 1\n").start()
+    node = fluffle_demo._broker(str(tmp_path / "node"), tmp_path)  # its log is to outlive it
+    node._conf = "no_such_setting = 1\n"
+    with pytest.raises(
+        UsageError, match=rf"ended .*, saying “.*no_such_setting.*: the whole log is {tmp_path}/rabbitmq"
+    ):
+        node.start()
+    assert "no_such_setting" in (tmp_path / "rabbitmq.log").read_text()
     assert processes_with(str(tmp_path / "node")) == []
 
 
@@ -183,7 +189,7 @@ def test_an_id_that_another_program_got_is_never_killed(tmp_path: Path) -> None:
 def test_the_command_line_starts_a_node_that_stays_until_it_is_stopped(tmp_path: Path, processes_with: Find) -> None:
     before = fluffle_broker("status", state=tmp_path)
     assert (before.returncode, before.stdout) == (1, "")
-    assert "no RabbitMQ node runs in" in before.stderr
+    assert f"`fluffle broker start --dir {tmp_path / 'fluffle' / 'broker'}` starts one" in before.stderr
     try:
         first, again = (fluffle_broker("start", state=tmp_path) for _ in range(2))
         assert (first.returncode, first.stderr) == (0, "")
@@ -196,6 +202,22 @@ def test_the_command_line_starts_a_node_that_stays_until_it_is_stopped(tmp_path:
     assert (stopped.returncode, stopped.stdout) == (0, "")
     assert processes_with(str(tmp_path / "fluffle")) == []
     assert "no RabbitMQ node runs" in fluffle_broker("stop", state=tmp_path).stderr
+
+
+def test_a_node_may_have_more_open_files_than_the_shell_that_starts_it(tmp_path: Path) -> None:
+    """With 64 of them RabbitMQ would start, and answer nobody."""
+    code = f"""
+import resource
+from pathlib import Path
+from broker import node
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+node.spawn = lambda *_, **__: print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, node.FILES))
+folder = Path({str(tmp_path / "node")!r})
+node.launch(folder, node.settle(folder, None), conf="", parent=0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_the_command_line_leaves_usage_errors_to_its_caller(tmp_path: Path) -> None:

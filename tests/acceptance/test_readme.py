@@ -55,7 +55,9 @@ def test_the_readmes_policy_is_one_and_names_every_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", re.findall(r"\nfluffle coordinator my-run (.*?)(?=  |\n)", README.read_text()))
 def test_every_coordinator_of_the_readme_has_a_plan_that_holds(line: str) -> None:
     command: Any = typer.main.get_command(app)
-    given = command.commands["coordinator"].make_context("coordinator", ["my-run", *shlex.split(line)]).params
+    given = (
+        command.get_command(None, "coordinator").make_context("coordinator", ["my-run", *shlex.split(line)]).params
+    )
     given |= {"format": given["how"], "learner": "x", "run": "my-run", "settings": {}}
     plan.make({each.name: given[each.name] for each in fields(plan.Plan) if given.get(each.name) is not None}, line)
 

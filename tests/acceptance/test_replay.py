@@ -33,7 +33,7 @@ def test_a_run_that_keeps_its_updates_is_verified_and_made_again_and_a_changed_b
         assert again.startswith(
             f"version 3 made again from version {began} and {6 - 2 * int(began)} updates is the same"
         )
-    assert "6 updates are kept, 0.0" in f.fluffle("status", run)
+    assert "6 updates kept, 0.0" in f.fluffle("status", run)
 
     file = f.run / "versions" / "000002.safetensors"
     raw = bytearray(file.read_bytes())

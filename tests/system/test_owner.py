@@ -207,7 +207,7 @@ def test_what_waits_for_its_turn_is_begun_only_if_the_rules_allow_it_then(
         mine.admit(task, "coordinator", trains=True)
     mine.take(tasks[0], trains=True)
     for task in tasks[1:]:
-        with pytest.raises(Declined, match="serves 1 rounds a day"):
+        with pytest.raises(Declined, match="serves 1 round a day"):
             mine.take(task, trains=True)
     monkeypatch.setattr(owner, "_now", at(7, 0, day=2))
     with pytest.raises(Declined, match=r"serves at 22:00-06:00 only, by its clock it is 07:00"):

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -578,6 +579,18 @@ async def test_a_worker_that_has_seen_a_roster_takes_no(how: str, tmp_path: Path
         secrecy_of_a.trust(shown(former))
     for lean in (former.workers, {}):
         assert not secrecy_of_a.trust(Secure(32, 3, roster_digest(lean)))
+    good, path = seen.read_bytes(), re.escape(str(seen))
+    for damage, said in (
+        (good[:-9], f"{path} is not a roster: restore it, or ask the operator for it"),
+        (
+            good.replace(b'"version":2', b'"version":9').replace(b'"version": 2', b'"version": 9'),
+            f"{path} is not what",
+        ),
+    ):
+        seen.write_bytes(damage)
+        with pytest.raises(UsageError, match=said):
+            secrecy_of_a.trust(shown(former))
+    seen.write_bytes(good)
     latest = Roster(KEYS, 2).signed(OPERATOR)  # the same names, and yet it is not forgotten that there was a third
     assert secrecy_of_a.trust(shown(latest))
     assert Roster.read(seen) == latest

@@ -31,7 +31,7 @@ def test_every_service_of_ours_is_found() -> None:
 def test_the_command_line_understands_what_the_services_call(words: list[str]) -> None:
     command: Any = typer.main.get_command(fluffle.app)
     for depth, word in enumerate(words, 1):
-        command = command.commands[word]
+        command = command.get_command(None, word)
         if not hasattr(command, "commands"):
             command.make_context(word, words[depth:])
             return

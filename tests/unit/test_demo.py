@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 
 import fluffle
 import fluffle_demo
+from broker.fields import counted
+from coordinator import standby
 from coordinator.history import Point
 from coordinator.plan import Plan
 
@@ -33,6 +36,88 @@ def test_a_terminal_that_knows_ascii_only_shows_all_the_rest() -> None:
     assert "a name, ?" in done.stdout
 
 
+@pytest.mark.parametrize("while_loading", ["typer", "coordinator.cli", "coordinator.service"])
+def test_ctrl_c_while_a_command_loads_ends_it_without_a_word(while_loading: str) -> None:
+    typed = f"""
+import importlib.abc, signal, sys
+
+class Pressed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {while_loading!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Pressed())
+sys.argv = ["fluffle", "status", "run"]
+import fluffle
+fluffle.main()
+"""
+    done = subprocess.run([sys.executable, "-c", typed], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_nothing_stays_behind(tmp_path: Path) -> None:
+    words = [sys.executable, "-P", "-m", "fluffle", "try", "toy", "--data", "alice"]
+    with subprocess.Popen(words, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not [*tmp_path.glob("fluffle-*")]:
+            time.sleep(0.01)
+        process.terminate()
+        assert (process.wait(), process.communicate()[1]) == (130, b"")
+    assert not [*tmp_path.glob("fluffle-*")]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_was_closed_before_a_command_began_does_not_become_a_file_of_ours(closed: str, tmp_path: Path) -> None:
+    """A lock on it would be lost with the first program that is started, and a print could spoil a version."""
+    code = f"""
+import os, sys, fluffle
+def app():
+    print("out")
+    print("err", file=sys.stderr)
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        assert file.fileno() > 2 and os.get_inheritable(0) and os.get_inheritable(1) and os.get_inheritable(2)
+fluffle.app = app
+fluffle.main()
+"""
+    subprocess.run(["/bin/sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code], check=True)
+
+
+def test_options_are_looked_at_before_a_broker_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fluffle_demo, "Node", lambda _: pytest.fail("a broker was made"))
+    typed = ["demo", "--learner", "toy", "--run", str(tmp_path / "run"), "--schedule", "spiral"]
+    assert "schedule must be" in str(CliRunner().invoke(fluffle.app, typed).exception)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_one_thing_is_told_as_one(tmp_path: Path) -> None:
+    assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    run = fluffle_demo.make_run("toy", tmp_path / "run", {})
+    run.path(0).write_bytes(b"")
+    done = CliRunner().invoke(fluffle.app, ["verify", str(run.folder)])
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1].startswith("not as it was written, in 1 place: "), done.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--privacy secure --cohort 3 --clip 8 --examples-max 9 --roster nowhere.json", "nowhere.json"),
+        ("--privacy secure --cohort 3 --clip 8 --examples-max 9", "give the operator's roster with --roster"),
+        ("--clip 8", "is frozen since version 1: make another run to change clip"),
+    ],
+)
+def test_a_coordinator_says_what_is_wrong_with_its_options_before_it_waits_for_its_turn_or_changes_anything(
+    typed: str, said: str, tmp_path: Path
+) -> None:
+    run = fluffle_demo.make_run("toy", tmp_path / "run", {})
+    if "frozen" in said:
+        run.save(1, *run.load(0))
+    before = (run.folder / "plan.toml").read_text()
+    with standby.turn(run.folder):
+        words = ["coordinator", str(run.folder), "--broker", "amqp://u:p@127.0.0.1:1", *typed.split()]
+        assert said in str(CliRunner().invoke(fluffle.app, words).exception)
+    assert (run.folder / "plan.toml").read_text() == before
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
 def test_an_output_that_takes_nothing_more_is_said_in_a_sentence() -> None:
     with Path("/dev/full").open("w") as full:
@@ -47,16 +132,26 @@ def test_an_output_that_takes_nothing_more_is_said_in_a_sentence() -> None:
     assert done.stderr.startswith("fluffle: the output, or room for temporary files, cannot be used: No space left")
 
 
-def test_no_room_for_temporary_files_is_said_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found"),
+            "used: No usable temporary directory",
+        ),
+        (MemoryError(), "fluffle: there is not enough memory for this, or"),
+    ],
+)
+def test_no_room_for_temporary_files_and_no_memory_are_said_in_a_sentence(
+    problem: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def app() -> None:
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+        raise problem
 
     monkeypatch.setattr(fluffle, "app", app)
     with pytest.raises(SystemExit, match="2"):
         fluffle.main()
-    assert capsys.readouterr().err.endswith("cannot be used: No usable temporary directory found in ['/tmp'].\n")
+    assert said in capsys.readouterr().err
 
 
 def test_a_version_that_nobody_has_scored_is_told_as_such() -> None:

@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
+from broker import secure as securing
 from broker.errors import UsageError
 from broker.pinned import Roster, draw_identity, draw_keys, fingerprint, read_identity, read_roster
 from fluffle import app
@@ -73,7 +74,7 @@ def test_names_that_are_none_and_keys_that_are_taken_are_refused(signed: Path) -
 )
 def test_what_is_no_roster_is_said_to_be_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "roster").write_text(text)
-    with pytest.raises(UsageError, match=r"is not a roster: `fluffle roster add` makes one\."):
+    with pytest.raises(UsageError, match=r"is not a roster: restore it, or ask the operator for it\."):
         Roster.read(tmp_path / "roster")
 
 
@@ -107,6 +108,23 @@ def test_a_worker_starts_only_with_a_key_of_the_roster_and_the_roster_of_its_own
         members(["north"], roster=other, identity=other.with_name("north.key"), file=file, trains=True)
 
 
+def test_a_roster_is_changed_by_one_command_at_a_time(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fluffle invite` is one of them: what either read before the other wrote would undo the other's."""
+    monkeypatch.setattr(securing, "ALONE_S", 0.1)
+    key = draw_identity(signed.with_name("east.key")).hex()
+    before = signed.read_bytes()
+    with securing.alone(signed.parent):
+        for words in (
+            ("add", "east", key),
+            ("remove", "north"),
+            ("sign", "--key", str(signed.with_name("operator.key"))),
+        ):
+            with pytest.raises(UsageError, match="another command is at work in"):
+                run("roster", words[0], str(signed), *words[1:])
+    assert signed.read_bytes() == before
+    run("roster", "add", str(signed), "east", key)
+
+
 def test_an_operator_makes_a_roster_on_the_command_line(tmp_path: Path) -> None:
     roster, operator = str(tmp_path / "roster.json"), str(tmp_path / "operator.key")
     run("keygen", operator)
@@ -120,7 +138,7 @@ def test_an_operator_makes_a_roster_on_the_command_line(tmp_path: Path) -> None:
     assert run("roster", "sign", roster, "--key", operator).startswith("version 1, 2 workers, operator ")
     run("roster", "remove", roster, "south")
     said = run("roster", "sign", roster, "--key", operator)
-    assert said.startswith("version 2, 1 workers")
+    assert said.startswith("version 2, 1 worker, operator ")
     said = run("roster", "verify", roster, "--operator", said.split()[-1])
     assert said.startswith("version 2, signed by ")
     assert f"north  {fingerprint(Roster.read(Path(roster)).workers['north'])}" in said

@@ -345,7 +345,7 @@ def test_what_another_operator_does_meanwhile_is_not_undone(tmp_path: Path) -> N
     """Who waits for the other's lock looks at the federation when it is his turn, and not before."""
     folder = tmp_path / "fed"
     made(folder)
-    with securing._alone(folder):
+    with securing.alone(folder):
         late = threading.Thread(target=securing.secure, args=(folder, {"hosts": ("there.example",)}))
         late.start()
         time.sleep(0.3)
@@ -360,7 +360,7 @@ def test_what_another_operator_does_meanwhile_is_not_undone(tmp_path: Path) -> N
 def test_what_another_command_holds_for_too_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path / "fed")
     monkeypatch.setattr(securing, "ALONE_S", 0.1)
-    with securing._alone(tmp_path / "fed"), pytest.raises(UsageError, match="another command is at work in"):
+    with securing.alone(tmp_path / "fed"), pytest.raises(UsageError, match="another command is at work in"):
         securing.apply(tmp_path / "fed")
 
 

@@ -128,9 +128,7 @@ class Post:
             return
         revoked = isinstance(message, Goodbye) and delivery.user == topology.OPERATOR
         if self.link.vouched and delivery.user != sender and not revoked:
-            whose = (
-                f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody whom the broker vouches for"
-            )
+            whose = f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody the broker vouches for"
             await self.bury(delivery, f"a message of {sender} is a stranger's: it comes from {whose}.")
             return
         await take(message, delivery)

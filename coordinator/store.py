@@ -145,10 +145,9 @@ class Store:
         """
         layout, weights, about = read_version(self.path(version))
         if about.get("fluffle_run", self.plan.run) != self.plan.run:
-            raise UsageError(
-                f"{self.path(version)} belongs to the run {about['fluffle_run']}: put the right file back."
-            )
-        noted = checksum_of(rounds(self.history()), version)
+            raise UsageError(f"{self.path(version)} is of the run {about['fluffle_run']}: put the right file back.")
+        about_it = (line for line in self.history() if line.get("version") in (version, version + 1))
+        noted = checksum_of(rounds(about_it), version)
         if noted and checksum(weights) != noted:
             raise UsageError(
                 f"{self.path(version)} is not the version {version} of this run's history: its bytes have changed "

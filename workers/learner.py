@@ -63,9 +63,7 @@ def load(where: str) -> Learner:
         module = _module(where)
     missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
-        raise UsageError(
-            f"the learner {where!r} has no function {', '.join(missing)}: write it, see workers/learners/."
-        )
+        raise UsageError(f"the learner {where!r} has no function {', '.join(missing)}: see workers/learners/.")
     functions = {name: getattr(module, name) for name in FUNCTIONS}
     if hasattr(functions["model"], "state_dict") and not isinstance(functions["model"], type):
         raise UsageError(

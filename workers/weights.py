@@ -111,9 +111,7 @@ def delta(model: nn.Module, layout: Layout, received: Raw, *, into: Raw | None =
     """
     state = _state(model)
     if difference := _difference(layout, state):
-        raise LearnerFailed(
-            f"train changed which tensors the model has: {difference}; it must keep them as they were."
-        )
+        raise LearnerFailed(f"train changed which tensors the model has: {difference}; it must keep them.")
     changed = bytearray(layout.size_bytes) if into is None else into
     for (spec, place), (_, before) in zip(_tensors(layout, changed), _tensors(layout, received), strict=True):
         trained = state[spec.name].detach().cpu()

@@ -191,7 +191,7 @@ def test_a_version_that_is_not_what_the_history_speaks_of_is_not_begun_with(stor
 def test_a_version_of_another_run_is_refused(store: Store, tmp_path: Path) -> None:
     other = Store.create(tmp_path / "other", plan_of(run="run-2"), LAYOUT, ONE)
     store.path(0).write_bytes(other.path(0).read_bytes())
-    with pytest.raises(UsageError, match="belongs to the run run-2: put the right file back"):
+    with pytest.raises(UsageError, match="is of the run run-2: put the right file back"):
         store.load(0)
 
 

@@ -41,9 +41,10 @@ class Residuals:
         """The update counts: what it left out is owed now."""
         residual = self.of(of)
         if residual.left.exists():
+            known = residual.owed.exists()  # then there are no more than before
             residual.left.replace(residual.owed)
-            mine = sorted(self._folder.glob(f"{self._worker}.*{OWED}"), key=lambda file: file.stat().st_mtime)
-            for old in mine[:-RUNS_MAX]:
+            mine = () if known else self._folder.glob(f"{self._worker}.*{OWED}")  # among all who are hosted here
+            for old in sorted(mine, key=lambda file: file.stat().st_mtime)[:-RUNS_MAX]:
                 old.unlink()
 
     def forget(self, of: Attempt) -> None:

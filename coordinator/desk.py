@@ -7,8 +7,7 @@ that is `service.py`, which looks whenever `changed` is set.
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 
 from broker import topology
 from broker.errors import PartsLost, WireError
@@ -26,7 +25,7 @@ from coordinator.keeping import Keeping
 from coordinator.opened import Open, Secret
 from coordinator.post import Post
 from coordinator.rooms import Room, forgetting_put, read_lightly
-from coordinator.roster import Rests, Roster
+from coordinator.roster import WORKERS_MAX, Rests, Roster
 from coordinator.round import Round, Verdict, judge
 from coordinator.scores import Scores, let_oldest_go
 from coordinator.store import Store
@@ -79,7 +78,7 @@ class Desk:
         self._received = asyncio.Event()
         self.facts = Facts()  # for the line of the round that is open, or comes next
         self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
-        self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
+        self._made: dict[int, dict[Attempt, frozenset[str]]] = {}  # by round: the last try at a version is
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
         self._hearing = False
         self.keeping = Keeping(store, self.sums, self._adding)
@@ -97,16 +96,23 @@ class Desk:
     def safe(self, done: Round) -> None:
         """The version that the round made is on the disk."""
         self.unsafe = None
-        self._made.append((done.of, frozenset(done.counted)))
+        self._remember(done.of, done.counted)
         self.keeping.made(done.of)
 
-    def remember(self, lines: Sequence[history.Line]) -> history.Line | None:
+    def _remember(self, of: Attempt, counted: Iterable[str]) -> None:
+        self._made.pop(of.round, None)
+        self._made[of.round] = {of: frozenset(counted)}
+        let_oldest_go(self._made, REMEMBERED_ROUNDS)
+
+    def remember(self, lines: Iterable[history.Line]) -> history.Line | None:
         """Whose updates were counted before this coordinator came up, and who has failed; the last round's line."""
-        self.rests.remember(lines)
-        told = [line for number, line in sorted(history.rounds(lines).items()) if number <= self.version]
-        for line in told:
-            self._made.append((Attempt(self.plan.run, line["round"], line["attempt"]), frozenset(line["counted"])))
-        return told[-1] if told else None
+        last = None
+        for line in lines:
+            self.rests.remember([line])
+            if history.rounds([line]) and line["version"] <= self.version:
+                self._remember(Attempt(self.plan.run, line["round"], line["attempt"]), line["counted"])
+                last = line
+        return last
 
     def rest(self, here: Open) -> None:
         """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
@@ -215,7 +221,7 @@ class Desk:
                     if message.worker in self.open.round.cohort:
                         self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
-                    let_oldest_go(self._holds)
+                    let_oldest_go(self._holds, WORKERS_MAX)
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
                 return
@@ -254,7 +260,7 @@ class Desk:
 
     def has_counted(self, of: Attempt, worker: str) -> bool:
         """Whether a worker is in the version that an attempt has made."""
-        return any(of == made and worker in who for made, who in self._made)
+        return worker in self._made.get(of.round, {}).get(of, ())
 
     def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
         self.facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)

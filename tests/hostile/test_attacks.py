@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 import coordinator.post
 import coordinator.roster
-import coordinator.scores
 import coordinator.service
 from broker import daemon, topology
 from broker.errors import LearnerFailed, UsageError, WireError
@@ -281,7 +280,7 @@ async def test_names_that_come_go_and_claim_a_task_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody is here under one name after another, each for a moment, and says that it has the task."""
-    monkeypatch.setattr(coordinator.scores, "WORKERS_MAX", 20)
+    monkeypatch.setattr("coordinator.desk.WORKERS_MAX", 20)
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
         assert fed.coordinator
         desk = fed.coordinator.desk

@@ -141,7 +141,7 @@ class Desk:
     async def drop_uploads(self, here: Open) -> None:
         """Leave nothing of a round that is over in the queues of those who will upload for the next one."""
         await self.end_turn()  # it may have been given up in the midst of one
-        for worker in sorted(here.untidy | (set(here.round.cohort) - set(here.round.counted))):
+        for worker in sorted(here.untidy | (here.round.members - here.round.counted.keys())):
             await self.post.drop_upload(worker)
 
     def _add(self, update: Update, data: memoryview) -> None:
@@ -218,7 +218,7 @@ class Desk:
             case Claim():
                 known = self.roster.has(message.worker)  # names that nobody has would pile up
                 if known and self.open and message.of == self.open.round.of:
-                    if message.worker in self.open.round.cohort:
+                    if message.worker in self.open.round.members:
                         self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
                     let_oldest_go(self._holds, WORKERS_MAX)
@@ -289,7 +289,7 @@ class Desk:
         """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
         if self.open is None:
             await self.post.drop_upload(worker)
-        elif worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
+        elif worker in self.open.round.members or self.roster.has(worker):  # of strangers there may be many
             self.open.untidy.add(worker)
 
     def _score(self, score: Score) -> None:
@@ -298,7 +298,7 @@ class Desk:
             log.warning("%s: the score of %s is not kept: %s", score.of, worker, said)
             self._note_other(worker, "invalid", said, lie=False)
             metrics = {}
-        if here and score.of == here.round.of and worker in here.round.cohort:
+        if here and score.of == here.round.of and worker in here.round.members:
             here.facts.scored[worker] = metrics
         elif self._is_final(score.of):
             if worker in self.scores.final:
@@ -315,7 +315,7 @@ class Desk:
         if self.open and refusal.of == self.open.round.of:
             withdraw = self.open.round.decline if refusal.declined else self.open.round.withdraw
             withdraw(worker, reason)
-            if self.open.secret and worker in self.open.round.cohort:
+            if self.open.secret and worker in self.open.round.members:
                 self.open.secret.gone.setdefault(worker, reason)
         elif self._is_final(refusal.of) and worker in self.scores.final:
             self.scores.final[worker] = self.scores.final[worker] or {}

@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 BACKOFF_S_MAX = 30.0
 FINAL_S_MAX = 120.0
 HOLD_S = 2.0
-TICK_S_MAX = 3600.0
 LEFT_S_MIN = 60.0
 """How long a round that is taken up waits at least, if its plan would: its workers may have been cut off, too."""
 DRAINS = 2
@@ -333,8 +332,7 @@ class Coordinator:
             until = began_at + min(self.plan.round_s, FINAL_S_MAX)
             while time.monotonic() < until:
                 self.desk.lapse(time.monotonic())
-                late = (worker for worker in asked if final[worker] is None and self.roster.has(worker))
-                owing = {worker: self.roster.incarnation(worker) for worker in late}
+                owing = {w: its for w in asked if final[w] is None and (its := self.roster.incarnation(w))}
                 if not owing:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
@@ -388,8 +386,7 @@ class Coordinator:
 
     async def _wait(self, until: float | None) -> None:
         """Until something was heard, or a lease ends, or the given instant."""
-        ends = [at for at in (until, self.roster.next_lapse_at()) if at is not None]
-        bound_s = min(ends) - time.monotonic() if ends else TICK_S_MAX
+        ends = [at for at in (until, self.roster.due_at) if at is not None]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(bound_s, 0.001)):
                 await self.desk.changed.wait()

@@ -43,8 +43,7 @@ class Desk:
         open: the round in the making, if one is; the service sets it.
         rule: how updates are added up.
         sums: what the present turn has added up, in memory that all turns of all rounds use.
-        version: the last one that was made.
-        unsafe: the round that made it, while that is not on the disk.
+        version, unsafe: the last one that was made; the round that made it, while that is not on the disk.
         uploads: what was accepted and is to be drained.
         spread: adds up and finishes, chunk by chunk.
         take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
@@ -250,9 +249,10 @@ class Desk:
                     here.returned.add(update.worker)
             elif here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
-                here.held.append(delivery)
                 self.uploads.put_nowait((here, update))
-                return
+                if len(here.held) < self.post.held_max:
+                    here.held.append(delivery)
+                    return  # else its worker, which has it, will say so to the coordinator after this one
             else:
                 await self._turn_down(update, verdict, reason)
         await delivery.ack()

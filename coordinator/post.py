@@ -27,9 +27,9 @@ RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 FORGET_PARTS = 32
 """After so many parts of a mapped file, what they have been copied from or to leaves our memory for the system's."""
-INBOX_PREFETCH, INBOX_SPARE = 2048, 64
-"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them, but
-however large each of them is, all that may be here at a time must find room in memory."""
+INBOX_PREFETCH, INBOX_SPARE, HELD_BYTES_MAX = 2048, 64, 64 * 1024 * 1024
+"""Accepted updates stay unacknowledged until their version is saved; all others, and small messages, must still get
+past them, and all that may be here at a time must find room in memory."""
 HELLO_PREFETCH = 64
 RETRY_S = 0.2
 RIVAL_S = 100.0
@@ -47,6 +47,7 @@ class Post:
 
     Attributes:
         blame: told of every message that is put aside, and why.
+        held_max: so many accepted updates of a round stay unacknowledged until its version is safe.
     """
 
     def __init__(self, link: Link, run: str, epoch: int) -> None:
@@ -54,6 +55,7 @@ class Post:
         self.run = run
         self.epoch = epoch
         self.blame: Callable[[Delivery, str], None] = lambda *_: None
+        self.held_max = 1
         self._restored: dict[str, float] = {}  # whose queues were made anew, and when
 
     async def declare(self) -> None:
@@ -94,13 +96,12 @@ class Post:
         """Give every sign of life to `take`, for ever; `heard` is told when we begin and cease to hear them."""
         await self._listen(topology.hello_queue(self.run), take, heard, prefetch=HELLO_PREFETCH)
 
-    async def read_inbox(self, take: Take, heard: Heard, *, asks: int) -> None:
+    async def read_inbox(self, take: Take, heard: Heard) -> None:
         """Give everything that workers say to this run to `take`, for ever. `take` acknowledges.
 
-        Of two rounds, which ask so many workers each, updates may be unacknowledged at the same time.
+        Of two rounds, `held_max` updates each may be unacknowledged at the same time.
         """
-        prefetch = min(2 * asks + INBOX_SPARE, INBOX_PREFETCH)
-        await self._listen(topology.inbox_queue(self.run), take, heard, prefetch=prefetch)
+        await self._listen(topology.inbox_queue(self.run), take, heard, prefetch=2 * self.held_max + INBOX_SPARE)
 
     async def _listen(self, queue: str, take: Take, heard: Heard, *, prefetch: int) -> None:
         while True:
@@ -283,6 +284,11 @@ class Post:
             forget(assembly.data)
         await delivery.ack()
         return added
+
+
+def held_max(asks: int, size: int) -> int:
+    """How many updates of a round, which asks so many, may be unacknowledged; to say one takes about `size` bytes."""
+    return max(1, min(asks, (INBOX_PREFETCH - INBOX_SPARE) // 2, HELD_BYTES_MAX // size))
 
 
 async def _next(deliveries: AsyncIterator[Delivery], *, until: float) -> Delivery | None:

@@ -87,7 +87,21 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda name: name.replace(" ", "-"))
 async def test_a_coordinator_killed_when(tmp_path: Path, point: str) -> None:
-    async with federation(tmp_path, rounds=ROUNDS) as fed:
+    await kill_at(tmp_path, point)
+
+
+@pytest.mark.parametrize("point", ["it is said that updates are accepted", "all parts of all updates have come"])
+async def test_a_round_asks_more_workers_than_messages_may_be_unacknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Those of whose updates the messages are gone say them again to the coordinator after this one."""
+    monkeypatch.setattr(coordinator.post, "INBOX_PREFETCH", 2)
+    monkeypatch.setattr(coordinator.post, "INBOX_SPARE", 1)
+    await kill_at(tmp_path, point)
+
+
+async def kill_at(folder: Path, point: str) -> None:
+    async with federation(folder, rounds=ROUNDS) as fed:
         reached, killed, safe = POINTS[point](), False, 0
 
         def look(what: Outgoing | Delivery) -> None:

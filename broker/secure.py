@@ -258,9 +258,7 @@ def _authority(folder: Path, now: Federation) -> Issued:
         _put(key, made.key)
     by = _pair(certificate, key)
     if by is None:
-        raise UsageError(
-            f"{certificate} and {key} are missing, damaged or no pair: restore them, or begin with {ANEW}."
-        )
+        raise UsageError(f"{certificate} and {key} are gone, damaged or no pair: restore them or begin with {ANEW}.")
     if (until := end_of(by.certificate)) <= (now_ := datetime.now(UTC)):
         raise UsageError(
             f"the authority of {folder} has ended on {until:%Y-%m-%d}, and this machine's clock says "

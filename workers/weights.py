@@ -44,9 +44,7 @@ def _layout_of(state: Mapping[str, Tensor]) -> Layout:
     specs = []
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise UsageError(
-                f"the model's state {name!r} is a {type(tensor).__name__}, and only tensors travel: make it a buffer."
-            )
+            raise UsageError(f"the model's state {name!r} is a {type(tensor).__name__}, no tensor: make it a buffer.")
         if is_lazy(tensor):
             raise UsageError(f"the model's tensor {name!r} has no shape yet: run one batch through it in model().")
         if tensor.is_meta or tensor.layout != torch.strided:

@@ -41,9 +41,9 @@ class Residuals:
         """The update counts: what it left out is owed now."""
         residual = self.of(of)
         if residual.left.exists():
-            known = residual.owed.exists()  # then there are no more than before
+            # among the files of all who are hosted here, and only if there are more now than before
+            mine = () if residual.owed.exists() else self._folder.glob(f"{self._worker}.*{OWED}")
             residual.left.replace(residual.owed)
-            mine = () if known else self._folder.glob(f"{self._worker}.*{OWED}")  # among all who are hosted here
             for old in sorted(mine, key=lambda file: file.stat().st_mtime)[:-RUNS_MAX]:
                 old.unlink()
 

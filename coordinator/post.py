@@ -40,6 +40,7 @@ DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
 Heard = Callable[[bool], Awaitable[None]]
+Waiting = Callable[[], int]
 
 
 class Post:
@@ -210,9 +211,7 @@ class Post:
         with contextlib.suppress(LinkError):
             await self.link.purge(topology.upload_queue(worker))
 
-    async def drain(
-        self, update: Update, room: memoryview, *, within_s: float, waiting: Callable[[], int] = lambda: 0
-    ) -> bool:
+    async def drain(self, update: Update, room: memoryview, *, within_s: float, waiting: Waiting = lambda: 0) -> bool:
         """Let the bytes of an update land in `room`, out of its worker's upload queue; False if that is to wait.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
@@ -245,14 +244,23 @@ class Post:
                         return False
         raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Callable[[], int]) -> None:
-        """Take parts out of a queue until all are here.
+    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Waiting) -> None:
+        """Take parts out of a queue until all are here. Those of another run are left to its coordinator for a while.
 
         Raises:
             TimeoutError: some are not there, and are not waited for (any longer).
         """
+        now, until, began_at = asyncio.get_running_loop().time, float("inf"), float("-inf")
+        while not await self._take(assembly, queue, patient=patient, waiting=waiting, leaves=now() < until):
+            # one that has not been in the way all the time is another, or is asked for
+            until = min(until if now() - began_at < LOOK_S else float("inf"), now() + LOOK_S)
+            await asyncio.sleep(RETRY_S)
+            began_at = now()
+
+    async def _take(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Waiting, leaves: bool) -> bool:
+        """As `_collect`; False if a part of another run has come, and is left where it was."""
         if assembly.complete:
-            return
+            return True
         now = asyncio.get_running_loop().time
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
             due_at, waited_s = now() + STALL_S, 0.0
@@ -260,6 +268,8 @@ class Post:
                 began_at = now()
                 delivery = await _next(deliveries, until=min(due_at, began_at + LOOK_S))
                 waited_s += now() - began_at
+                if delivery is not None and leaves and self._is_others(delivery):
+                    return False
                 if delivery is not None and await self._land(delivery, assembly):
                     due_at = now() + STALL_S
                 if not assembly.missing or (delivery is not None and not (waited_s >= LOOK_S and waiting())):
@@ -269,6 +279,11 @@ class Post:
                 there = assembly.arriving or await self.link.depth(queue)
                 if now() >= due_at or not (there or (patient and not waiting())):
                     raise TimeoutError
+        return True
+
+    def _is_others(self, delivery: Delivery) -> bool:
+        message = read(delivery)
+        return isinstance(message, Part) and not message.payload.startswith(f"{self.run}/")
 
     async def _land(self, delivery: Delivery, assembly: Assembly) -> bool:
         """Put a part in its place; whether it was one that was missing.

@@ -319,8 +319,5 @@ def judge(
     if update.version != now_open.of.round - 1:  # round n makes version n
         return Verdict.INVALID, f"it is made from version {update.version}, not {now_open.of.round - 1}"
     if update.examples > examples_max:
-        return (
-            Verdict.INVALID,
-            f"it counts {update.examples} examples, and the plan allows {examples_max} (examples_max)",
-        )
+        return Verdict.INVALID, f"it counts {update.examples} examples, and examples_max is {examples_max}"
     return verdict, reason

@@ -254,7 +254,7 @@ def _watch(store: Store, company: Company, out: Console) -> None:
         done = False
         while not done:
             done = company.done()
-            lines = store.history()
+            lines = [*store.history()]
             made = sum(line.get("event") == "round" for line in lines)
             for point in history.curve(lines)[told:]:
                 if done or point.version < made:  # its workers score a version in the round that makes the next
@@ -293,7 +293,7 @@ def _compare(store: Store, cast: Cast) -> dict[str, Any]:
 
 
 def _figures(store: Store, cast: Cast, compared: dict[str, Any], seconds: float) -> dict[str, Any]:
-    lines = store.history()
+    lines = [*store.history()]
     rounds = [line for line in lines if line["event"] == "round"]
     last = max(history.curve(lines), key=lambda point: (bool(point.scored or point.held_out), point.version))
     federated = last.held_out.get(HELD_OUT, last.scored)

@@ -59,9 +59,7 @@ def need() -> Any:
     try:
         import dp_accounting  # noqa: PLC0415 (an extra, and it takes a second to load)
     except ImportError:
-        raise UsageError(
-            "differential privacy needs dp-accounting, install it with: pip install 'fluffle[dp]'"
-        ) from None
+        raise UsageError("differential privacy needs dp-accounting: pip install 'fluffle[dp]'") from None
     return dp_accounting
 
 

@@ -67,9 +67,7 @@ async def connect(access: Access, name: str, heartbeat_s: int) -> "Connection":
 def _unwelcome(problem: BaseException | None, access: Access) -> BrokerRefused | LinkError | None:
     """Why there is no connection, in a sentence; None where that is not for us to say."""
     where, user, vhost = f"{access.url.host}:{access.url.port}", access.user, _vhost(access)
-    check = (
-        "ask whoever runs the federation whether your invitation still holds" if access.vouched else "check --broker"
-    )
+    check = "ask whoever runs the federation if your invitation still holds" if access.vouched else "check --broker"
     match problem:
         case ssl.SSLError():
             why = problem.reason

@@ -85,10 +85,10 @@ def check(data: bytes, name: str = "history", *, remembered: str = "") -> tuple[
         remembered: a chain that was printed before; it must still be there.
     """
     findings: list[Finding] = []
-    numbered = [(number, raw, _read(raw)) for number, raw in enumerate(data.split(b"\n"), 1)]
-    before, last, torn = "", 0, bytearray()
-    whole = not data or data.endswith(b"\n")
-    for number, raw, line in numbered[:-1] if whole else numbered:
+    before, last, torn, met = "", 0, bytearray(), not remembered
+    whole, raws = not data or data.endswith(b"\n"), data.split(b"\n")
+    for number, raw in enumerate(raws[:-1] if whole else raws, 1):
+        line = _read(raw)
         if line is None:
             torn += raw + b"\n"
             continue
@@ -97,10 +97,10 @@ def check(data: bytes, name: str = "history", *, remembered: str = "") -> tuple[
             findings.append(Finding(f"line {number} of the history was changed: it is not written as lines are."))
         if line[CHAIN] != _chain({key: line[key] for key in line if key != CHAIN}, before):
             findings.append(_misplaced(number, last))
-        before, last, torn = line[CHAIN], number, bytearray()
+        before, last, torn, met = line[CHAIN], number, bytearray(), met or line[CHAIN] == remembered
     if torn:
         findings.append(_left(last, torn, whole=whole))
-    if remembered and all(line is None or line[CHAIN] != remembered for _, _, line in numbered):
+    if not met:
         findings.append(Finding(f"no line of the history has the chain {remembered}: it was written anew since."))
     return [found._replace(said=found.said.replace("history", name)) for found in findings], before
 

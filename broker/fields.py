@@ -61,7 +61,7 @@ def shown(of: Any) -> dict[str, Any]:
 
 @cache
 def _checks(kind: Any) -> dict[str, Check]:
-    return {name: _check(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    return {name: check_for(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
 def build(kind: Any, raw: dict[str, Any], where: str) -> Any:
@@ -79,12 +79,12 @@ def build(kind: Any, raw: dict[str, Any], where: str) -> Any:
 
 
 @cache
-def _check(hint: Any) -> Check:
+def check_for(hint: Any) -> Check:
     """What an annotation asks for, found once: a message may hold thousands of values of the same."""
     origin, of = get_origin(hint), get_args(hint)
     listed, mapped = partial(_check_plain, (list,)), partial(_check_plain, (dict,))
     if origin is Annotated:
-        check = _check(of[0])
+        check = check_for(of[0])
         for rule in of[1:]:
             check = partial(_check_within if isinstance(rule, Within) else _check_name, check, rule)
         return check
@@ -93,12 +93,12 @@ def _check(hint: Any) -> Check:
     if hint == _BYTES:
         return partial(_check_plain, (bytes, memoryview))
     if origin in (Union, types.UnionType):
-        return partial(_check_union, type(None) in of, [*map(_check, of)])
+        return partial(_check_union, type(None) in of, [*map(check_for, of)])
     if origin is tuple:
-        item = _check(of[0])
+        item = check_for(of[0])
         return lambda value, where: tuple([item(each, where) for each in listed(value, where)])
     if origin is dict:
-        key, item = map(_check, of)
+        key, item = map(check_for, of)
         return lambda value, where: {key(k, where): item(v, where) for k, v in mapped(value, where).items()}
     if is_dataclass(hint):
         return lambda value, where: build(hint, mapped(value, where), where)

@@ -199,7 +199,7 @@ def trouble(
         yield
     except of as problem:
         why = getattr(problem, "strerror", None) or problem
-        raise error(f"{what} ({why}): {remedy}.") from None
+        raise error(f"{what} ({str(why).rstrip('.')}): {remedy}.") from None
 
 
 UNREADABLE = OSError, ValueError, TypeError

@@ -7,15 +7,16 @@ The decoder trusts nothing: msgpack under limits, then every field against the d
 """
 
 import struct
-from dataclasses import astuple, dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import astuple, dataclass, field, replace
+from itertools import count
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgpack
 
 from broker import pact
 from broker.errors import WireError
 from broker.fields import NAME, Within, build, in_short, shown
-from broker.tensors import TENSORS_MAX, Layout, TensorSpec
+from broker.tensors import TENSORS_MAX, Layout, TensorSpec, described
 
 PROTOCOL = 1
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # anything but a part: a header of 20,000 tensors with long names still fits
@@ -347,10 +348,11 @@ def decode(body: Buffer) -> Message:
     kind = raw.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise WireError(f"unknown kind of message {in_short(kind)}.")
-    message: Message = build(KINDS[kind], raw, kind)
-    if isinstance(message, Task | Update | Step) and message.payload:
-        message.payload.layout.check()
-    return message
+    payload, tensors = raw.get("payload"), tuple[TensorSpec, ...]()
+    if isinstance(payload, dict) and "tensors" in payload:
+        tensors, payload["tensors"] = described(payload["tensors"], f"{kind}.payload.tensors"), []
+    message: Any = build(KINDS[kind], raw, kind)
+    return cast(Message, replace(message, payload=replace(message.payload, tensors=tensors)) if tensors else message)
 
 
 def part_head(begins: memoryview) -> tuple[str, int, int, int, int] | None:
@@ -381,12 +383,10 @@ def part_head(begins: memoryview) -> tuple[str, int, int, int, int] | None:
 def _unpack(body: Buffer) -> Any:
     if len(body) > MESSAGE_BYTES_MAX:
         raise WireError(f"a message of {len(body)} bytes is over the limit of {MESSAGE_BYTES_MAX}.")
-    collections = 0
+    numbers = count(1)
 
     def one_more(collection: Any) -> Any:
-        nonlocal collections
-        collections += 1
-        if collections > COLLECTIONS_MAX:
+        if next(numbers) > COLLECTIONS_MAX:
             raise WireError(f"a message of {len(body)} bytes has more than {COLLECTIONS_MAX} maps and lists.")
         return collection
 

@@ -104,9 +104,7 @@ class Roster:
             UsageError: it is not.
         """
         if self.workers.get(name) != public_of(identity):
-            raise UsageError(
-                f"the roster has another key for {name}, or none: ask the operator for a roster with yours."
-            )
+            raise UsageError(f"the roster has another key for {name}, or none: ask the operator for one with yours.")
 
     def _said(self) -> bytes:
         names = {name: self.workers[name].hex() for name in sorted(self.workers)}

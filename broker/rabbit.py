@@ -111,9 +111,7 @@ class RabbitLink:
                 "delete it there, or use another vhost."
             ) from None
         except exceptions.ChannelNotFoundEntity as problem:
-            raise BrokerRefused(
-                f"RabbitMQ lacks what a binding needs ({words(problem)}): declare it first."
-            ) from None
+            raise BrokerRefused(f"RabbitMQ lacks what a binding needs ({words(problem)}): declare it.") from None
 
     async def publish(self, message: Outgoing, *, within_s: float = PUBLISH_S) -> None:
         """See `Link.publish`."""
@@ -129,9 +127,7 @@ class RabbitLink:
                 except Refused as problem:
                     # It ended every publish on the channel, whosever fault it was: on a channel of our own we learn.
                     if alone and problem.code == NOT_FOUND:
-                        raise Unroutable(
-                            f"RabbitMQ knows no such exchange ({problem.text}): declare it first."
-                        ) from None
+                        raise Unroutable(f"RabbitMQ has no such exchange ({problem.text}): declare it.") from None
                     if alone:
                         raise _refusal(problem.text, f"publishing to {message.exchange}") from None
                     alone = True
@@ -226,9 +222,7 @@ class RabbitLink:
                 raise LinkClosed("this link was closed.") from None
             if full():
                 raise NoRoom(f"{complaint} within {within_s:g} s: a queue that it belongs in is full.") from None
-            raise LinkError(
-                f"{complaint} within {within_s:g} s: is it running, and not out of memory or disk?"
-            ) from None
+            raise LinkError(f"{complaint} within {within_s:g} s: is it running, with memory and disk left?") from None
         finally:
             self._running.discard(scope)
 

@@ -60,9 +60,7 @@ def secure(folder: Path, changes: Mapping[str, Any], *, renew: bool = False) -> 
             before = Federation(vhost, ("localhost",), port, pages, False, logins, {})
         now = replace(before, **{"port": port, **changes})
         if now.vhost != before.vhost:
-            raise UsageError(
-                f"{folder} holds the federation {before.vhost}: choose another folder for another vhost."
-            )
+            raise UsageError(f"{folder} holds the federation {before.vhost}: take another folder for another vhost.")
         management.checked(now.management)
         if now.external != before.external and len(now.parties) > 2:
             raise UsageError("how parties log in cannot be changed while workers are invited: revoke them first.")
@@ -96,9 +94,7 @@ def invite(
     with alone(folder):
         now = Federation.read(folder)
         if NAME.fullmatch(name) is None or name in (OPERATOR, COORDINATOR):
-            raise UsageError(
-                f"{name!r} is no name for a worker: it is {NAME_RULE}, and not {OPERATOR} or {COORDINATOR}."
-            )
+            raise UsageError(f"{name!r} is no worker's name: it is {NAME_RULE}, and not {OPERATOR} or {COORDINATOR}.")
         until = now.revoked.get(name, "")
         if until and not again:
             raise UsageError(f"{name} has been revoked: --again invites it all the same.")
@@ -262,9 +258,7 @@ def _authority(folder: Path, now: Federation) -> Issued:
         _put(key, made.key)
     by = _pair(certificate, key)
     if by is None:
-        raise UsageError(
-            f"{certificate} and {key} are missing, damaged or no pair: restore them, or begin with {ANEW}."
-        )
+        raise UsageError(f"{certificate} and {key} are gone, damaged or no pair: restore them or begin with {ANEW}.")
     if (until := end_of(by.certificate)) <= (now_ := datetime.now(UTC)):
         raise UsageError(
             f"the authority of {folder} has ended on {until:%Y-%m-%d}, and this machine's clock says "

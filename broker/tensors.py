@@ -12,12 +12,15 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
+import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import WireError
+from broker.fields import check_for
 
 # name on the wire → bytes an item, in canonical order: sizes must not grow, or tensors would not be aligned.
 # numpy has no bfloat16: it is seen as uint16 and widened by `as_float64`.
@@ -142,6 +145,27 @@ class Layout:
             if theirs[name] != spec:
                 return f"{theirs[name]} should be {spec}"
         return f"{next(s for n, s in theirs.items() if n not in mine)} is not part of the model"
+
+
+def described(value: Any, where: str) -> tuple[TensorSpec, ...]:
+    """The tensors that a stranger's message describes, all that keep the rules; checked once, and one tuple.
+
+    For a thousand workers say the same of a thousand tensors, round after round.
+
+    Raises:
+        WireError: as for `Layout.of`, they are not in canonical order, or are no descriptions; `where` is named.
+    """
+    try:
+        return _described(msgpack.packb(value), where)
+    except ValueError:  # msgpack's, which can read what is nested deeper than it can write
+        raise WireError(f"{where} is nested too deep.") from None
+
+
+@lru_cache(maxsize=4)
+def _described(packed: bytes, where: str) -> tuple[TensorSpec, ...]:
+    specs: tuple[TensorSpec, ...] = check_for(tuple[TensorSpec, ...])(msgpack.unpackb(packed), where)
+    Layout(specs).check()
+    return specs
 
 
 def _canonical(spec: TensorSpec) -> tuple[int, str]:

@@ -170,7 +170,7 @@ def status(
 ) -> None:
     """What has happened in a run, and what is happening; and how long an invitation holds, if there is one."""
     store = Store.open(run)
-    lines, (now, told), waits = store.history(), _present(store), standby.waiting(run)
+    lines, (now, told), waits = [*store.history()], _present(store), standby.waiting(run)
     abandoned = history.last_abandoned(lines)
     points, kept = history.curve(lines), list(updates.sizes(run))
     if as_json:

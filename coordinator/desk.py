@@ -7,8 +7,7 @@ that is `service.py`, which looks whenever `changed` is set.
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from broker import topology
@@ -27,7 +26,7 @@ from coordinator.keeping import Keeping
 from coordinator.opened import Open, Secret
 from coordinator.post import Post
 from coordinator.rooms import Room, copied, forgetting_put, read_lightly
-from coordinator.roster import Rests, Roster
+from coordinator.roster import WORKERS_MAX, Rests, Roster
 from coordinator.round import Round, Verdict, judge
 from coordinator.rules import RULES
 from coordinator.scores import Scores, let_oldest_go
@@ -46,8 +45,7 @@ class Desk:
         open: the round in the making, if one is; the service sets it.
         rule: how updates are added up.
         sums: what the present turn has added up, in memory that all turns of all rounds use.
-        version: the last one that was made.
-        unsafe: the round that made it, while that is not on the disk.
+        version, unsafe: the last one that was made; the round that made it, while that is not on the disk.
         uploads: what was accepted and is to be drained.
         spread: adds up and finishes, chunk by chunk.
         take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
@@ -84,7 +82,7 @@ class Desk:
         self._received = asyncio.Event()
         self.facts = Facts()  # for the line of the round that is open, or comes next
         self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
-        self._made: deque[tuple[Attempt, frozenset[str]]] = deque(maxlen=REMEMBERED_ROUNDS)
+        self._made: dict[int, dict[Attempt, frozenset[str]]] = {}  # by round: the last try at a version is
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
         self._hearing = False
         self.keeping = Keeping(store, self.sums, self._adding)
@@ -102,16 +100,23 @@ class Desk:
     def safe(self, done: Round) -> None:
         """The version that the round made is on the disk."""
         self.unsafe = None
-        self._made.append((done.of, frozenset(done.counted)))
+        self._remember(done.of, done.counted)
         self.keeping.made(done.of)
 
-    def remember(self, lines: Sequence[history.Line]) -> history.Line | None:
+    def _remember(self, of: Attempt, counted: Iterable[str]) -> None:
+        self._made.pop(of.round, None)
+        self._made[of.round] = {of: frozenset(counted)}
+        let_oldest_go(self._made, REMEMBERED_ROUNDS)
+
+    def remember(self, lines: Iterable[history.Line]) -> history.Line | None:
         """Whose updates were counted before this coordinator came up, and who has failed; the last round's line."""
-        self.rests.remember(lines)
-        told = [line for number, line in sorted(history.rounds(lines).items()) if number <= self.version]
-        for line in told:
-            self._made.append((Attempt(self.plan.run, line["round"], line["attempt"]), frozenset(line["counted"])))
-        return told[-1] if told else None
+        last = None
+        for line in lines:
+            self.rests.remember([line])
+            if history.rounds([line]) and line["version"] <= self.version:
+                self._remember(Attempt(self.plan.run, line["round"], line["attempt"]), line["counted"])
+                last = line
+        return last
 
     def rest(self, here: Open) -> None:
         """Note how everyone has fared in a round that is over, and who begins to rest because of it."""
@@ -140,7 +145,7 @@ class Desk:
     async def drop_uploads(self, here: Open) -> None:
         """Leave nothing of a round that is over in the queues of those who will upload for the next one."""
         await self.end_turn()  # it may have been given up in the midst of one
-        for worker in sorted(here.untidy | (set(here.round.cohort) - set(here.round.counted))):
+        for worker in sorted(here.untidy | (here.round.members - here.round.counted.keys())):
             await self.post.drop_upload(worker)
 
     def _add(self, update: Update, data: memoryview) -> None:
@@ -217,10 +222,10 @@ class Desk:
             case Claim():
                 known = self.roster.has(message.worker)  # names that nobody has would pile up
                 if known and self.open and message.of == self.open.round.of:
-                    if message.worker in self.open.round.cohort:
+                    if message.worker in self.open.round.members:
                         self.open.round.claimed.add(message.worker)
                     self._holds[message.worker] = message.incarnation, self.version
-                    let_oldest_go(self._holds)
+                    let_oldest_go(self._holds, WORKERS_MAX)
             case _:
                 await self.post.bury(delivery, f"a {type(message).__name__.lower()} does not belong into the inbox.")
                 return
@@ -249,9 +254,10 @@ class Desk:
                     here.returned.add(update.worker)
             elif here and verdict is Verdict.ACCEPTED:
                 here.round.accept(update.worker)
-                here.held.append(delivery)
                 self.uploads.put_nowait((here, update))
-                return
+                if len(here.held) < self.post.held_max:
+                    here.held.append(delivery)
+                    return  # else its worker, which has it, will say so to the coordinator after this one
             else:
                 await self._turn_down(update, verdict, reason)
         await delivery.ack()
@@ -259,7 +265,7 @@ class Desk:
 
     def has_counted(self, of: Attempt, worker: str) -> bool:
         """Whether a worker is in the version that an attempt has made."""
-        return any(of == made and worker in who for made, who in self._made)
+        return worker in self._made.get(of.round, {}).get(of, ())
 
     def _note_other(self, worker: str, verdict: str, reason: str, *, lie: bool) -> None:
         self.facts.note_other(worker, verdict, reason, most=2 * self.plan.asks + 16)
@@ -288,7 +294,7 @@ class Desk:
         """Nobody will drain what the worker has uploaded; while a round is open, something else may lie there too."""
         if self.open is None:
             await self.post.drop_upload(worker)
-        elif worker in self.open.round.cohort or self.roster.has(worker):  # of strangers there may be many
+        elif worker in self.open.round.members or self.roster.has(worker):  # of strangers there may be many
             self.open.untidy.add(worker)
 
     def _score(self, score: Score) -> None:
@@ -297,7 +303,7 @@ class Desk:
             log.warning("%s: the score of %s is not kept: %s", score.of, worker, said)
             self._note_other(worker, "invalid", said, lie=False)
             metrics = {}
-        if here and score.of == here.round.of and worker in here.round.cohort:
+        if here and score.of == here.round.of and worker in here.round.members:
             here.facts.scored[worker] = metrics
         elif self._is_final(score.of):
             if worker in self.scores.final:
@@ -314,7 +320,7 @@ class Desk:
         if self.open and refusal.of == self.open.round.of:
             withdraw = self.open.round.decline if refusal.declined else self.open.round.withdraw
             withdraw(worker, reason)
-            if self.open.secret and worker in self.open.round.cohort:
+            if self.open.secret and worker in self.open.round.members:
                 self.open.secret.gone.setdefault(worker, reason)
         elif self._is_final(refusal.of) and worker in self.scores.final:
             self.scores.final[worker] = self.scores.final[worker] or {}

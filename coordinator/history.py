@@ -144,7 +144,7 @@ def round_line(done: Round, facts: Facts, *, why: str, seconds: float, at: float
         "struck": facts.struck,
         "rested": facts.rested,
         "metrics": mean_metrics((n, facts.trained.get(worker, {})) for worker, n in sorted(done.counted.items())),
-        "scored": scores({w: facts.scored[w] for w in sorted(facts.scored) if w in done.cohort}),
+        "scored": scores({w: facts.scored[w] for w in sorted(facts.scored) if w in done.members}),
         "seconds": round(seconds, 3),
         "bytes_down": facts.bytes_down,
         "bytes_up": facts.bytes_up,

@@ -149,9 +149,7 @@ class Plan:
         if self.least > self.cohort:
             raise ValueError(f"the quorum ({self.quorum}) is above the cohort ({self.cohort}): lower it")
         if self.workers and self.cohort > len(self.workers):
-            raise ValueError(
-                f"the cohort ({self.cohort}) is larger than the list of workers ({len(self.workers)}): lower it"
-            )
+            raise ValueError(f"the cohort ({self.cohort}) is above the {len(self.workers)} listed workers: lower it")
         if self.over_select > 1 and self.schedule == "cyclic":
             raise ValueError(
                 f"a cyclic round asks one worker after another, so that more of them (over_select is "
@@ -169,9 +167,7 @@ class Plan:
         if self.keep is not None and self.format != "top-k":
             raise ValueError(f"keep is for the format top-k, and the format is {self.format}: leave keep out")
         if self.down != "full" and self.schedule == "cyclic":
-            raise ValueError(
-                f"a cyclic round has no use for changes of versions (down is {self.down}): set it to full"
-            )
+            raise ValueError(f"a cyclic round has no use for changes (down is {self.down}): set it to full")
         if said := next((sentence for wrong, sentence in (*bent(self), *contradictions(self)) if wrong), ""):
             raise ValueError(said)
 

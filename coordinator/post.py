@@ -27,9 +27,9 @@ RESENDS_MAX = 3
 PREFETCH_PARTS = 16
 FORGET_PARTS = 32
 """After so many parts of a mapped file, what they have been copied from or to leaves our memory for the system's."""
-INBOX_PREFETCH, INBOX_SPARE = 2048, 64
-"""Accepted updates stay unacknowledged until their version is saved; small messages must still get past them, but
-however large each of them is, all that may be here at a time must find room in memory."""
+INBOX_PREFETCH, INBOX_SPARE, HELD_BYTES_MAX = 2048, 64, 64 * 1024 * 1024
+"""Accepted updates stay unacknowledged until their version is saved; all others, and small messages, must still get
+past them, and all that may be here at a time must find room in memory."""
 HELLO_PREFETCH = 64
 RETRY_S = 0.2
 RIVAL_S = 100.0
@@ -40,6 +40,7 @@ DEAD_BYTES_MAX = 64 * 1024
 
 Take = Callable[[Message, Delivery], Awaitable[None]]
 Heard = Callable[[bool], Awaitable[None]]
+Waiting = Callable[[], int]
 
 
 class Post:
@@ -47,6 +48,7 @@ class Post:
 
     Attributes:
         blame: told of every message that is put aside, and why.
+        held_max: so many accepted updates of a round stay unacknowledged until its version is safe.
     """
 
     def __init__(self, link: Link, run: str, epoch: int) -> None:
@@ -54,6 +56,7 @@ class Post:
         self.run = run
         self.epoch = epoch
         self.blame: Callable[[Delivery, str], None] = lambda *_: None
+        self.held_max = 1
         self._restored: dict[str, float] = {}  # whose queues were made anew, and when
 
     async def declare(self) -> None:
@@ -94,13 +97,12 @@ class Post:
         """Give every sign of life to `take`, for ever; `heard` is told when we begin and cease to hear them."""
         await self._listen(topology.hello_queue(self.run), take, heard, prefetch=HELLO_PREFETCH)
 
-    async def read_inbox(self, take: Take, heard: Heard, *, asks: int) -> None:
+    async def read_inbox(self, take: Take, heard: Heard) -> None:
         """Give everything that workers say to this run to `take`, for ever. `take` acknowledges.
 
-        Of two rounds, which ask so many workers each, updates may be unacknowledged at the same time.
+        Of two rounds, `held_max` updates each may be unacknowledged at the same time.
         """
-        prefetch = min(2 * asks + INBOX_SPARE, INBOX_PREFETCH)
-        await self._listen(topology.inbox_queue(self.run), take, heard, prefetch=prefetch)
+        await self._listen(topology.inbox_queue(self.run), take, heard, prefetch=2 * self.held_max + INBOX_SPARE)
 
     async def _listen(self, queue: str, take: Take, heard: Heard, *, prefetch: int) -> None:
         while True:
@@ -128,9 +130,7 @@ class Post:
             return
         revoked = isinstance(message, Goodbye) and delivery.user == topology.OPERATOR
         if self.link.vouched and delivery.user != sender and not revoked:
-            whose = (
-                f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody whom the broker vouches for"
-            )
+            whose = f"{delivery.user[:63]}, says the broker" if delivery.user else "nobody the broker vouches for"
             await self.bury(delivery, f"a message of {sender} is a stranger's: it comes from {whose}.")
             return
         await take(message, delivery)
@@ -211,9 +211,7 @@ class Post:
         with contextlib.suppress(LinkError):
             await self.link.purge(topology.upload_queue(worker))
 
-    async def drain(
-        self, update: Update, room: memoryview, *, within_s: float, waiting: Callable[[], int] = lambda: 0
-    ) -> bool:
+    async def drain(self, update: Update, room: memoryview, *, within_s: float, waiting: Waiting = lambda: 0) -> bool:
         """Let the bytes of an update land in `room`, out of its worker's upload queue; False if that is to wait.
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
@@ -246,14 +244,23 @@ class Post:
                         return False
         raise PartsLost(f"{assembly.missing} of its parts did not come.")
 
-    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Callable[[], int]) -> None:
-        """Take parts out of a queue until all are here.
+    async def _collect(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Waiting) -> None:
+        """Take parts out of a queue until all are here. Those of another run are left to its coordinator for a while.
 
         Raises:
             TimeoutError: some are not there, and are not waited for (any longer).
         """
+        now, until, began_at = asyncio.get_running_loop().time, float("inf"), float("-inf")
+        while not await self._take(assembly, queue, patient=patient, waiting=waiting, leaves=now() < until):
+            # one that has not been in the way all the time is another, or is asked for
+            until = min(until if now() - began_at < LOOK_S else float("inf"), now() + LOOK_S)
+            await asyncio.sleep(RETRY_S)
+            began_at = now()
+
+    async def _take(self, assembly: Assembly, queue: str, *, patient: bool, waiting: Waiting, leaves: bool) -> bool:
+        """As `_collect`; False if a part of another run has come, and is left where it was."""
         if assembly.complete:
-            return
+            return True
         now = asyncio.get_running_loop().time
         async with self.link.consume(queue, lane=Lane.UP, prefetch=PREFETCH_PARTS, aim=assembly.aim) as deliveries:
             due_at, waited_s = now() + STALL_S, 0.0
@@ -261,6 +268,8 @@ class Post:
                 began_at = now()
                 delivery = await _next(deliveries, until=min(due_at, began_at + LOOK_S))
                 waited_s += now() - began_at
+                if delivery is not None and leaves and self._is_others(delivery):
+                    return False
                 if delivery is not None and await self._land(delivery, assembly):
                     due_at = now() + STALL_S
                 if not assembly.missing or (delivery is not None and not (waited_s >= LOOK_S and waiting())):
@@ -270,6 +279,11 @@ class Post:
                 there = assembly.arriving or await self.link.depth(queue)
                 if now() >= due_at or not (there or (patient and not waiting())):
                     raise TimeoutError
+        return True
+
+    def _is_others(self, delivery: Delivery) -> bool:
+        message = read(delivery)
+        return isinstance(message, Part) and not message.payload.startswith(f"{self.run}/")
 
     async def _land(self, delivery: Delivery, assembly: Assembly) -> bool:
         """Put a part in its place; whether it was one that was missing.
@@ -285,6 +299,11 @@ class Post:
             forget(assembly.data)
         await delivery.ack()
         return added
+
+
+def held_max(asks: int, size: int) -> int:
+    """How many updates of a round, which asks so many, may be unacknowledged; to say one takes about `size` bytes."""
+    return max(1, min(asks, (INBOX_PREFETCH - INBOX_SPARE) // 2, HELD_BYTES_MAX // size))
 
 
 async def _next(deliveries: AsyncIterator[Delivery], *, until: float) -> Delivery | None:

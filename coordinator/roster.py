@@ -36,11 +36,15 @@ class Roster:
 
     Args:
         invited: for these there is always room.
+
+    Attributes:
+        due_at: no lease ends before, on the clock given to `hear`: so not all are looked at whenever one speaks.
     """
 
     def __init__(self, invited: Iterable[str] = ()) -> None:
         self._invited = frozenset(invited)
         self._present: dict[str, Present] = {}
+        self.due_at = 0.0
 
     def hear(self, hello: Hello, now: float) -> bool:
         """Note a sign of life; False if the roster is full."""
@@ -48,6 +52,7 @@ class Roster:
             return False
         lease_s = min(hello.lease_s, LEASE_S_MAX)
         self._present[hello.worker] = Present(hello.worker, hello.incarnation, hello.trains, lease_s, now + lease_s)
+        self.due_at = min(self.due_at, now + lease_s)
         return True
 
     def renew(self, now: float) -> None:
@@ -60,14 +65,13 @@ class Roster:
 
     def lapse(self, now: float) -> list[str]:
         """Strike off everyone whose lease has ended; their names, sorted."""
+        if now < self.due_at:
+            return []
         gone = sorted(p.worker for p in self._present.values() if p.until_at <= now)
         for worker in gone:
             del self._present[worker]
+        self.due_at = min((p.until_at for p in self._present.values()), default=now + LEASE_S_MAX)
         return gone
-
-    def next_lapse_at(self) -> float | None:
-        """When the next lease ends, on the clock given to `hear`; None when nobody is here."""
-        return min((p.until_at for p in self._present.values()), default=None)
 
     def has(self, worker: str) -> bool:
         """Whether the worker is here."""

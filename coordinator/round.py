@@ -17,14 +17,17 @@ minute if that is more: a deadline of seconds need not cut off those who have ke
 more is taken into its sum; what was being added counts, what was only being received does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
+from itertools import islice
 
 from broker.messages import EXAMPLES_MAX, Attempt, Update
 from broker.tensors import Layout
 
 DRAIN_S_MIN = 60.0
 """How long what was accepted before the deadline may be received after it, if `turn_s` is less."""
+NAMED_MAX = 12
+"""So many workers are named where it is said who is waited for; `waits_for` has them all."""
 WHY_MAX = 4000
 """Characters of why a round was abandoned: there may be thousands who have refused."""
 REISSUES_MAX = 32
@@ -54,13 +57,14 @@ class Round:
 
     Attributes:
         of: run, round and attempt.
-        cohort: everyone chosen, in order.
+        cohort, members: everyone chosen, in order; the same, to be looked up.
         quorum: fewest counted updates that make a version.
         target: most of them; when they are there, nobody else is waited for.
         counted: worker → examples, for every update in the sum.
         refused: worker → reason, for everyone who will not contribute any more.
         declined: those of them whose data's owner does not allow it, and why.
         asked: the workers of the present turn.
+        outstanding: those of them who have neither been counted nor refused, in order.
         claimed: those who have said that the whole task is with them; decides nothing.
         deadline_at: when the present turn stops waiting for answers.
         ends_at: when it stops waiting for uploads that were accepted before.
@@ -71,6 +75,7 @@ class Round:
     ) -> None:
         self.of = of
         self.cohort = tuple(worker for turn in turns for worker in turn)
+        self.members = frozenset(self.cohort)
         self.quorum = quorum
         self.target = len(self.cohort) if target is None else target
         self.counted: dict[str, int] = {}
@@ -79,7 +84,8 @@ class Round:
         self._turns = [tuple(turn) for turn in turns]
         self._turn_s = turn_s
         self.asked: tuple[str, ...] = ()
-        self._arriving: set[str] = set()
+        self.outstanding: dict[str, None] = {}
+        self._arriving: dict[str, None] = {}
         self._lost: set[str] = set()
         self._left: set[str] = set()
         self._revoked: set[str] = set()
@@ -94,6 +100,7 @@ class Round:
         self.asked = self._turns.pop(0)
         self.deadline_at = now + (self._turn_s if turn_s is None else turn_s)
         self.ends_at = self.deadline_at + max(self._turn_s, DRAIN_S_MIN)
+        self.outstanding = dict.fromkeys(w for w in self.asked if w not in self.counted and w not in self.refused)
         self._arriving.clear()
         self._losses.clear()
         self._over = ""
@@ -102,7 +109,7 @@ class Round:
     def end_turn(self, now: float) -> None:
         """The turn is over and stays so, whoever comes or goes; what is being added may still be counted."""
         self._over = self.turn_over(now)[1]
-        for worker in set(self.outstanding) - self._arriving:
+        for worker in self.outstanding.keys() - self._arriving.keys():
             if worker in self._lost:
                 self._silent[worker] = "it went away and owed an update"
             elif now >= self.deadline_at and not self.full:
@@ -124,7 +131,7 @@ class Round:
             return Verdict.STRANGER, f"it is for the run {of.run}, this is {self.of.run}"
         if (of.round, of.attempt) != (self.of.round, self.of.attempt):
             return Verdict.LATE, f"it is for {of}, this is {self.of}"
-        if worker not in self.cohort:
+        if worker not in self.members:
             return Verdict.STRANGER, f"{worker} was not asked in {self.of}"
         if worker in self._revoked:
             return Verdict.STRANGER, f"{worker} belongs to the federation no more"
@@ -132,7 +139,7 @@ class Round:
             return Verdict.DUPLICATE, f"an update of {worker} is counted in {self.of} already"
         if worker in self.refused:
             return Verdict.LATE, f"{worker} is out of {self.of}: {self.refused[worker]}"
-        if worker not in self.asked:
+        if worker not in self.outstanding:
             comes = any(worker in turn for turn in self._turns)
             return Verdict.LATE, f"the turn of {worker} in {self.of} {'has not come' if comes else 'is over'}"
         if self.full:
@@ -143,8 +150,8 @@ class Round:
 
     def accept(self, worker: str) -> None:
         """An update was judged ACCEPTED; its parts are on the way, and the round waits for them."""
-        assert worker in self.asked
-        self._arriving.add(worker)
+        assert worker in self.outstanding
+        self._arriving[worker] = None
 
     def takes(self, worker: str) -> bool:
         """Whether the accepted update of a worker is still wanted: if not when its adding begins, it is left."""
@@ -152,7 +159,8 @@ class Round:
 
     def count(self, worker: str, examples: int) -> None:
         """The update is in the sum."""
-        self._arriving.discard(worker)
+        self.outstanding.pop(worker, None)
+        self._arriving.pop(worker, None)
         self.counted[worker] = examples
 
     def drop_out(self, worker: str, reason: str) -> None:
@@ -191,13 +199,14 @@ class Round:
 
     def refuse(self, worker: str, reason: str) -> None:
         """The worker will not contribute to this round, nor what is arriving; nobody waits for it any more."""
-        self._arriving.discard(worker)
-        if worker in self.cohort and worker not in self.counted:
+        self.outstanding.pop(worker, None)
+        self._arriving.pop(worker, None)
+        if worker in self.members and worker not in self.counted:
             self.refused[worker] = reason
 
     def lose(self, worker: str) -> None:
         """The worker's lease has ended, or it has left; it may come back."""
-        if worker in self.cohort:
+        if worker in self.members:
             self._lost.add(worker)
 
     def is_away(self, worker: str) -> bool:
@@ -221,11 +230,6 @@ class Round:
     def full(self) -> bool:
         """Whether the target is reached."""
         return len(self.counted) >= self.target
-
-    @property
-    def outstanding(self) -> tuple[str, ...]:
-        """Those asked in this turn who have neither been counted nor refused."""
-        return tuple(w for w in self.asked if w not in self.counted and w not in self.refused)
 
     @property
     def waits_for(self) -> dict[str, str]:
@@ -268,18 +272,18 @@ class Round:
         if self.full:
             return True, "the target is reached"
         if self._arriving:
-            names = ", ".join(sorted(self._arriving))
+            names = some(self._arriving)
             if now >= self.ends_at:
                 return True, f"the time for uploads has passed without {names}"
             return False, f"receiving from {names}"
         if now >= self.deadline_at:
-            return True, f"the deadline has passed without {', '.join(waiting)}"
-        here = [w for w in waiting if w not in self._lost]
-        if here:
-            return False, f"waiting for {', '.join(here)}"
+            return True, f"the deadline has passed without {some(waiting)}"
+        away = waiting.keys() & self._lost
+        if len(away) < len(waiting):
+            return False, f"waiting for {some(w for w in waiting if w not in away)}"
         if len(self.counted) >= self.quorum or self._turns:
-            return True, f"{', '.join(waiting)} went away"
-        return False, f"waiting for {', '.join(waiting)} to return"
+            return True, f"{some(waiting)} went away"
+        return False, f"waiting for {some(waiting)} to return"
 
     def phase(self, now: float) -> tuple[Phase, str]:
         """Open, closed or abandoned, and why."""
@@ -293,6 +297,12 @@ class Round:
             return Phase.CLOSED, f"{tally}: {why}" if self.full and self.outstanding else tally
         refusals = "".join(f"; {worker}: {reason}" for worker, reason in self.refused.items())
         return Phase.ABANDONED, f"{tally}: {why}{refusals}"[:WHY_MAX]
+
+
+def some(names: Iterable[str]) -> str:
+    """The names, of many only the first: nobody reads thousands, time and again."""
+    first = [*islice(names, NAMED_MAX + 1)]
+    return ", ".join(first[:NAMED_MAX] + ["others"] * (len(first) > NAMED_MAX))
 
 
 def judge(
@@ -309,8 +319,5 @@ def judge(
     if update.version != now_open.of.round - 1:  # round n makes version n
         return Verdict.INVALID, f"it is made from version {update.version}, not {now_open.of.round - 1}"
     if update.examples > examples_max:
-        return (
-            Verdict.INVALID,
-            f"it counts {update.examples} examples, and the plan allows {examples_max} (examples_max)",
-        )
+        return Verdict.INVALID, f"it counts {update.examples} examples, and examples_max is {examples_max}"
     return verdict, reason

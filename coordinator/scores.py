@@ -47,7 +47,7 @@ class Scores:
             log.warning("the score of %s for version %d is left out: there are too many", worker, version)
             return
         self._judged[worker] = version
-        let_oldest_go(self._judged)
+        let_oldest_go(self._judged, WORKERS_MAX)
         self._store.note(line)
 
     def note_final(self, version: int, evaluators: Iterable[str], *, seconds: float) -> None:
@@ -59,7 +59,7 @@ class Scores:
         self._store.note(history.final_line(version, scored, seconds=seconds, at=time.time()))
 
 
-def let_oldest_go(names: dict[str, Any]) -> None:
-    """Of names that come and go there may be more than are here."""
-    while len(names) > WORKERS_MAX:
-        del names[next(iter(names))]
+def let_oldest_go(known: dict[Any, Any], most: int) -> None:
+    """Of names that come and go there may be more than are here, and of versions more than anybody asks for."""
+    while len(known) > most:
+        del known[next(iter(known))]

@@ -215,7 +215,7 @@ class Secrecy:
                 await self._desk.post.tell([worker], call)
         except Refused as problem:
             log.warning("%s: %s said what does not count: %s", of, worker, problem)
-            if worker in here.round.cohort:  # of strangers there may be many
+            if worker in here.round.members:  # of strangers there may be many
                 secret.gone.setdefault(worker, str(problem))
             here.round.withdraw(worker, str(problem))  # unless it is ready, so that nobody waits for it
             if worker in here.round.refused:

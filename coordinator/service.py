@@ -17,10 +17,10 @@ import numpy as np
 from broker.accountant import SPENT
 from broker.changes import encode_change
 from broker.errors import Aborted, LinkError, Unroutable, WireError
-from broker.files import checksum, forget
+from broker.files import checksum, forget, trouble
 from broker.formats import FORMATS
 from broker.link import Link, first_of
-from broker.messages import Attempt, Closed, Payload, Task
+from broker.messages import Attempt, Closed, Payload, Task, encode
 from broker.pinned import Roster as Keys
 from coordinator import history
 from coordinator import plan as plans
@@ -29,7 +29,7 @@ from coordinator.desk import Desk
 from coordinator.history import Facts
 from coordinator.now import Now
 from coordinator.opened import Open, asked, begun, named, releases
-from coordinator.post import Post
+from coordinator.post import Post, held_max
 from coordinator.roster import may_begin
 from coordinator.round import Phase
 from coordinator.secrecy import Secrecy
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 BACKOFF_S_MAX = 30.0
 FINAL_S_MAX = 120.0
 HOLD_S = 2.0
-TICK_S_MAX = 3600.0
 LEFT_S_MIN = 60.0
 """How long a round that is taken up waits at least, if its plan would: its workers may have been cut off, too."""
 DRAINS = 2
@@ -74,6 +73,9 @@ class Coordinator:
         self._sealing: asyncio.Task[None] | None = None
         self._alone, self._ready = asyncio.Event(), asyncio.Event()  # nobody else reads the inbox; we may
         self._say = Now(store, self.desk).say
+        with trouble("no task of this run can be sent", "take fewer tensors or settings", of=(WireError,)):
+            header = encode(self._task(Attempt(self.plan.run, 0, 0), "train", ""))
+        self.post.held_max = held_max(self.plan.asks, len(header))
 
     async def serve(self, *, forced: bool = False) -> None:
         """Make the versions that the plan still asks for.
@@ -91,7 +93,7 @@ class Coordinator:
         try:
             async with self._group as group:
                 post, desk = self.post, self.desk
-                inbox = post.read_inbox(desk.read, self._attend, asks=self.plan.asks)
+                inbox = post.read_inbox(desk.read, self._attend)
                 ears = [group.create_task(each) for each in (self._hold(), inbox)]
                 await self._alone.wait()
                 await self._tell_former()  # the coordinator before this one may have died before it could
@@ -333,8 +335,7 @@ class Coordinator:
             until = began_at + min(self.plan.round_s, FINAL_S_MAX)
             while time.monotonic() < until:
                 self.desk.lapse(time.monotonic())
-                late = (worker for worker in asked if final[worker] is None and self.roster.has(worker))
-                owing = {worker: self.roster.incarnation(worker) for worker in late}
+                owing = {w: its for w in asked if final[w] is None and (its := self.roster.incarnation(w))}
                 if not owing:
                     break
                 if lost := [worker for worker in owing if sent_to[worker] != owing[worker]]:
@@ -388,9 +389,8 @@ class Coordinator:
 
     async def _wait(self, until: float | None) -> None:
         """Until something was heard, or a lease ends, or the given instant."""
-        ends = [at for at in (until, self.roster.next_lapse_at()) if at is not None]
-        bound_s = min(ends) - time.monotonic() if ends else TICK_S_MAX
+        ends = [at for at in (until, self.roster.due_at) if at is not None]
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(bound_s, 0.001)):
+            async with asyncio.timeout(max(min(ends) - time.monotonic(), 0.001)):
                 await self.desk.changed.wait()
         self.desk.changed.clear()

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,9 @@ class Store:
         """
         layout, weights, about = read_version(self.path(version))
         if about.get("fluffle_run", self.plan.run) != self.plan.run:
-            raise UsageError(
-                f"{self.path(version)} belongs to the run {about['fluffle_run']}: put the right file back."
-            )
-        noted = checksum_of(rounds(self.history()), version)
+            raise UsageError(f"{self.path(version)} is of the run {about['fluffle_run']}: put the right file back.")
+        about_it = (line for line in self.history() if line.get("version") in (version, version + 1))
+        noted = checksum_of(rounds(about_it), version)
         if noted and checksum(weights) != noted:
             raise UsageError(
                 f"{self.path(version)} is not the version {version} of this run's history: its bytes have changed "
@@ -184,15 +183,17 @@ class Store:
             self._chain.append(file, line)
             os.fsync(file.fileno())
 
-    def history(self) -> list[dict[str, Any]]:
-        """All lines of the history in order; those that are torn, or say what no line says, are passed over."""
+    def history(self) -> Iterator[dict[str, Any]]:
+        """The history's lines in order, one at a time: many rounds of many workers are more than memory holds.
+
+        Those that are torn, or say what no line says, are passed over.
+        """
         path = self.folder / HISTORY
-        text = path.read_text(errors="replace") if path.exists() else ""
-        lines = []
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                lines.append(json.loads(line))
-        return [bare(line) for line in lines if is_line(line)]
+        with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+            for raw in lines:
+                with contextlib.suppress(ValueError, RecursionError):
+                    if is_line(line := json.loads(raw.decode(errors="replace"))):
+                        yield bare(line)
 
     def begin_epoch(self) -> int:
         """Become the one who may change this run; what others write from now on is refused. Our number.
@@ -224,10 +225,12 @@ class Store:
 
     def settle(self) -> None:
         """Note the line of a version that was saved just before a crash, if it was."""
-        noted = [line for line in self.history() if line.get("event") == "round"]
-        for line in self.journal.lines():
-            if line["version"] <= (self.latest() or 0) and not any(line.items() <= each.items() for each in noted):
-                self.note(self.vouched(line))
+        latest = self.latest() or 0
+        owed = [line for line in self.journal.lines() if line["version"] <= latest]
+        for noted in self.history():
+            owed = [line for line in owed if not line.items() <= noted.items()]
+        for line in owed:
+            self.note(self.vouched(line))
 
     def say_now(self, now: dict[str, Any]) -> None:
         """Leave word of what is happening, for `fluffle status`; may be lost in a crash."""

@@ -81,9 +81,7 @@ def _noted(path: Path, number: int, noted: str | None, weights: memoryview) -> I
     if noted and checksum(weights) != noted:
         yield Finding(f"{path} is not what the history speaks of: its bytes have changed. Restore it.")
     elif number and not noted:
-        yield Finding(
-            f"{path} has no line in the history; if its coordinator was stopped there, the next start adds the line."
-        )
+        yield Finding(f"{path} has no line in the history; if its coordinator was stopped there, it will add one.")
 
 
 def _unlike(store: Store, number: int, about: dict[str, str]) -> str:

@@ -63,14 +63,10 @@ def load(where: str) -> Learner:
         module = _module(where)
     missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
-        raise UsageError(
-            f"the learner {where!r} has no function {', '.join(missing)}: write it, see workers/learners/."
-        )
+        raise UsageError(f"the learner {where!r} has no function {', '.join(missing)}: see workers/learners/.")
     functions = {name: getattr(module, name) for name in FUNCTIONS}
     if hasattr(functions["model"], "state_dict") and not isinstance(functions["model"], type):
-        raise UsageError(
-            f"the model of the learner {where!r} is a module already: write `def model(): return …`, which makes one."
-        )
+        raise UsageError(f"the model of the learner {where!r} is a module already: write `def model(): return …`.")
     demo = getattr(module, "demo", None)
     file = sha256(Path(module.__file__).read_bytes()).hexdigest() if module.__file__ else ""
     return Learner(name=learner_name(where), **functions, file=file, demo=demo if callable(demo) else None)
@@ -138,9 +134,7 @@ def _module(where: str) -> ModuleType:
         absent = problem.name if isinstance(problem, ModuleNotFoundError) else where
         if absent is None or not f"{where}.".startswith(f"{absent}."):
             raise
-    raise UsageError(
-        f"there is no learner {where!r}: name an example ({', '.join(EXAMPLES)}), a file ending in .py, or a module."
-    )
+    raise UsageError(f"there is no learner {where!r}: name an example ({', '.join(EXAMPLES)}), a file.py or module.")
 
 
 def _module_of_file(path: Path) -> ModuleType:

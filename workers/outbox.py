@@ -37,8 +37,9 @@ LOOK_S, STILL_S = 0.05, 2.0
 """How often it is looked whether what was uploaded for another run is drained, and how long that may stand still."""
 AGAIN_S = 5.0
 """How long after a publish that was given up the next one is begun, unless there is a reason before."""
-SENT_MAX, SENT_MAX_OF_ALL = 2, 8
-"""Updates of a run, and of all, that may be on their way or wait for verdicts; the oldest is given up for another."""
+SENT_MAX, SENT_MAX_OF_ALL = 2, 16
+"""Updates of a run, and of all, that may be on their way or wait for verdicts; the oldest is given up for another, as
+its coordinator is told, which would wait until its deadline."""
 RUNS_MAX = 256
 """Of how many runs a worker remembers who speaks for them, and what it refused them."""
 CALLS_MAX = 16
@@ -126,9 +127,11 @@ class Outbox:
         sent.work = start(self._send(sent))
         of_run = [each for each in self._sent if each.task.of.run == task.of.run]
         for former in {*of_run[:-SENT_MAX], *self._sent[:-SENT_MAX_OF_ALL]}:
-            self._give_up(former, "newer ones are on their way")
+            self._give_up(former, why := "newer ones are on their way")
             if former.work:
                 former.work.cancel()
+            if former not in of_run:
+                start(self.refuse(former.task, why))
 
     def restore(self, kept: Kept, delta: Slot, start: Start) -> None:
         """Send what an earlier process of this worker has finished; its parts only if they are asked for."""

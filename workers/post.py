@@ -234,9 +234,7 @@ class Post:
         except TimeoutError:
             if not free.expired():
                 raise
-            raise UsageError(
-                f"another worker called {self.worker} is connected to this broker: choose another --name."
-            ) from None
+            raise UsageError(f"another worker called {self.worker} is connected: choose another --name.") from None
 
     @asynccontextmanager
     async def _own_queue(self, aim: Aim) -> AsyncIterator[AsyncIterator[Delivery]]:

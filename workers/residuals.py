@@ -41,9 +41,10 @@ class Residuals:
         """The update counts: what it left out is owed now."""
         residual = self.of(of)
         if residual.left.exists():
+            # among the files of all who are hosted here, and only if there are more now than before
+            mine = () if residual.owed.exists() else self._folder.glob(f"{self._worker}.*{OWED}")
             residual.left.replace(residual.owed)
-            mine = sorted(self._folder.glob(f"{self._worker}.*{OWED}"), key=lambda file: file.stat().st_mtime)
-            for old in mine[:-RUNS_MAX]:
+            for old in sorted(mine, key=lambda file: file.stat().st_mtime)[:-RUNS_MAX]:
                 old.unlink()
 
     def forget(self, of: Attempt) -> None:

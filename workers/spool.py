@@ -270,9 +270,7 @@ def _locked(folder: Path) -> int | None:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(number)
-        raise UsageError(
-            f"{folder} is used by a worker that runs: give this one another --name, or another --state."
-        ) from None
+        raise UsageError(f"{folder} is in use: give this worker another --name, or another --state.") from None
     except OSError:  # some network disks know no locks
         os.close(number)
         return None

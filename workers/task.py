@@ -72,9 +72,7 @@ def new_model(learner: Learner, *, seed: int = 0) -> nn.Module:
     with blaming(f"model() of the learner {learner.name} failed:"):
         model = learner.model()
     if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"model() of the learner {learner.name} returned {_kind(model)}: it must return a torch nn.Module."
-        )
+        raise UsageError(f"model() of the learner {learner.name} returned {_kind(model)}: return a torch nn.Module.")
     return model
 
 

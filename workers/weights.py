@@ -44,9 +44,7 @@ def _layout_of(state: Mapping[str, Tensor]) -> Layout:
     specs = []
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise UsageError(
-                f"the model's state {name!r} is a {type(tensor).__name__}, and only tensors travel: make it a buffer."
-            )
+            raise UsageError(f"the model's state {name!r} is a {type(tensor).__name__}, no tensor: make it a buffer.")
         if is_lazy(tensor):
             raise UsageError(f"the model's tensor {name!r} has no shape yet: run one batch through it in model().")
         if tensor.is_meta or tensor.layout != torch.strided:
@@ -111,9 +109,7 @@ def delta(model: nn.Module, layout: Layout, received: Raw, *, into: Raw | None =
     """
     state = _state(model)
     if difference := _difference(layout, state):
-        raise LearnerFailed(
-            f"train changed which tensors the model has: {difference}; it must keep them as they were."
-        )
+        raise LearnerFailed(f"train changed which tensors the model has: {difference}; it must keep them.")
     changed = bytearray(layout.size_bytes) if into is None else into
     for (spec, place), (_, before) in zip(_tensors(layout, changed), _tensors(layout, received), strict=True):
         trained = state[spec.name].detach().cpu()

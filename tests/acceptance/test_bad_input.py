@@ -86,7 +86,7 @@ def test_weights_of_another_run_or_learner_are_recognised(f: Federation) -> None
         "evaluate", "line", str(other / "versions/000000.safetensors"), "--data", "x", status=1
     )
     (f.run / "versions/000000.safetensors").write_bytes(foreign)
-    assert "belongs to the run" in refused(f, "coordinator", str(f.run))
+    assert "is of the run" in refused(f, "coordinator", str(f.run))
     (f.run / "versions/000000.safetensors").write_bytes(foreign[:50])
     assert "is damaged" in refused(f, "coordinator", str(f.run))
 

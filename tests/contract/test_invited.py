@@ -52,7 +52,7 @@ async def test_nobody_may_publish_in_the_name_of_another(invited_ground: RabbitG
         ("another authority's broker", r"no trusted TLS connection .*CERTIFICATE_VERIFY_FAILED"),
         ("another authority's party", r"no trusted TLS connection .*UNKNOWN_CA.*ask whoever runs the federation"),
         ("another host", r"no trusted TLS connection .*CERTIFICATE_VERIFY_FAILED"),
-        ("nobody the broker knows", r"does not know mallory: ask whoever runs the federation whether"),
+        ("nobody the broker knows", r"does not know mallory: ask whoever runs the federation if"),
     ],
 )
 async def test_whoever_is_not_to_be_trusted_is_refused_with_what_to_do(

@@ -280,7 +280,7 @@ async def test_declaring_twice_is_fine_and_otherwise_is_refused(ground: Ground) 
         await link.declare(direct(queue("a", max_length=3)))
     with pytest.raises(BrokerRefused, match="post"):
         await link.declare(Topology(exchanges=(Exchange("post", "topic"),)))
-    with pytest.raises(BrokerRefused, match="declare it first"):
+    with pytest.raises(BrokerRefused, match="declare it"):
         await link.declare(Topology(bindings=(Binding("nothing", "a", "a"),)))
     await link.publish(to("a", b"still here"))
 

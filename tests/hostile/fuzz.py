@@ -227,7 +227,7 @@ def past(data: bytes) -> None:
     store = Store(FOLDER / "past", PLAN)
     _file(f"past/{HISTORY}", data)
     chain.check(data)
-    lines = store.history()
+    lines = [*store.history()]
     made = history.rounds(lines)
     for number in [*made, 0]:
         history.checksum_of(made, number)

@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 
 import coordinator.post
 import coordinator.roster
-import coordinator.scores
 import coordinator.service
 from broker import daemon, topology
 from broker.errors import LearnerFailed, UsageError, WireError
@@ -154,7 +153,7 @@ async def test_more_examples_than_the_plan_allows_are_refused(tmp_path: Path) ->
     async with a_liar_among_two(tmp_path, rounds=1, examples_max=100) as (fed, liar):
         await liar.upload(parts())
         said, reason = await verdict_of(liar, update(examples=EXAMPLES_MAX))
-        assert (said, reason) == ("invalid", "it counts 536870911 examples, and the plan allows 100 (examples_max)")
+        assert (said, reason) == ("invalid", "it counts 536870911 examples, and examples_max is 100")
         await liar.leave()
         only_the_honest(fed)
         assert fed.lines("round")[0]["refused"][LIAR] == reason
@@ -282,7 +281,7 @@ async def test_names_that_come_go_and_claim_a_task_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody is here under one name after another, each for a moment, and says that it has the task."""
-    monkeypatch.setattr(coordinator.scores, "WORKERS_MAX", 20)
+    monkeypatch.setattr("coordinator.desk.WORKERS_MAX", 20)
     async with a_liar_among_two(tmp_path, rounds=1) as (fed, liar):
         assert fed.coordinator
         desk = fed.coordinator.desk

@@ -131,7 +131,7 @@ async def test_a_hosted_worker_whose_name_is_taken_ends_alone(
             await other.declare(each)
         async with other.consume(topology.down_queue("w-3"), alone=True), hosting(fed, NAMES[:6]):
             await fed.end()
-            said = "w-3 has ended: another worker called w-3 is connected to this broker"
+            said = "w-3 has ended: another worker called w-3 is connected"
             await fed.until(lambda: said in caplog.text)
         assert fed.counted() == [["w-1", "w-2", "w-4", "w-5", "w-6"]]
         await other.close()

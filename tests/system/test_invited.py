@@ -60,7 +60,7 @@ async def test_a_run_is_made_by_workers_that_may_not_declare(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("user", "reason"),
     [
-        ("", "a message of b is a stranger's: it comes from nobody whom the broker vouches for."),
+        ("", "a message of b is a stranger's: it comes from nobody the broker vouches for."),
         ("mallory", "a message of b is a stranger's: it comes from mallory, says the broker."),
     ],
 )

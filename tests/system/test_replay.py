@@ -230,7 +230,7 @@ def test_whatever_is_not_as_it_was_written_is_named(
 
 
 def test_a_history_that_was_written_anew_is_found_by_whoever_remembers_its_chain(copy: Store) -> None:
-    file, lines = copy.folder / "history.jsonl", copy.history()
+    file, lines = copy.folder / "history.jsonl", [*copy.history()]
     remembered = json.loads(file.read_bytes().splitlines()[-1])["chain"]
     assert remembered in verify(copy.folder)[1]
     copy.note({"event": "score", "version": 3, "worker": "z", "metrics": {}, "at": 1.0})

@@ -15,17 +15,21 @@ from typing import Any
 import pytest
 
 import coordinator.post
+import coordinator.store
 from broker import topology
+from broker.chain import bare
 from broker.errors import RunEnded, UsageError
 from broker.link import Delivery, Outgoing
-from broker.messages import Answer, Claim, Part, Refusal, Score, Task, Update
+from broker.messages import Answer, Attempt, Claim, Part, Refusal, Score, Task, Update
+from broker.tensors import Layout, TensorSpec
 from coordinator.claim import read_epoch
 from coordinator.journal import Journal
 from coordinator.post import Post
 from coordinator.service import Coordinator
 from coordinator.snapshot import FILE, Snapshot
 from coordinator.store import Store
-from tests.system.rig import Federation, Wire, expected, federation, learned, read, start_weights
+from tests.memory import MemoryBroker
+from tests.system.rig import Federation, Wire, expected, federation, learned, plan, read, start_weights
 from tests.system.simulation import median
 from workers.work import task_seed
 
@@ -85,7 +89,21 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda name: name.replace(" ", "-"))
 async def test_a_coordinator_killed_when(tmp_path: Path, point: str) -> None:
-    async with federation(tmp_path, rounds=ROUNDS) as fed:
+    await kill_at(tmp_path, point)
+
+
+@pytest.mark.parametrize("point", ["it is said that updates are accepted", "all parts of all updates have come"])
+async def test_a_round_asks_more_workers_than_messages_may_be_unacknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Those of whose updates the messages are gone say them again to the coordinator after this one."""
+    monkeypatch.setattr(coordinator.post, "INBOX_PREFETCH", 2)
+    monkeypatch.setattr(coordinator.post, "INBOX_SPARE", 1)
+    await kill_at(tmp_path, point)
+
+
+async def kill_at(folder: Path, point: str) -> None:
+    async with federation(folder, rounds=ROUNDS) as fed:
         reached, killed, safe = POINTS[point](), False, 0
 
         def look(what: Outgoing | Delivery) -> None:
@@ -378,7 +396,7 @@ async def test_of_two_copies_of_a_run_on_one_broker_the_second_ends_and_the_firs
         for place in places:
             place.lesson.gate.set()
         await fed.end()
-        assert (copy.latest(), copy.history()) == (0, [])
+        assert (copy.latest(), [*copy.history()]) == (0, [])
         assert_as_undisturbed(fed)
 
 
@@ -665,3 +683,40 @@ async def test_a_broker_that_has_lost_everything_in_the_midst_of_an_upload_is_fu
 
         await trained_once_under(fed, look)
         assert lost
+
+
+async def test_a_coordinator_that_begins_holds_of_a_long_history_only_a_line_or_two(tmp_path: Path) -> None:
+    """Of many rounds with many workers it is more than a machine's memory holds."""
+    held = most = 0
+
+    class Line(dict[str, Any]):
+        def __init__(self, line: dict[str, Any]) -> None:
+            nonlocal held, most
+            super().__init__(bare(line))
+            held += 1
+            most = max(most, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= 1
+
+    async with federation(tmp_path, rounds=300) as fed:
+        store = fed.store
+        made = {"event": "round", "attempt": 1, "cohort": ["a"], "counted": {"a": {"examples": 1}}, "weights": ""}
+        for number in range(1, 300):
+            store.note(made | {"round": number, "version": number})
+        store.save(299, *store.load(0))
+        fed.patch.setattr(coordinator.store, "bare", Line)
+        fed.begin()
+        assert fed.coordinator
+        known = [fed.coordinator.desk.has_counted(Attempt("test", number, 1), "a") for number in (299, 236, 235)]
+        assert known == [True, True, False]
+        assert most <= 4
+
+
+async def test_a_run_whose_task_no_worker_would_take_is_refused_when_its_coordinator_begins(tmp_path: Path) -> None:
+    """Else each of its rounds would be abandoned, for ever."""
+    model = Layout.of(TensorSpec(f"{number:0300}", "int8", ()) for number in range(13_000))
+    store = Store.create(tmp_path / "run", plan(), model, memoryview(bytearray(model.size_bytes)))
+    with pytest.raises(UsageError, match=r"a task of \d+ bytes is over the limit of 4194304.*take fewer tensors"):
+        Coordinator(store, Wire(MemoryBroker()))

@@ -546,7 +546,7 @@ async def test_workers_that_were_given_the_operators_key_alone_take_the_roster_f
     ("member", "said"),
     [
         (pinning("d", IDENTITIES["a"]), "the roster is signed by another operator: "),
-        (pinning("d", identity="a"), "the roster has another key for d, or none: ask the operator for a roster"),
+        (pinning("d", identity="a"), "the roster has another key for d, or none: ask the operator for one"),
         (Member("d", IDENTITIES["d"], {"d": KEYS["d"]}), "the coordinator's roster is not this worker's: ask the"),
     ],
     ids=["operator", "identity", "roster"],

@@ -130,5 +130,5 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
     accountant._epsilon.cache_clear()
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(UsageError, match=r"needs dp-accounting, install it with: pip install 'fluffle\[dp\]'"):
+    with pytest.raises(UsageError, match=r"needs dp-accounting: pip install 'fluffle\[dp\]'"):
         epsilon([Released(1, 1, 1)], 1e-5)

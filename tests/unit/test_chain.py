@@ -182,3 +182,26 @@ def test_a_number_that_json_does_not_have_leaves_the_history_as_it_was() -> None
 def test_the_line_before_is_found_in_a_long_history_and_a_hostile_one_does_not_take_for_ever() -> None:
     strange = [json.dumps({"chain": f"{n:064x}"}, separators=(",", ":")).encode() for n in range(3000)]
     assert len(said(strange)) == 3000
+
+
+def test_of_a_long_history_a_line_or_two_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, most, read = 0, 0, chain._read
+
+    class Line(dict[str, Any]):
+        def __init__(self, line: dict[str, Any]) -> None:
+            nonlocal held, most
+            super().__init__(line)
+            held += 1
+            most = max(most, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= 1
+
+    data, last = b"", ""
+    for number in range(100):
+        raw, last = chain.written({"n": number}, last)
+        data += raw
+    monkeypatch.setattr(chain, "_read", lambda raw: Line(found) if (found := read(raw)) else None)
+    assert chain.check(data, remembered=last) == ([], last)
+    assert most <= 2

@@ -520,3 +520,33 @@ def test_the_bytes_on_the_page_are_the_message_on_the_page() -> None:
 def test_numbers_without_bounds_are_only_finite() -> None:
     assert described(float) == ("number", "")
     assert described(Seconds) == ("number", "0 … 31622400")
+
+
+def test_the_same_tensors_are_checked_and_kept_once_whoever_speaks_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand workers say the same of thousands of tensors, round after round."""
+    checks, check = 0, Layout.check
+
+    def checking(layout: Layout) -> None:
+        nonlocal checks
+        checks += 1
+        check(layout)
+
+    payload = Payload(
+        "p", PART_BYTES_MIN, Layout.of([TensorSpec(f"once-{n}", "float32", (n,)) for n in range(9)]).specs
+    )
+    monkeypatch.setattr(Layout, "check", checking)
+    said = [decode(encode(Update(Attempt("r", 1, 1), f"w{n}", 0, 1, {}, payload))) for n in range(50)]
+    assert all(isinstance(each, Update) and each.payload == payload for each in said)
+    assert len({id(each.payload.tensors) for each in said if isinstance(each, Update)}) == checks == 1
+
+
+def test_tensors_that_are_nested_deeper_than_can_be_written_are_refused() -> None:
+    deep: Any = []
+    for _ in range(400):
+        deep = [deep]
+    raw = raw_of(ONE_OF_EACH[5])
+    body = msgpack.packb(raw | {"payload": raw["payload"] | {"tensors": []}})
+    inner = b"\x91" * 600 + b"\x90"
+    for found in (inner, msgpack.packb(deep)):
+        with pytest.raises(WireError):
+            decode(body.replace(b"\xa7tensors\x90", b"\xa7tensors" + found))

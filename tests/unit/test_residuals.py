@@ -1,7 +1,10 @@
 """What formats leave out: owed once the update counts, forgotten when it does not, kept for a few runs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from broker.messages import Attempt
 from workers.residuals import RUNS_MAX, Residuals
@@ -44,3 +47,22 @@ def test_what_is_owed_to_old_runs_is_forgotten(tmp_path: Path) -> None:
             each.accept(of)
     assert len(list(tmp_path.iterdir())) == 2 * RUNS_MAX
     assert [owed(mine, Attempt(f"run-{number}", 2, 1)) for number in (2, 3, 4)] == ["nothing", "x", "x"]
+
+
+def test_whoever_is_hosted_with_many_looks_through_all_their_files_once_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, found = 0, Path.glob
+
+    def glob(folder: Path, pattern: str) -> Iterator[Path]:
+        nonlocal looks
+        looks += 1
+        return found(folder, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    mine = Residuals(tmp_path, "ann")
+    for number in range(1, 10):
+        of = Attempt("run", number, 1)
+        trained(mine, of, "x")
+        mine.accept(of)
+    assert looks == 1

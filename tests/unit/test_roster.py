@@ -25,12 +25,12 @@ def roster_of(*workers: str) -> Roster:
 def test_a_worker_is_here_until_its_lease_ends() -> None:
     roster = roster_of("ada", "bob")
     assert roster.hear(hello("ada"), now=10)
-    assert roster.next_lapse_at() == 15
     assert roster.lapse(now=14.9) == []
+    assert roster.due_at == 15
     assert roster.lapse(now=15) == ["bob"]
     assert (roster.has("ada"), roster.has("bob")) == (True, False)
     assert roster.lapse(now=25) == ["ada"]
-    assert roster.next_lapse_at() is None
+    assert roster.due_at == 25 + LEASE_S_MAX, "to look again now and then does no harm"
 
 
 def test_those_whose_leases_end_together_are_named_in_order() -> None:
@@ -57,13 +57,14 @@ def test_after_deafness_every_lease_begins_anew_each_with_its_own_length() -> No
     roster.renew(now=100)
     assert roster.lapse(now=114) == []
     assert roster.lapse(now=115) == ["ada"]
-    assert roster.next_lapse_at() == 160
+    assert roster.due_at == 160
 
 
 def test_no_lease_is_longer_than_an_hour() -> None:
     roster = Roster()
     roster.hear(hello("ada", lease_s=1e7), now=0)
-    assert roster.next_lapse_at() == LEASE_S_MAX == 3600
+    assert roster.lapse(now=0) == []
+    assert roster.due_at == LEASE_S_MAX == 3600
 
 
 def test_who_leaves_is_gone_at_once_and_only_once() -> None:
@@ -248,3 +249,34 @@ def test_for_the_invited_there_is_always_room(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("coordinator.roster.WORKERS_MAX", 1)
     roster = Roster(["ada"])
     assert [roster.hear(hello(name), 0.0) for name in ("eve", "bob", "ada")] == [True, False, True]
+
+
+def test_whoever_speaks_does_not_make_everyone_be_looked_at() -> None:
+    looks = 0
+
+    class Clock(float):
+        """Counts how often it is compared."""
+
+        __slots__ = ()
+
+        def __add__(self, other: float) -> "Clock":
+            return Clock(float(self) + other)
+
+        def __lt__(self, other: float) -> bool:
+            nonlocal looks
+            looks += 1
+            return float(self) < other
+
+        def __le__(self, other: float) -> bool:
+            return self < other or float(self) == other
+
+        __gt__ = lambda self, other: not self <= other  # noqa: E731
+        __ge__ = lambda self, other: not self < other  # noqa: E731
+
+    roster = roster_of(*(f"w{number}" for number in range(1000)))
+    for number in range(1000):
+        now = Clock(1 + number / 1000)
+        roster.hear(hello(f"w{number}"), now)
+        assert roster.lapse(now) == []
+        assert roster.due_at > now
+    assert looks <= 10 * 1000

@@ -106,7 +106,7 @@ def test_an_upload_that_is_still_arriving_as_long_again_after_the_deadline_is_le
     here.end_turn(1200)
     assert not here.takes("eve")
     assert here.outcome == (Phase.CLOSED, "2/3 updates, quorum 2")
-    assert here.outstanding == ("eve",)
+    assert [*here.outstanding] == ["eve"]
 
 
 def test_a_deadline_of_seconds_leaves_a_minute_for_what_was_accepted_before_it() -> None:
@@ -231,7 +231,7 @@ def test_what_is_being_received_when_the_target_is_reached_is_not_counted() -> N
     assert not here.takes("ada")
     assert here.phase(1)[0] is Phase.CLOSED
     here.end_turn(1)
-    assert here.outstanding == ("ada",)
+    assert [*here.outstanding] == ["ada"]
     assert "ada" not in here.fared
 
 
@@ -539,3 +539,45 @@ def test_why_a_round_was_abandoned_is_said_at_a_length_that_can_be_read_however_
     assert phase is Phase.ABANDONED
     assert why.startswith("0/1000 updates, quorum 1000: everyone who was asked has answered; w0: xxx")
     assert len(why) == WHY_MAX
+
+
+def test_twice_as_many_workers_are_twice_the_work_and_not_four_times() -> None:
+    looks = 0
+
+    class Name(str):
+        """Counts how often it is looked at."""
+
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal looks
+            looks += 1
+            return str(self) == other
+
+        def __hash__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return hash(str(self))
+
+    def looks_of(many: int) -> int:
+        nonlocal looks
+        here = Round(OF, [[Name(number) for number in range(many)]], quorum=many, turn_s=TURN_S)
+        here.begin_turn(0)
+        here.lose("0")  # of many somebody is always away
+        looks = 0
+        for worker in [Name(number) for number in reversed(range(many))]:
+            assert here.find(worker)
+            here.turn_over(1)
+            count(here, worker)
+            here.turn_over(1)
+        assert here.phase(1)[0] is Phase.CLOSED
+        return looks
+
+    assert looks_of(200) < 2.5 * looks_of(100)
+
+
+def test_of_many_who_are_waited_for_only_the_first_are_named() -> None:
+    crowd = Round(OF, [[f"w{number}" for number in range(100)]], quorum=1, turn_s=TURN_S)
+    crowd.begin_turn(0)
+    assert crowd.phase(1)[1] == f"waiting for {', '.join(f'w{number}' for number in range(12))}, others"
+    assert [*crowd.waits_for] == [f"w{number}" for number in range(100)]

@@ -133,7 +133,7 @@ def test_a_new_certificate_keeps_the_password_and_what_others_put_into_the_invit
 @pytest.mark.parametrize("name", ["", "Ada", "a b", "-a", "operator", "coordinator", "../x", "a" * 64])
 def test_a_worker_has_a_workers_name(name: str, tmp_path: Path) -> None:
     made(tmp_path / "fed")
-    with pytest.raises(UsageError, match="is no name for a worker"):
+    with pytest.raises(UsageError, match="is no worker's name"):
         securing.invite(tmp_path / "fed", name)
 
 
@@ -506,7 +506,7 @@ def test_many_are_told_to_the_broker_at_once(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(securing, "Management", lambda *_, **__: Listening())
     done = CliRunner().invoke(app, ["invite", "ada", "bob", "No Name", "carl", "--dir", str(folder)])
-    assert "'No Name' is no name for a worker" in str(done.exception)
+    assert "'No Name' is no worker's name" in str(done.exception)
     assert [{user["name"] for user in each["users"]} for each in told] == [
         {"ada", "bob", "carl", "coordinator", "operator"}
     ]

@@ -122,7 +122,7 @@ def test_what_an_earlier_process_left_is_removed(tmp_path: Path) -> None:
 def test_a_folder_that_is_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     first = Spool(tmp_path)
     slot = first.take(LARGE)
-    with pytest.raises(UsageError, match="is used by a worker that runs: give this one another --name"):
+    with pytest.raises(UsageError, match="is in use: give this worker another --name"):
         Spool(tmp_path)
     assert slot.file[0].exists()
     first.remove()

@@ -250,7 +250,7 @@ def test_another_model_than_the_versions_is_a_failure() -> None:
 
 
 def test_a_model_or_data_that_cannot_be_had_is_for_the_user_to_mend() -> None:
-    with pytest.raises(UsageError, match=r"model\(\) of the learner mine returned a dict: it must return a torch nn"):
+    with pytest.raises(UsageError, match=r"model\(\) of the learner mine returned a dict: return a torch nn.Module"):
         place(model=dict)
     with pytest.raises(UsageError, match=r"model\(\) of the learner mine failed: ZeroDivisionError"):
         place(model=lambda: 1 / 0)

@@ -152,7 +152,7 @@ def test_state_that_is_no_tensor_is_refused() -> None:
         def get_extra_state(self) -> object:
             return {"epoch": 3}
 
-    with pytest.raises(UsageError, match="'_extra_state' is a dict, and only tensors travel"):
+    with pytest.raises(UsageError, match="'_extra_state' is a dict, no tensor: make it a buffer"):
         weights.layout_of(Extra())
 
 

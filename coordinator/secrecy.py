@@ -23,7 +23,7 @@ from broker.errors import Aborted, Refused, WireError, insist
 from broker.messages import Answer, Attempt, Call, Ready, Resumed, Secure, Step, Task, Update
 from broker.pact import SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.pinned import Roster as Keys
-from broker.ring import Form, counted
+from broker.ring import Form
 from coordinator.desk import Desk
 from coordinator.opened import Open, Secret
 from coordinator.round import Verdict
@@ -165,8 +165,7 @@ class Secrecy:
         except Aborted:  # a share is false, perhaps, and there are others on their way
             await self._stage(secret, lambda: core.waiting, waits_s, present=False)
             total = await asyncio.to_thread(core.result)
-        into_sums(form, total, len(secret.finished), self._desk.sums)
-        seen = counted(form, total)
+        seen = await asyncio.to_thread(into_sums, form, total, len(secret.finished), self._desk.sums)
         for worker in here.round.counted.keys() - set(secret.finished):
             here.round.drop_out(worker, secret.gone.get(worker, "it dropped out of the secure sum"))
         here.facts.secure = {

@@ -26,7 +26,7 @@ from broker import pact
 from broker.errors import Aborted, insist
 from broker.masks import Mask, Words, apply
 from broker.pieces import CHUNK_ITEMS
-from broker.ring import Form, counted, means_of_others
+from broker.ring import Counted, Form, counted, means_of_others
 from broker.shamir import combine
 from coordinator.aggregation import Spread, Sums, alone
 
@@ -276,8 +276,10 @@ def _enough(found: int, needed: int, what: str) -> None:
         raise Aborted(f"{found} {what}, and {needed} are needed: the attempt ends, and no update was revealed.")
 
 
-def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> None:
+def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> Counted:
     """Put an unmasked sum of so many updates where the rule `mean` finishes it; `sums` are of the model's layout.
+
+    What is behind the model in it comes back.
 
     Floats are `examples · delta` in the ring's steps; integers and booleans their means, in place of the largest.
     Under noise it is divided by the plan's cohort, whoever came.
@@ -286,10 +288,11 @@ def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> None:
         WireError: the words are no sum of updates; some worker has sent something else.
     """
     sums.clear()
-    examples = counted(form, total).examples
-    sums.examples, sums.updates = form.ring.cohort if form.ring.grain else examples, updates
+    seen = counted(form, total, updates)
+    sums.examples, sums.updates = form.ring.cohort if form.ring.grain else seen.examples, updates
     sums.reach = updates * form.ring.limit * form.ring.examples_max
     sums.largest = means_of_others(form, total, updates)
     sums.steps = form.ring.scale
     np.copyto(sums.low, form.signed(total)[: form.floats])
     sums.bounds = dict.fromkeys(range(-(-form.floats // CHUNK_ITEMS)), 0.0)
+    return seen

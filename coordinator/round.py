@@ -17,7 +17,7 @@ minute if that is more: a deadline of seconds need not cut off those who have ke
 more is taken into its sum; what was being added counts, what was only being received does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 
 from broker.messages import EXAMPLES_MAX, Attempt, Update
@@ -160,10 +160,15 @@ class Round:
         if self.counted.pop(worker, None) is not None:
             self.refuse(worker, reason)
 
-    def go_without(self, reason: str) -> None:
-        """Nothing is counted, and the version stays what it was: a sum that is lost may not be asked for again."""
+    def go_without(self, reason: str, fault: Collection[str] = ()) -> None:
+        """Nothing is counted, and the version stays what it was: a sum that is lost may not be asked for again.
+
+        It is a failure of those whose `fault` that was; if nobody knows, of everyone.
+        """
         for worker in [*self.counted]:
             self.drop_out(worker, reason)
+            if fault and worker not in fault:
+                self._left.add(worker)
         self.quorum = 0
 
     def withdraw(self, worker: str, reason: str) -> None:
@@ -309,8 +314,6 @@ def judge(
     if update.version != now_open.of.round - 1:  # round n makes version n
         return Verdict.INVALID, f"it is made from version {update.version}, not {now_open.of.round - 1}"
     if update.examples > examples_max:
-        return (
-            Verdict.INVALID,
-            f"it counts {update.examples} examples, and the plan allows {examples_max} (examples_max)",
-        )
+        most = f"the plan allows {examples_max} (examples_max)"
+        return Verdict.INVALID, f"it counts {update.examples} examples, and {most}"
     return verdict, reason

@@ -156,8 +156,9 @@ class Round:
         self.counted[worker] = examples
 
     def drop_out(self, worker: str, reason: str) -> None:
-        """What was counted, because it was ready for a secure sum, is not in it."""
+        """What was counted, because it was ready for a secure sum, is not in it: a failure, goodbye or not."""
         if self.counted.pop(worker, None) is not None:
+            self._left -= {worker} - self.declined.keys()
             self.refuse(worker, reason)
 
     def go_without(self, reason: str, fault: Collection[str] = ()) -> None:
@@ -166,7 +167,7 @@ class Round:
         It is a failure of those whose `fault` that was; if nobody knows, of everyone.
         """
         for worker in [*self.counted]:
-            self.drop_out(worker, reason)
+            self.drop_out(worker, f"its secure sum is lost, and no other may be revealed: {reason}")
             if fault and worker not in fault:
                 self._left.add(worker)
         self.quorum = 0

@@ -105,8 +105,7 @@ class Secrecy:
                 log.warning("%s: secure sum %d: %s", here.round.of, secret.serial, problem)
                 if secret.released:
                     here.facts.secure = {"metrics": {}, "scored": {}, "gone": secret.gone, "failed": str(problem)}
-                    why = f"its secure sum is lost, and no other may be revealed: {problem}"
-                    here.round.go_without(why, secret.core.spoilers.union(secret.gone))
+                    here.round.go_without(str(problem), secret.core.spoilers.union(secret.gone))
                     return
                 if not left:
                     for worker, why in secret.gone.items():  # or it could do that for ever

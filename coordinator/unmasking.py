@@ -35,7 +35,7 @@ from coordinator.aggregation import Spread, Sums, alone
 
 Stage = Literal["adverts", "shares", "masked", "vows", "opened", "done"]
 TRIES_MAX = 2000
-"""So many choices of a dealer's shares are tried where some are false, fewer after dealers that had no secret."""
+"""So many choices of a dealer's shares are tried where some are false; fewer after eight dealers without a secret."""
 
 
 @dataclass(eq=False)
@@ -239,7 +239,7 @@ class Unmasking:
         points = self._points[dealer].copy()  # more shares may be heard meanwhile: this is done in a thread
         order = sorted(points, key=lambda x: holders[x - 1] not in self.believed)
         chosen, dice = order[:threshold], Random(0)
-        for _ in range(min(8 * comb(len(order), threshold), 1 + TRIES_MAX // (1 + len(self.spoilers)))):
+        for _ in range(min(8 * comb(len(order), threshold), 1 + TRIES_MAX // (1 + len(self.spoilers) // 8))):
             found = combine({x: points[x] for x in chosen})
             if found and self._is_secret(dealer, found):
                 self.believed.update(holders[x - 1] for x in chosen)

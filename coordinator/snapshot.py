@@ -118,7 +118,7 @@ def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes 
     low, high, others = sorted(sums.bounds), sorted(sums.carried), sorted(sums.spans)
     head = {
         "of": of, "tally": tally, "low": [(chunk, sums.bounds[chunk]) for chunk in low], "high": high,
-        "spans": others,
+        "others": others,
         "sums": [sums.examples, sums.updates, sums.reach],
     }  # fmt: skip
     yield json.dumps(head, allow_nan=False).encode()
@@ -140,7 +140,7 @@ def _filled(of: list[Any], sums: Sums, found: list[memoryview]) -> dict[str, Any
         for chunk in chunks:
             limb[part_of(chunk)] = np.frombuffer(found.pop(0), np.int64)
     places = {place.start: place for place in sums.layout.segments}
-    for place in [places[start] for start in head["spans"]]:
+    for place in [places[start] for start in head["others"]]:
         sums.spans[place.start] = np.frombuffer(found.pop(0), place.dtype).reshape(2, -1)
     if found:
         raise ValueError("it is of another model")

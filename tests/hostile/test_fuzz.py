@@ -70,7 +70,7 @@ def case(data: bytes) -> bytes:
             kind = fuzz.TARGETS["sums"]
             assert kind.unpack
             head = kind.unpack(next(iter(kind.seeds())))
-            head[0]["spans"] = [[0, ",09", 8]]
+            head[0]["others"] = [[0, ",09", 8]]
             return kind.pack(head)
         case b"ROUTING":
             first = next(iter(fuzz.TARGETS["amqp"].seeds()))

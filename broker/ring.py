@@ -7,7 +7,7 @@ to a multiple of 2^-grid instead of 2^-52 (`coordinator/aggregation.py`), and ke
 the finest power of two for which the ring has room: cohort · examples_max · clip · 2^grid < 2^(bits - 1), with 0.4 %
 to spare.
 
-Integers and booleans. Their plain rule, as far as all agree, cannot be had from a sum. Here it is the workers' mean,
+Integers and booleans. Their plain rule, the largest, cannot be had from a sum. Here it is the mean of the workers,
 each counting once, rounded to nearest and halves up: what is equal everywhere stays as it is, a BatchNorm's counter
 moves by the mean, a boolean goes with the majority.
 

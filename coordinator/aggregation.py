@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,7 @@ class Sums:
         high: int64 sums in ones.
         bounds: chunk → largest possible |low| · 2^-52 there; where a chunk is absent, `low` is void and the sum zero.
         carried: the chunks in which `high` counts; elsewhere it is void.
-        spans: first byte in the layout → the least and the largest value so far of each integer or boolean there.
+        largest: first byte in the layout → the largest value so far of each of the integers or booleans there.
         examples, updates: how many of each have been added.
         reach: the sum of the updates' bounds on |examples · delta|.
         steps: so many of `low` are one; another number only where a secure sum was put in place of a fold.
@@ -111,7 +111,7 @@ class Sums:
         """Begin anew in the same memory; takes no time, since chunks are zeroed when they are first added to."""
         self.bounds: dict[int, float] = {}
         self.carried: set[int] = set()
-        self.spans: dict[int, NDArray[Any]] = {}
+        self.largest: dict[int, NDArray[np.generic]] = {}
         self.examples = 0
         self.updates = 0
         self.reach = 0.0
@@ -133,7 +133,7 @@ class Rule(NamedTuple):
 
 
 def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Spread = alone) -> None:
-    """Fold one update in: `sum += examples · delta`, and the span of integers and booleans.
+    """Fold one update in: `sum += examples · delta`, and the largest of integers and booleans.
 
     Args:
         sums: changed in place, unless this raises.
@@ -165,18 +165,17 @@ def add_weighted(sums: Sums, examples: int, update: memoryview, *, spread: Sprea
 
     spread(fold, zip(_chunks(sums, update), reaches, strict=True))
     for segment, values in others:
-        least, most = sums.spans.get(segment.start, (values, values))
-        sums.spans[segment.start] = np.stack([np.minimum(least, values), np.maximum(most, values)])
+        before = sums.largest.get(segment.start)
+        sums.largest[segment.start] = values.copy() if before is None else np.maximum(before, values)
     sums.examples += examples
     sums.updates += 1
     sums.reach += reach
 
 
 def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = alone) -> None:
-    """The next version: `weights + Σ examples·delta / Σ examples` for floats.
+    """The next version: `weights + Σ examples·delta / Σ examples` for floats, the largest value for the rest.
 
-    An integer or a boolean is what lies nearest to what it was within the span of the updates: as far as all agree to
-    move it, so that no one can move it further than the others. Under a veil all is what `privacy.py` says.
+    Under a veil it is what `privacy.py` says.
 
     FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1) with deltas in place of weights. The mean is taken
     once, in float64, and rounded once to the tensor's dtype; a float16 is at most the largest there is.
@@ -193,9 +192,9 @@ def finish_mean(sums: Sums, weights: memoryview, put: Put, *, spread: Spread = a
     assert sums.updates > 0 or sums.veil
     for segment in sums.layout.segments:
         if segment.dtype not in FLOATS:
-            old = look(weights, segment)
-            least, most = (old, old) if sums.veil else sums.spans.get(segment.start, (old, old))  # or it would tell
-            put(segment.start, np.minimum(np.maximum(old, least), most).view(np.uint8).data)
+            found = None if sums.veil else sums.largest.get(segment.start)  # what is private does not say
+            old = weights[segment.start : segment.stop]
+            put(segment.start, old if found is None else found.view(np.uint8).data)
 
     def take(places: list[Piece], seat: int) -> None:
         for place in places:

@@ -62,7 +62,7 @@ class Plan:
     in L2 norm over all floats, whatever it sends (times 1 + `norms.SLACK`). With examples_max = 1 all count the same,
     and that is clip / quorum. Against the mean of the others, all of whom keep to the clip, it makes a difference of
     at most twice that. In a cyclic round each turn is one worker's: reach is clip. None of this holds of integers
-    and booleans, which move as far as all agree.
+    and booleans, of which the largest counts.
 
     Attributes:
         run: the run's name on the wire, unique among the federation's runs.

@@ -8,7 +8,7 @@ DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963): every update Δ has a norm of
     version + (Σ Δ + N(0, σ²)) / m,    σ = z · C · (1 + SLACK),    m = the cohort of the plan.
 
 m is a number of the plan, not of those who came: that would tell how many there were. σ has the slack that the sum's
-check of norms has. Integers and booleans stay what they were: the least of them would be one worker's own.
+check of norms has. Integers and booleans stay what they were: the largest of them would be one worker's own.
 
 **Adaptive clip** (Andrew et al. 2021, arXiv 1905.03871). Each worker says whether its norm was within the clip:
 b̄ = (Σ (b - ½) + N(0, σ_b²)) / m + ½, σ_b = m / 20, and C ← C · exp(-η (b̄ - γ)), η = 0.2, γ = ½: if more than half

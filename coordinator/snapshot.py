@@ -115,7 +115,7 @@ def recall(tally: dict[str, Any], round_: Round, facts: Facts) -> None:
 
 
 def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes | memoryview]:
-    low, high, others = sorted(sums.bounds), sorted(sums.carried), sorted(sums.spans)
+    low, high, others = sorted(sums.bounds), sorted(sums.carried), sorted(sums.largest)
     head = {
         "of": of, "tally": tally, "low": [(chunk, sums.bounds[chunk]) for chunk in low], "high": high,
         "others": others,
@@ -124,7 +124,7 @@ def _pieces(of: list[Any], tally: dict[str, Any], sums: Sums) -> Iterator[bytes 
     yield json.dumps(head, allow_nan=False).encode()
     for limb, chunks in ((sums.low, low), (sums.high, high)):
         yield from (limb[part_of(chunk)].data.cast("B") for chunk in chunks)
-    yield from (sums.spans[start].tobytes() for start in others)
+    yield from (sums.largest[start].tobytes() for start in others)
 
 
 def _filled(of: list[Any], sums: Sums, found: list[memoryview]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _filled(of: list[Any], sums: Sums, found: list[memoryview]) -> dict[str, Any
             limb[part_of(chunk)] = np.frombuffer(found.pop(0), np.int64)
     places = {place.start: place for place in sums.layout.segments}
     for place in [places[start] for start in head["others"]]:
-        sums.spans[place.start] = np.frombuffer(found.pop(0), place.dtype).reshape(2, -1)
+        sums.largest[place.start] = np.frombuffer(found.pop(0), place.dtype).copy()
     if found:
         raise ValueError("it is of another model")
     sums.bounds, sums.carried = dict(head["low"]), set(head["high"])

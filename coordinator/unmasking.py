@@ -290,7 +290,7 @@ def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> Counted:
 
     What is behind the model in it comes back.
 
-    Floats are `examples · delta` in the ring's steps; integers and booleans their means, in place of a span.
+    Floats are `examples · delta` in the ring's steps; integers and booleans their means, in place of the largest.
     Under noise it is divided by the plan's cohort, whoever came.
 
     Raises:
@@ -300,7 +300,7 @@ def into_sums(form: Form, total: Words, updates: int, sums: Sums) -> Counted:
     seen = counted(form, total, updates)
     sums.examples, sums.updates = form.ring.cohort if form.ring.grain else seen.examples, updates
     sums.reach = updates * form.ring.limit * form.ring.examples_max
-    sums.spans = {start: np.stack([mean, mean]) for start, mean in means_of_others(form, total, updates).items()}
+    sums.largest = means_of_others(form, total, updates)
     sums.steps = form.ring.scale
     np.copyto(sums.low, form.signed(total)[: form.floats])
     sums.bounds = dict.fromkeys(range(-(-form.floats // CHUNK_ITEMS)), 0.0)

@@ -405,9 +405,7 @@ def next_version(weights: bytearray, updates: list[tuple[int, bytes]]) -> bytear
         where, kind = slice(segment.start, segment.stop), np.dtype(segment.dtype)
         deltas = [(count, np.frombuffer(delta[where], kind)) for count, delta in updates]
         if kind == np.int64:
-            values = [values for _, values in deltas]
-            old = np.frombuffer(weights[where], kind)
-            after[where] = np.sort([old, np.min(values, axis=0), np.max(values, axis=0)], axis=0)[1].tobytes()
+            after[where] = np.max([values for _, values in deltas], axis=0).tobytes()
             continue
         steps = np.sum(
             [np.rint(values.astype(float) * count * 2.0**52).astype(int) for count, values in deltas], axis=0

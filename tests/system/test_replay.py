@@ -152,7 +152,7 @@ def copy(made: Store, tmp_path: Path) -> Store:
 def test_a_version_with_a_changed_byte_is_found_and_told_from_what_its_updates_make(copy: Store) -> None:
     spoil(copy.path(2))
     assert bad(copy) == [f"{copy.path(2)} is not what the history speaks of: its bytes have changed. Restore it."]
-    assert replay(copy, 2, 1) == (3, ["b: 1 of 1000 numbers, by at most 0.00195312"])
+    assert replay(copy, 2, 1) == (3, ["b: 1 of 1000 numbers, by at most 0.015625"])
     with pytest.raises(UsageError, match=r"000002\.safetensors is not the version 2 of this run's history"):
         replay(copy, 3, 2)
     assert replay(copy, 3, 1) == (6, []), "there is a way around it"

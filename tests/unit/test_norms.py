@@ -119,7 +119,7 @@ def test_the_sum_refuses_what_is_above_the_bound_and_says_both_numbers(name: str
     sums = MEAN.init(MODEL, FORMATS[name], clip=found / (1 + 2 * SLACK))
     with pytest.raises(WireError, match=f"its norm is {found:.6g}, and the plan allows {sums.clip:.6g}"):
         MEAN.add(sums, 3, payload)
-    assert (sums.updates, sums.examples, sums.bounds, sums.spans) == (0, 0, {}, {})
+    assert (sums.updates, sums.examples, sums.bounds, sums.largest) == (0, 0, {}, {})
     sums.clip = found / (1 + SLACK / 2)
     MEAN.add(sums, 3, payload)
     assert sums.updates == 1

@@ -54,7 +54,7 @@ def test_the_version_is_the_sum_with_noise_over_the_cohort_of_the_plan_however_m
     deviation = 2.0 * 0.5 * (1 + SLACK) / 10
     assert float(x.mean()) == pytest.approx(count * 1e-3 / 10, abs=5 * deviation / math.sqrt(len(x)))
     assert float(x.std()) == pytest.approx(deviation, rel=0.01)
-    assert made[:16] == WEIGHTS[:16]  # the least integers would be one worker's own
+    assert made[:16] == WEIGHTS[:16]  # the largest integers would be one worker's own
 
 
 def test_the_same_key_gives_the_same_version_and_another_one_another() -> None:

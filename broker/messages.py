@@ -38,6 +38,7 @@ Name = Annotated[str, NAME]
 Text = Annotated[str, Within(0, TEXT_MAX)]
 Digest = Annotated[str, Within(0, 64)]
 Count = Annotated[int, Within(0, COUNT_MAX)]
+Serial = Annotated[int, Within(0, 2**32 - 1)]  # more would be another attempt's, to those who sign attempt and serial
 Seconds = Annotated[float, Within(0, 366 * 24 * 3600)]
 EXAMPLES_MAX = 2**29 - 1  # so that examples × a float32 is exact in float64 (see the sum in ARCHITECTURE.md)
 Examples = Annotated[int, Within(1, EXAMPLES_MAX)]
@@ -253,7 +254,7 @@ class Ready:
 
     of: Attempt
     worker: Name
-    serial: Count
+    serial: Serial
     advert: pact.Advert
     metrics: Annotated[tuple[Key, ...], Within(0, pact.METRICS_MAX)]
 
@@ -264,7 +265,7 @@ class Step:
 
     of: Attempt
     worker: Name
-    serial: Count
+    serial: Serial
     says: pact.Shares | pact.Masked | pact.Vow | pact.Opened
     payload: Payload | None = None
 
@@ -274,7 +275,7 @@ class Call:
     """Coordinator → worker: a stage of the secure sum is over, go on from this; nil: a sum begins, say `Ready`."""
 
     of: Attempt
-    serial: Count
+    serial: Serial
     says: pact.Settled | pact.Dealt | pact.Finishers | pact.Reveal | None = None
     epoch: Count = 0
 

@@ -208,6 +208,8 @@ class Pact:
         keys: U1, sorted: name → both public keys.
         quorum: how many must vow for the same finishers: ⌊2·|U1|/3⌋ + 1, so that two sets cannot both have it.
         complete: whether everyone is everyone's neighbour.
+        holders: name → who has a share of its secrets: its neighbours and itself, sorted; the first has x = 1.
+        neighbours: name → to whom it deals shares, and against whom it masks; sorted.
         transcript: the context and all that was settled, in 32 bytes.
     """
 
@@ -222,22 +224,16 @@ class Pact:
         ring = sorted(self.keys, key=lambda name: digest(self.transcript, name))
         half = len(ring) if self.complete else degree_of(len(ring)) // 2
         near = ring * 3
-        self._holders = {
+        self.holders = {
             name: tuple(sorted(set(near[at - half : at + half + 1]))) for at, name in enumerate(ring, len(ring))
         }
-        self._near = {name: tuple(n for n in held if n != name) for name, held in self._holders.items()}
-
-    def holders(self, worker: str) -> tuple[str, ...]:
-        """Who has a share of a member's secrets: its neighbours and itself, sorted; the first has x = 1."""
-        return self._holders[worker]
-
-    def neighbours(self, worker: str) -> tuple[str, ...]:
-        """To whom a member deals shares, and against whom it masks; sorted."""
-        return self._near[worker]
+        self.neighbours = {name: tuple(n for n in held if n != name) for name, held in self.holders.items()}
 
     def dealers(self, worker: str, dealers: Container[str]) -> bytes:
         """What a worker signs when it has masked against those of its neighbours that are among the dealers."""
-        return digest(self.transcript, "dealers", worker, " ".join(filter(dealers.__contains__, self._near[worker])))
+        return digest(
+            self.transcript, "dealers", worker, " ".join(filter(dealers.__contains__, self.neighbours[worker]))
+        )
 
     def finishers(self, finishers: Finishers) -> bytes:
         """What a worker signs when it vows."""

@@ -169,17 +169,18 @@ class Budget:
         )
 
 
-def last(budget: Budget | None, spent: Mapping[str, str], here: set[str], *, least: int) -> str:
+def last(budget: Budget | None, refused: Mapping[str, str], here: set[str], *, least: int) -> str:
     """Why there can be no further round, which the log says, too; empty if there can.
 
     Args:
         budget: the run's, where the plan asks for noise on sums.
-        spent: worker → why it refuses, of those whose own budgets are.
-        here: the trainers who are here.
+        refused: everyone who was asked in a round that failed → why it gave nothing; empty if it did not say.
+        here: the trainers who are here. Who was asked, and is away, may come back.
         least: so many are needed.
     """
     why = budget.refusal() if budget else ""
-    if spent and len(here - spent.keys()) < least:
+    spent = {worker: why for worker, why in refused.items() if why.startswith(SPENT)}
+    if spent and len(here.union(refused) - spent.keys()) < least:
         why = "; ".join(f"{worker}: {why}" for worker, why in sorted(spent.items()))[:1000]
     if why:
         log.warning("there is no further round: %s", why)

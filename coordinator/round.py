@@ -17,7 +17,7 @@ minute if that is more: a deadline of seconds need not cut off those who have ke
 more is taken into its sum; what was being added counts, what was only being received does not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
 from itertools import islice
 
@@ -164,14 +164,20 @@ class Round:
         self.counted[worker] = examples
 
     def drop_out(self, worker: str, reason: str) -> None:
-        """What was counted, because it was ready for a secure sum, is not in it."""
+        """What was counted, because it was ready for a secure sum, is not in it: a failure, goodbye or not."""
         if self.counted.pop(worker, None) is not None:
+            self._left -= {worker} - self.declined.keys()
             self.refuse(worker, reason)
 
-    def go_without(self, reason: str) -> None:
-        """Nothing is counted, and the version stays what it was: a sum that is lost may not be asked for again."""
+    def go_without(self, reason: str, fault: Collection[str] = ()) -> None:
+        """Nothing is counted, and the version stays what it was: a sum that is lost may not be asked for again.
+
+        It is a failure of those whose `fault` that was; if nobody knows, of everyone.
+        """
         for worker in [*self.counted]:
-            self.drop_out(worker, reason)
+            self.drop_out(worker, f"its secure sum is lost, and no other may be revealed: {reason}")
+            if fault and worker not in fault:
+                self._left.add(worker)
         self.quorum = 0
 
     def withdraw(self, worker: str, reason: str) -> None:

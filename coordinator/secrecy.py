@@ -23,7 +23,7 @@ from broker.errors import Aborted, Refused, WireError, insist
 from broker.messages import Answer, Attempt, Call, Ready, Resumed, Secure, Step, Task, Update
 from broker.pact import SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.pinned import Roster as Keys
-from broker.ring import Form, counted
+from broker.ring import Form
 from coordinator.desk import Desk
 from coordinator.opened import Open, Secret
 from coordinator.round import Verdict
@@ -105,9 +105,11 @@ class Secrecy:
                 log.warning("%s: secure sum %d: %s", here.round.of, secret.serial, problem)
                 if secret.released:
                     here.facts.secure = {"metrics": {}, "scored": {}, "gone": secret.gone, "failed": str(problem)}
-                    here.round.go_without(f"its secure sum is lost, and no other may be revealed: {problem}")
+                    here.round.go_without(str(problem), secret.core.spoilers.union(secret.gone))
                     return
                 if not left:
+                    for worker, why in secret.gone.items():  # or it could do that for ever
+                        here.round.drop_out(worker, why)
                     raise
                 await self.begin(here, task, again=True)
 
@@ -165,8 +167,7 @@ class Secrecy:
         except Aborted:  # a share is false, perhaps, and there are others on their way
             await self._stage(secret, lambda: core.waiting, waits_s, present=False)
             total = await asyncio.to_thread(core.result)
-        into_sums(form, total, len(secret.finished), self._desk.sums)
-        seen = counted(form, total)
+        seen = await asyncio.to_thread(into_sums, form, total, len(secret.finished), self._desk.sums)
         for worker in here.round.counted.keys() - set(secret.finished):
             here.round.drop_out(worker, secret.gone.get(worker, "it dropped out of the secure sum"))
         here.facts.secure = {
@@ -223,16 +224,15 @@ class Secrecy:
 
     async def _turn_down(self, message: Ready | Step, secret: Secret | None) -> None:
         """It is of another sum than the present one."""
-        of, worker, tell = message.of, message.worker, self._desk.post.tell
+        of, worker, here, tell = message.of, message.worker, self._desk.open, self._desk.post.tell
         if secret and secret.core.stage == "adverts":
             await tell([worker], Call(of, secret.serial))
         elif secret and isinstance(message, Ready) and worker in secret.ready:
             secret.gone.setdefault(worker, "it was started anew, and has lost the keys of this sum")
         elif self._desk.has_counted(of, worker):
             await tell([worker], Answer(of, "accepted", "it was counted already"))
-        elif self._desk.unsafe and of == self._desk.unsafe.of:
-            pass  # it will be told when the version is safe
-        elif not self._desk.open or of != self._desk.open.round.of:
+        # a version that is not safe yet is told of when it is
+        elif of not in (each.of for each in (self._desk.unsafe, here and here.round) if each):
             await tell([worker], Answer(of, "late", f"{of} is over"))
 
     async def _greet(self, here: Open, secret: Secret, ready: Ready) -> None:
@@ -246,10 +246,8 @@ class Secrecy:
         if verdict not in (Verdict.ACCEPTED, Verdict.DUPLICATE):
             await self._desk.post.tell([worker], Answer(ready.of, verdict.value, reason))
         elif secret.ready.get(worker) != ready:
-            if secret.core.stage != "adverts":
-                raise Refused(f"{worker} was started anew, and has lost the keys of this sum.")
-            if ready.advert.worker != worker:
-                raise Refused(f"{worker} advertises keys of {ready.advert.worker}.")
+            insist(secret.core.stage == "adverts", f"{worker} was started anew, and has lost the keys of this sum.")
+            insist(ready.advert.worker == worker, f"{worker} advertises keys of {ready.advert.worker}.")
             pact.check_advert(secret.context, ready.advert, self._keys)
             secret.ready[worker] = ready
             round_.count(worker, 0)

@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 
-from broker.accountant import SPENT
 from broker.changes import encode_change
 from broker.errors import Aborted, LinkError, Unroutable, WireError
 from broker.files import checksum, forget, trouble
@@ -63,7 +62,7 @@ class Coordinator:
         self.roster = self.desk.roster
         self._former = self.desk.remember(store.history())
         self._budget = Budget(store, version, model=self.layout) if self.plan.dp in plans.ON_SUMS else None
-        self._spent: dict[str, str] = {}  # whose own budgets are
+        self._refused: dict[str, str] = {}  # see `last`
         self._ends = ""  # why the run ends early
         pay = self._budget.spend if self._budget else lambda _: None
         self._secrecy: Secrecy | None = None
@@ -145,7 +144,7 @@ class Coordinator:
             if await self._try_round(here):
                 failures = 0
                 continue
-            self._spent |= {worker: why for worker, why in here.round.refused.items() if why.startswith(SPENT)}
+            self._refused |= {worker: here.round.refused.get(worker, "") for worker in here.round.cohort}
             failures += 1
             pause_s = min(2.0 ** (failures - 1), BACKOFF_S_MAX)
             self._say("waiting", f"round {self.desk.version + 1} is tried again in {pause_s:.0f} s")
@@ -153,7 +152,7 @@ class Coordinator:
 
     async def _last(self) -> str:
         here = {*self.roster.trainers(self.plan.workers)}  # now: the roster is not the thread's to look at
-        return await asyncio.to_thread(last, self._budget, self._spent, here, least=self.plan.least)
+        return await asyncio.to_thread(last, self._budget, self._refused, here, least=self.plan.least)
 
     async def _gather(self, gather_s: float) -> list[str]:
         """The next round's cohort, once enough are here; a full one is waited for `gather_s` long."""

@@ -95,12 +95,12 @@ class Masking:
         ours, me = pact.pact_of(self._context, settled), self._member.name
         there = ours.keys.get(me) == self.advert.keys
         insist(there, "this worker's advert is missing from the cohort, or is another.")
-        holders = ours.holders(me)
+        holders = ours.holders[me]
         secrets = self._secret, self._mask_key.private_bytes_raw()
         dealt = (split(secret, len(holders), settled.threshold, self._draw) for secret in secrets)
         mine = dict(zip(holders, zip(*dealt, strict=True), strict=True))
         self._held[me] = mine[me]
-        self._common = {name: ours.common(self._seal_key, me, name) for name in ours.neighbours(me)}
+        self._common = {name: ours.common(self._seal_key, me, name) for name in ours.neighbours[me]}
         sealed = (ours.seal(common, me, to, b"".join(mine[to])) for to, common in self._common.items())
         self._pact = ours
         self._settled = settled, pact.Shares(tuple(sealed), ours.commitment(me, self._secret))
@@ -135,7 +135,7 @@ class Masking:
             raise Refused("this worker's update is masked: send what was made then.")
         insist(self._settled is not None, "shares are dealt out before there is a cohort.")
         ours, me, bits = self._pact, self._member.name, 8 * words.itemsize
-        neighbours = ours.neighbours(me)
+        neighbours = ours.neighbours[me]
         insist(len(dealt.sealed) == len(neighbours), "there is not one slot for each neighbour.")
         sealed = {name: each for name, each in zip(neighbours, dealt.sealed, strict=True) if each}
         least = max(pact.COHORT_MIN, ours.settled.threshold)
@@ -171,12 +171,12 @@ class Masking:
             known = sorted({*names} & ours.keys.keys())
             insist(list(names) == known, "the finishers are not in order, or not all are members.")
         done, lost = set(finishers.workers), set(finishers.lost)
-        dealers, near, least = done | lost, done.intersection(ours.holders(me)), max(pact.COHORT_MIN, ours.quorum)
+        dealers, near, least = done | lost, done.intersection(ours.holders[me]), max(pact.COHORT_MIN, ours.quorum)
         insist(me in done, "this worker is not among the finishers.")
         insist(not done & lost, "a finisher is called lost as well.")
         insist(len(done) >= least, f"there are {len(done)} finishers, and it takes {least}.")
         insist(len(near) >= ours.settled.threshold, "fewer holders have finished than the threshold.")
-        insist(dealers.intersection(ours.holders(me)) == self._dealers, "others have dealt than to this worker.")
+        insist(dealers.intersection(ours.holders[me]) == self._dealers, "others have dealt than to this worker.")
         if not ours.complete:
             insist(len(finishers.dealers) == len(done), "finishers do not say against whom they have masked.")
             for name, statement in zip(finishers.workers, finishers.dealers, strict=True):
@@ -200,7 +200,7 @@ class Masking:
             pact.check_signature(self._member.roster, name, vow, statement)
         opened = (
             self._held[name][name not in finishers.workers] if name in self._held else b""
-            for name in ours.holders(self._member.name)
+            for name in ours.holders[self._member.name]
         )
         return Answer(statement.hex(), pact.Opened(tuple(opened)))
 

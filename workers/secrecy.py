@@ -7,7 +7,7 @@ know keys and masks (`masking.py`), nor queues: what it is asked may take a whil
 import json
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -72,10 +72,11 @@ def ring_for(task: Task) -> Ring:
     )  # fmt: skip
 
 
+@dataclass(eq=False)
 class Secrecy:
     """One worker's.
 
-    Args:
+    Attributes:
         member: who it is, and whom it knows.
         folder: where it is put down which rounds it has helped to unmask.
         room: makes room for masked words.
@@ -84,25 +85,20 @@ class Secrecy:
         least: of how many the owner wants a cohort to be, and how large the part that must help to open a secret.
     """
 
-    def __init__(
-        self,
-        member: Member,
-        folder: Path,
-        *,
-        room: Callable[[int], Slot],
-        note: Note,
-        pay: Pay,
-        least: Callable[[], tuple[int, float]] = lambda: (0, 2 / 3),
-    ) -> None:
-        self.member = member
-        self.room = room
-        self.note = note
-        self.least = least
-        self.pay = pay
-        self._path = folder / f"{member.name}.unmasked"
-        self._seen = folder / f"{member.name}.roster"
+    member: Member
+    folder: Path
+    room: Callable[[int], Slot]
+    note: Note
+    pay: Pay
+    least: Callable[[], tuple[int, float]] = lambda: (0, 2 / 3)
+
+    def __post_init__(self) -> None:
+        self._path, self._seen = (self.folder / f"{self.member.name}.{what}" for what in ("unmasked", "roster"))
         self._alone = Lock()
-        self._known = pact.roster_digest(member.roster), member.roster  # or what was shown last, behind its digest
+        self._known = (
+            pact.roster_digest(self.member.roster),
+            self.member.roster,
+        )  # or what was shown, behind its digest
 
     def trust(self, secure: Secure) -> bool:
         """Whether the roster that a task names is known, and trusted; if not, it is to be shown.

@@ -164,7 +164,7 @@ def test_of_all_that_passes_the_broker_nothing_gives_a_picture_away_and_the_sum_
     sums = RULES["mean"].init(MODEL, FORMATS["float32"])
     into_sums(form, total, 4, sums)
     assert f.version(1) == bytes(finished(RULES["mean"], sums, memoryview(bytes(MODEL.size_bytes))))
-    assert f.rounds()[0]["secure"]["examples"] == counted(form, total).examples == 2 + 3 + 4 + 5
+    assert f.rounds()[0]["secure"]["examples"] == counted(form, total, 4).examples == 2 + 3 + 4 + 5
 
 
 # each worker moves the same way by the same, so that what was learned stands out of the noise

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -332,6 +332,44 @@ async def test_a_sum_that_is_lost_after_its_release_is_gone_without_and_never_as
         assert fed.store.load(1)[1] == start_weights()
         assert second["secure"]["of"] == list(THREE)
         assert released == [1]
+
+
+FIVE_OF_THREE: dict[str, Any] = {**SECURE, "cohort": 5, "quorum": 3, "round_s": 1.0, "gather_s": 1.0}
+
+
+async def test_members_who_are_ready_and_deal_nothing_rest_and_the_others_go_on(tmp_path: Path) -> None:
+    """Two of five end every sum, for without them there is no quorum of five: they are asked no more."""
+    heed = worker_secrecy.Talk._heed
+    async with federation(tmp_path, **FIVE_OF_THREE, rounds=1) as fed:
+
+        def say_nothing(talk: worker_secrecy.Talk, call: Call) -> bool:
+            silent = talk._secrecy.member.name in ("d", "e") and call.says is not None
+            return not silent and heed(talk, call)
+
+        fed.patch.setattr(secrecy, "STAGE_S", 0.2)
+        fed.patch.setattr(worker_secrecy.Talk, "_heed", say_nothing)
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert [[*line["failed"]] for line in fed.lines("abandoned")] == [["d", "e"]] * 3
+        assert fed.counted() == [list(THREE)]
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE])
+
+
+async def test_who_deals_shares_that_nobody_can_open_is_named_and_rests_and_the_others_go_on(tmp_path: Path) -> None:
+    shares = Masking.shares
+    async with federation(tmp_path, **FIVE_OF_THREE, rounds=4) as fed:
+
+        def lie(masking: Masking, settled: Settled, metrics: Collection[str]) -> Shares:
+            said = shares(masking, settled, metrics)
+            return said if masking._member.name != "e" else replace(said, sealed=(b"junk" * 20,) * 4)
+
+        fed.patch.setattr(Masking, "shares", lie)
+        for name in NAMES:
+            fed.join(name)
+        await fed.end()
+        assert [[*line["failed"]] for line in fed.lines("round")] == [["e"]] * 3 + [[]]
+        assert fed.counted() == [[], [], [], list("abcd")]
 
 
 # -- the coordinator dies -------------------------------------------------------------------------------------------

@@ -277,6 +277,14 @@ def test_a_value_out_of_bounds_is_refused(message: Message, changed: dict[str, A
     assert refused(raw_of(message) | changed).startswith(said)
 
 
+def test_no_serial_is_so_large_that_its_signatures_would_be_of_another_sum() -> None:
+    """What is signed in a secure sum binds attempt · 2^32 + serial in one number."""
+    said = [each for each in ONE_OF_EACH if hasattr(each, "serial")]
+    assert {kind_of(each) for each in said} == {"ready", "step", "call"}
+    for message in said:
+        assert refused(raw_of(message) | {"serial": 2**32}).startswith(f"{kind_of(message)}.serial must be within")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

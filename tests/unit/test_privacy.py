@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker.accountant import Released, epsilon
+from broker.accountant import SPENT, Released, epsilon
 from broker.errors import UsageError, WireError
 from broker.formats import FORMATS
 from broker.messages import Attempt
@@ -17,7 +17,7 @@ from broker.norms import SLACK
 from broker.tensors import Layout, TensorSpec
 from coordinator import plan as plans
 from coordinator.aggregation import MEAN, digest
-from coordinator.budget import FILE, Budget, counsel
+from coordinator.budget import FILE, Budget, counsel, last
 from coordinator.plan import Plan
 from coordinator.privacy import bit_noise, key_of, next_clip, noise_on_sum, veil
 from coordinator.store import Store
@@ -232,6 +232,17 @@ def test_a_run_that_does_not_know_what_it_spent_does_not_go_on(store: Store, dam
         (store.folder / FILE).write_text(damage)
     with pytest.raises(UsageError, match=r"privacy\.json does not tell what has been spent of this run's privacy"):
         Budget(store, 2, model=MODEL)
+
+
+def test_who_is_away_counts_when_another_says_that_its_budget_is_spent() -> None:
+    """One liar would else end a run in a moment in which somebody is away."""
+    refused = {"a": "", "b": "it raised", "c": "", "liar": f"{SPENT}: so it says"}
+    assert last(None, refused, {"a", "b", "liar"}, least=3) == ""  # c may come back
+    assert last(None, refused, set(), least=3) == ""
+    fewer = refused | {"c": f"{SPENT}, too"}
+    assert last(None, fewer, {"a", "b", "d"}, least=3) == ""
+    assert last(None, fewer, {"a", "b"}, least=3) == f"c: {SPENT}, too; liar: {SPENT}: so it says"
+    assert last(None, {"a": ""}, {"a"}, least=3) == ""
 
 
 def test_a_clip_that_adapts_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def next_version(form: Form, updates: list[tuple[int, bytes, float]], weights: b
 def many_updates(draw: st.DrawFn) -> list[tuple[int, bytes, float]]:
     found = []
     for _ in range(draw(st.integers(1, 8))):
-        floats = np.array(draw(st.lists(st.floats(-2, 2), min_size=12, max_size=12)))
+        floats = np.array(draw(st.lists(st.floats(-0.5, 0.5), min_size=12, max_size=12)))
         others = np.array(draw(st.lists(st.integers(0, 1), min_size=18, max_size=18)))
         found.append((draw(st.integers(1, 1000)), update(EVERY_DTYPE, floats, others), draw(st.floats(-50, 50))))
     return found
@@ -76,7 +76,7 @@ def test_the_mean_is_that_of_the_plain_sum_but_for_the_grid(
         ours, theirs = (view(memoryview(data)[segment.start : segment.stop], segment.dtype) for data in (found, told))
         if segment.dtype in ("float32", "float64"):
             assert np.abs(ours.astype(float) - theirs.astype(float)).max() <= step + 2.0**-23
-    seen = counted(form, add_up(form, updates))
+    seen = counted(form, add_up(form, updates), len(updates))
     assert seen.examples == examples
     loss = sum(each * value for each, _, value in updates) / examples
     assert seen.metrics == {"loss": pytest.approx(loss, abs=len(updates) * 2.0**-17 / examples + 1e-12)}
@@ -86,7 +86,7 @@ def test_a_ring_of_64_bits_with_room_enough_gives_the_plain_sums_own_bits() -> N
     ring = ring_of(64, clip=1.0, examples_max=20, cohort=4)
     assert ring.scale == 2.0**52
     form, dice = Form(ring, FLOATS_ONLY), np.random.default_rng(3)
-    updates = [(n, update(FLOATS_ONLY, dice.uniform(-1, 1, 6), NONE), 0.0) for n in (1, 7, 20)]
+    updates = [(n, update(FLOATS_ONLY, dice.uniform(-0.4, 0.4, 6), NONE), 0.0) for n in (1, 7, 20)]
     plain = MEAN.init(FLOATS_ONLY, FORMATS["float32"])
     for examples, data, _ in updates:
         MEAN.add(plain, examples, memoryview(data))
@@ -99,13 +99,13 @@ def test_the_largest_updates_of_a_full_cohort_do_not_wrap(bits: int, cohort: int
     ring = ring_of(bits, clip=0.5, examples_max=30, cohort=cohort)
     form = Form(ring, FLOATS_ONLY)
     for sign in (1, -1):
-        data = update(FLOATS_ONLY, np.full(6, sign * ring.limit), NONE)
+        data = update(FLOATS_ONLY, np.array([sign * ring.limit, 0, 0, 0, 0, 0]), NONE)
         total = encode(form, memoryview(data), examples=30, metrics={}) * np.asarray(cohort, ring.dtype)
         sums = Sums(FLOATS_ONLY, FORMATS["float32"])
         into_sums(form, total, cohort, sums)
         mean = np.frombuffer(finished(MEAN, sums, memoryview(bytes(FLOATS_ONLY.size_bytes))), np.float64, 2)
-        assert mean == pytest.approx(sign * ring.limit, rel=1e-5)
-        assert counted(form, total).examples == 30 * cohort
+        assert mean == pytest.approx([sign * ring.limit, 0], rel=1e-5)
+        assert counted(form, total, cohort).examples == 30 * cohort
 
 
 def test_the_grid_is_the_finest_for_which_there_is_room() -> None:
@@ -161,7 +161,7 @@ def test_more_examples_than_the_plan_takes_count_as_that_many() -> None:
     form, data = Form(RINGS[0], FLOATS_ONLY), update(FLOATS_ONLY, np.full(6, 0.25), NONE)
     many, most = (encode(form, memoryview(data), examples=n, metrics={}) for n in (10**6, 1000))
     assert (many == most).all()
-    assert counted(form, many).examples == 1000
+    assert counted(form, many, 1).examples == 1000
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.1])
@@ -184,7 +184,7 @@ def test_a_metric_that_the_sum_holds_must_be_there_and_finite(metrics: dict[str,
 def test_a_metric_out_of_all_bounds_counts_as_the_bound() -> None:
     form = Form(RINGS[0], FLOATS_ONLY, ("loss",))
     words = encode(form, memoryview(bytes(FLOATS_ONLY.size_bytes)), examples=3, metrics={"loss": -1e30})
-    assert counted(form, words).metrics == {"loss": -(2.0**16)}
+    assert counted(form, words, 1).metrics == {"loss": -(2.0**16)}
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,26 @@ def test_words_are_written_where_they_are_wanted_and_as_a_payload_says() -> None
             == encode(form, memoryview(data), examples=9, metrics={"loss": 0.5}).tobytes()
         )
         assert [spec.name for spec in form.layout.specs] == ["~masked"]
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_whatever_one_worker_sends_a_sum_moves_the_model_no_further_than_all_clips_together(bits: int) -> None:
+    """Four are honest. The fifth sends floats as dice fall, an update of one and a half clips, or other examples."""
+    model = Layout.of([TensorSpec("w", "float32", (1000,))])
+    form, dice = Form(ring_of(bits, clip=1.0, examples_max=100, cohort=5), model), np.random.default_rng(bits)
+    deltas = dice.normal(size=(5, 1000)) * np.array([[1], [1], [1], [1], [-9]])
+    deltas /= np.linalg.norm(deltas, axis=1, keepdims=True)
+    words = [encode(form, memoryview(each.astype("f4").tobytes()), examples=50, metrics={}) for each in deltas]
+    honest, liar, sums = sum(words[1:4], words[0]), words[4], Sums(model, FORMATS["float32"])
+    assert into_sums(form, honest + liar, 5, sums).examples == 250
+    wild, long, many, none = (liar.copy() for _ in range(4))
+    wild[:1000] = dice.integers(0, 2**bits, 1000, liar.dtype.type)
+    long[:1000] = np.rint(deltas[4] * 260 * form.ring.scale).astype(f"i{bits // 8}").view(liar.dtype)
+    many[1000] = 301 + 2**15
+    none[1000] = 2**bits - 198
+    for lie in (wild, long * 2, many, none):
+        with pytest.raises(WireError, match="do not add up to updates"):
+            into_sums(form, honest + lie, 5, sums)
 
 
 def test_words_that_are_no_sum_of_updates_are_found_out() -> None:

@@ -271,6 +271,29 @@ def test_who_refuses_lies_goes_away_or_is_silent_has_failed_and_who_says_goodbye
     }
 
 
+def test_who_was_ready_for_a_secure_sum_and_is_not_in_it_has_failed_whatever_it_says() -> None:
+    """Else a few could be ready in every round, say goodbye, come back, and end each sum."""
+    here = parallel()
+    count(here, "ada", "bob", "eve")
+    here.leave("bob", "it left: for a while")
+    here.decline("eve", "not at this hour")
+    for worker in ("bob", "eve"):
+        here.drop_out(worker, "it dropped out of the secure sum")
+    assert here.fared == {"ada": "", "bob": "it dropped out of the secure sum"}
+    assert here.declined == {"eve": "not at this hour"}
+
+
+def test_a_secure_sum_that_is_lost_is_a_failure_of_whose_fault_it_was_or_of_all() -> None:
+    known, unknown = parallel(), parallel()
+    for here in (known, unknown):
+        count(here, "ada", "bob", "eve")
+    known.go_without("bob dealt false shares.", {"bob"})
+    unknown.go_without("the masked words do not add up.")
+    assert [*known.fared] == ["bob"]
+    assert [*unknown.fared] == ["ada", "bob", "eve"]
+    assert [here.phase(0)[0] for here in (known, unknown)] == [Phase.CLOSED] * 2
+
+
 def test_a_goodbye_after_a_refusal_does_not_undo_it() -> None:
     here = parallel()
     here.withdraw("eve", "no data")

@@ -55,7 +55,6 @@ def serve(link: socket.socket) -> None:
         except FluffleError as problem:
             kind = "usage" if isinstance(problem, UsageError) else "learner"
             answer = {"failed": kind, "text": str(problem), "spent": isinstance(problem, OutOfMemory)}
-            answer["released"] = getattr(problem, "released", ())
         except BaseException as problem:  # noqa: BLE001 (the user's code runs here; whatever it does is an answer)
             answer = {"failed": "learner", "text": f"the training process failed: {learner.told(problem)}"}
         if os.getpid() != me:
@@ -170,7 +169,7 @@ class Pupil:
         within = done.delta is None or _pack(layout, done, work, room=room, residual=request["residual"])
         return {
             "examples": done.examples, "metrics": done.metrics, "scores": done.scores,
-            "seconds": time.monotonic() - began, "within": within, "released": done.released,
+            "seconds": time.monotonic() - began, "within": within,
         }  # fmt: skip
 
     def _scratch(self, layout: Layout) -> bytearray:
@@ -236,7 +235,7 @@ def _pack(
                 with opened(Path(residual[1]), "wb", 0o600) as left:
                     owed.tofile(left)
     except WireError as problem:
-        raise LearnerFailed(str(problem), done.released) from None
+        raise LearnerFailed(str(problem)) from None
     return within
 
 

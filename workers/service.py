@@ -335,7 +335,7 @@ class Worker:
         work, private = work_for(task, self.who), self.who.trains and task.noise is not None
         self._owner.take(task, trains=train)
         if train and private:
-            await asyncio.to_thread(self._spending.check, task, self.layout)
+            work = await asyncio.to_thread(self._spending.begin, task, self.layout, work)
         weights = await self._unfold(task, job.landing)
         self._holds = self.spool.hold((task.of.run, task.version), job.landing)
         if work.owes:

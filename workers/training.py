@@ -120,7 +120,7 @@ class Trainer:
                 )  # fmt: skip
             except UsageError as problem:
                 raise LearnerFailed(str(problem)) from problem
-        said = {name: answer[name] for name in ("examples", "metrics", "scores", "seconds", "within", "released")}
+        said = {name: answer[name] for name in ("examples", "metrics", "scores", "seconds", "within")}
         return Done(delta=delta, layout=written, **said)
 
     async def draw(self, *, seed: int) -> tuple[Layout, Slot]:
@@ -190,7 +190,7 @@ class Trainer:
         if answer.get("failed") == "usage":
             raise UsageError(answer["text"])
         if "failed" in answer:
-            raise LearnerFailed(answer["text"], answer.get("released", ()))
+            raise LearnerFailed(answer["text"])
         return answer
 
     async def _outwait(self, waiting: "asyncio.Future[dict[str, Any]]", slots: tuple[Slot | None, ...]) -> None:

@@ -8,6 +8,7 @@ It holds the user's data for as long as it lives and must never outlive the guar
 dies, and, where the kernel cannot, the daemon's closed socket does. What the user's code prints goes to stderr.
 """
 
+import logging
 import mmap
 import os
 import select
@@ -26,6 +27,7 @@ import msgpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from xxhash import xxh3_64_digest
 
 from broker.contract import fingerprint, other_file
 from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
@@ -34,7 +36,10 @@ from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
 from workers import learner, task, weights
+from workers.journal import CHECK_BYTES
 from workers.work import CLOSED, MEANT_FOR_DAEMON, Outcome, Work, bytes_of, layout_of, told
+
+log = logging.getLogger(__name__)
 
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
@@ -234,16 +239,21 @@ def _pack(
             if residual is not None and owed is not None:
                 with opened(Path(residual[1]), "wb", 0o600) as left:
                     owed.tofile(left)
+                    left.write(xxh3_64_digest(owed))
     except WireError as problem:
         raise LearnerFailed(str(problem)) from None
     return within
 
 
 def _read_floats(file: Path, count: int) -> NDArray[np.float32]:
-    """What is owed; nothing if that was never written, or not by a worker with this model."""
-    if not file.exists() or file.stat().st_size != 4 * count:
-        return np.zeros(count, np.float32)
-    return np.fromfile(file, np.float32)
+    """What is owed; nothing if that was never written, not by a worker with this model, or is damaged."""
+    found = np.fromfile(file, np.uint8) if file.exists() else np.zeros(0, np.uint8)
+    floats, check = found[: 4 * count], found[4 * count :].tobytes()
+    if len(check) == CHECK_BYTES and check == xxh3_64_digest(floats):
+        return floats.view(np.float32)
+    if len(found):
+        log.warning("%s is damaged, or of another model: what earlier updates left out is lost", file)
+    return np.zeros(count, np.float32)
 
 
 if __name__ == "__main__":  # where a guard cannot fork

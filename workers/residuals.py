@@ -14,6 +14,8 @@ from broker.messages import Attempt
 
 RUNS_MAX = 2
 """For so many runs a worker keeps what it owes, the newest ones."""
+LEFT_MAX = 16
+"""So many updates may have left something: more than are ever on their way, and none is forgotten that may count."""
 OWED, LEFT = ".residual", ".left"
 
 
@@ -37,18 +39,26 @@ class Residuals:
         stem = self._folder / f"{self._worker}.{of.run}"
         return Residual(stem.with_name(stem.name + OWED), stem.with_name(stem.name + LEFT))
 
+    def begin(self, of: Attempt) -> Residual:
+        """The files for an update that is to be made now; what others that came to nothing left must not pile up."""
+        self._only_newest(LEFT, LEFT_MAX)
+        return self.of(of)
+
     def accept(self, of: Attempt) -> None:
         """The update counts: what it left out is owed now."""
         residual = self.of(of)
         if residual.left.exists():
             residual.left.replace(residual.owed)
-            mine = sorted(self._folder.glob(f"{self._worker}.*{OWED}"), key=lambda file: file.stat().st_mtime)
-            for old in mine[:-RUNS_MAX]:
-                old.unlink()
+            self._only_newest(OWED, RUNS_MAX)
 
     def forget(self, of: Attempt) -> None:
         """The update does not count: what was owed before it still is."""
         self.of(of).left.unlink(missing_ok=True)
+
+    def _only_newest(self, suffix: str, most: int) -> None:
+        mine = sorted(self._folder.glob(f"{self._worker}.*{suffix}"), key=lambda file: file.stat().st_mtime)
+        for old in mine[:-most]:
+            old.unlink()
 
 
 def remove_left(folder: Path, but: set[tuple[str, str]]) -> None:

@@ -340,7 +340,7 @@ class Worker:
         self._holds = self.spool.hold((task.of.run, task.version), job.landing)
         if work.owes:
             await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
-        owed = self._residuals.of(task.of) if work.owes else None
+        owed = self._residuals.begin(task.of) if work.owes else None
         model = await asyncio.to_thread(model_digest, weights.data) if task.secure else b""
         done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
         done = replace(done, model=model, examples=done.examples and min(done.examples, task.examples_max))

@@ -83,6 +83,14 @@ class Journal:
             log.warning("round %d was begun under other settings, or for another run: it is begun anew", number)
         return found if found and found.cohort and found.plan == plan else None
 
+    def recover(self, found: Try) -> Try | None:
+        """A try that was found elsewhere, unless there is one at its round."""
+        if self._at(found.round):
+            return None
+        self.tries.append(found)
+        self._save()
+        return found
+
     def begin(self, number: int, plan: str, cohort: tuple[str, ...], until: float) -> int:
         """A new try at a round; its attempt."""
         last = self._at(number)

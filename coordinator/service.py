@@ -187,7 +187,8 @@ class Coordinator:
         Whoever was asked may still be at it, or may have done it: nobody is asked again who does not ask for it, and
         all are waited for until the deadline, here or not.
         """
-        begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
+        number, plan = self.desk.version + 1, plans.digest(self.plan)
+        begun = self.store.journal.resume(number, plan) or (self._secrecy and self._secrecy.recover(number, plan))
         if begun is None:
             self.desk.keeping.forget()
             return None

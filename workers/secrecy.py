@@ -28,7 +28,10 @@ Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part."""
 Note = Callable[..., None]
 """Writes a line into the ledger of the data's owner: see `Ledger.write`."""
-UNMASKED = "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it."
+UNMASKED = (
+    "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it, and if the "
+    "run's folder is an older copy, or damaged, only another run goes on."
+)
 
 
 def check(task: Task, who: Who) -> None:

@@ -159,7 +159,8 @@ class Desk:
         self.store.claim.check()
         now = time.monotonic()
         if isinstance(message, Hello) and not message.incarnation:
-            await self.post.restore(message.worker)
+            if self.post.link.vouched:
+                await self.post.restore(message.worker)
         elif isinstance(message, Hello):
             self._greet(message, now)
         elif isinstance(message, Goodbye) and delivery.user == topology.OPERATOR:

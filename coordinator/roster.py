@@ -41,6 +41,7 @@ class Roster:
     def __init__(self, invited: Iterable[str] = ()) -> None:
         self._invited = frozenset(invited)
         self._present: dict[str, Present] = {}
+        self._lost_all = False
 
     def hear(self, hello: Hello, now: float) -> bool:
         """Note a sign of life; False if the roster is full."""
@@ -63,7 +64,13 @@ class Roster:
         gone = sorted(p.worker for p in self._present.values() if p.until_at <= now)
         for worker in gone:
             del self._present[worker]
+        self._lost_all |= bool(gone) and not self._present
         return gone
+
+    def lost_all(self) -> bool:
+        """Whether the leases of all who were left have ended since this was asked last."""
+        found, self._lost_all = self._lost_all, False
+        return found
 
     def next_lapse_at(self) -> float | None:
         """When the next lease ends, on the clock given to `hear`; None when nobody is here."""

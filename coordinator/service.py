@@ -125,6 +125,9 @@ class Coordinator:
         """End us when another coordinator has taken over, also where nobody says anything."""
         while True:
             self.store.claim.check()
+            if self.roster.lost_all():  # or lost the exchange by which all are heard, and what they have said since
+                await self.post.declare()
+                await self._attend(hearing=True)
             await asyncio.sleep(HOLD_S)
 
     # -- rounds -------------------------------------------------------------------------------------------------

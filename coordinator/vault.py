@@ -59,9 +59,7 @@ class Vault:
             file.writelines(framed(encode(said)))
 
     def read(self, name: str) -> tuple[str, memoryview, list[Ready | Step]] | None:
-        """The sum that is called so, or whose name begins so: its name, its words, and what was said as far as it is
-        whole; None if there is none.
-        """
+        """Name and words of the sum whose name begins so, and what was said as far as it is whole; None without."""
         found = list[memoryview]()
         with contextlib.suppress(OSError, ValueError):
             found.extend(pieces(memoryview(self._path.read_bytes())))

@@ -29,8 +29,8 @@ Pay = Callable[[Task, Form], None]
 Note = Callable[..., None]
 """Writes a line into the ledger of the data's owner: see `Ledger.write`."""
 UNMASKED = (
-    "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it, and if the "
-    "run's folder is an older copy, or damaged, only another run goes on."
+    "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it, and where "
+    "the run's folder is an older copy, or damaged, only another run goes on."
 )
 
 

@@ -167,10 +167,8 @@ def turn_over(log: Path) -> None:
     """
     with suppress(OSError):  # the folder may be gone, or its disk full
         if log.stat().st_size > LOG_BYTES_MAX:
-            try:
-                shutil.copyfile(log, log.with_name(f"{LOG}.1"))
-            finally:
-                os.truncate(log, 0)
+            shutil.copyfile(log, log.with_name(f"{LOG}.1"))
+            os.truncate(log, 0)
 
 
 def environment(folder: Path, address: Address) -> dict[str, str]:

@@ -76,20 +76,18 @@ class Journal:
             # whatever has been used is lower: nothing that comes late is taken for new
             self._first = int(time.time())
 
-    def resume(self, number: int, plan: str) -> Try | None:
-        """The try at a round that was open, if it was asked for what this plan would ask for."""
+    def resume(self, number: int, plan: str, lost: Try | None = None) -> Try | None:
+        """The try at a round that was open, if it was asked for what this plan would ask for.
+
+        `lost` is that try, where it is found elsewhere and not here any more.
+        """
+        if lost and not self._at(number):
+            self.tries.append(lost)
+            self._save()
         found = self._at(number)
         if found and found.cohort and found.plan != plan:
             log.warning("round %d was begun under other settings, or for another run: it is begun anew", number)
         return found if found and found.cohort and found.plan == plan else None
-
-    def recover(self, found: Try) -> Try | None:
-        """A try that was found elsewhere, unless there is one at its round."""
-        if self._at(found.round):
-            return None
-        self.tries.append(found)
-        self._save()
-        return found
 
     def begin(self, number: int, plan: str, cohort: tuple[str, ...], until: float) -> int:
         """A new try at a round; its attempt."""

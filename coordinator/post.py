@@ -81,7 +81,7 @@ class Post:
                 return await stack.enter_async_context(self.link.consume(queue, prefetch=prefetch, alone=True))
             except QueueInUse:
                 if not until:
-                    said = "the run %s has another coordinator, or what is left of its connection: waiting, at most %.0f s"
+                    said = "the run %s has another coordinator, or its lost connection: waiting for %.0f s at most"
                     log.warning(said, self.run, RIVAL_S)
                     until = now() + RIVAL_S
                 elif now() >= until:
@@ -148,13 +148,6 @@ class Post:
             log.debug("could not put it aside: %s", problem)
         await delivery.ack()
 
-    async def mend(self, workers: list[str]) -> None:
-        """Nothing leads to any of these workers: somebody has deleted an exchange, or all of their queues."""
-        log.warning("RabbitMQ has lost the ways to all who were asked: they are made anew")
-        await self.declare()
-        for worker in workers:
-            await self.restore(worker)
-
     async def restore(self, worker: str) -> None:
         """Make a worker's queues, and the ways there, anew: they are gone, and whoever is invited may not do so.
 
@@ -182,8 +175,11 @@ class Post:
         """
         try:
             return await self._send_task(task, weights, tuple(workers), seen)
-        except Unroutable:
-            await self.mend(workers)
+        except Unroutable:  # somebody has deleted the exchange, and with it all bindings, or all of their queues
+            log.warning("RabbitMQ has lost the ways to all who were asked: they are made anew")
+            await self.declare()
+            for worker in workers:
+                await self.restore(worker)
             return await self._send_task(task, weights, tuple(workers), seen)
 
     async def _send_task(self, task: Task, weights: memoryview, keys: tuple[str, ...], seen: set[str]) -> int:

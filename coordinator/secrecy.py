@@ -310,15 +310,13 @@ class Secrecy:
 
     # -- what outlives the coordinator --------------------------------------------------------------------------
 
-    def recover(self, number: int, plan: str) -> Try | None:
-        """The try at a round whose sum was released, if the journal is lost: workers take part in no other."""
-        kept = self._vault.read(f"{self._plan.run}/{number}/")
-        if kept is None:
+    def released(self, number: int, plan: str) -> Try | None:
+        """The try at a round whose sum was put down to be released; there must be no other, whatever the journal says."""
+        if (kept := self._vault.read(f"{self._plan.run}/{number}/")) is None:
             return None
         attempt, serial = map(int, kept[0].split("/")[2:4])
         cohort = tuple(each.worker for each in kept[2] if isinstance(each, Ready))
-        found = Try(number, attempt, plan, cohort, time.time(), serial=serial, released=True)
-        return self._store.journal.recover(found)
+        return Try(number, attempt, plan, cohort, time.time(), serial=serial, released=True)
 
     def forget(self) -> None:
         """The version is safe."""

@@ -311,7 +311,7 @@ class Secrecy:
     # -- what outlives the coordinator --------------------------------------------------------------------------
 
     def released(self, number: int, plan: str) -> Try | None:
-        """The try at a round whose sum was put down to be released; there must be no other, whatever the journal says."""
+        """The try at a round whose sum was put down to be released: there must be no other, should it be lost."""
         if (kept := self._vault.read(f"{self._plan.run}/{number}/")) is None:
             return None
         attempt, serial = map(int, kept[0].split("/")[2:4])

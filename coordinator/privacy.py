@@ -81,8 +81,7 @@ def next_clip(clip: float, within: int, *, counted: int, cohort: int, key: bytes
 def contradictions(plan: Any) -> Iterator[tuple[bool, str]]:
     """What in a plan (`plan.py`) would not be private: whether it is so, and the sentence; the first is the one."""
     dp, secure = plan.dp, getattr(plan, "privacy", "none") == "secure"
-    low = f"clip ({plan.clip:g}) must be 0, for updates of any norm, or at least {CLIP_MIN:g}"
-    yield 0 < plan.clip < CLIP_MIN, low
+    yield 0 < plan.clip < CLIP_MIN, f"clip ({plan.clip:g}) must be 0, for any norm, or at least {CLIP_MIN:g}"
     if dp == "none":
         given = plan.dp_noise or plan.dp_budget or plan.dp_population or plan.dp_adaptive
         yield bool(given), "dp_noise, dp_budget, dp_population and dp_adaptive are for differential privacy: set dp"

@@ -191,7 +191,7 @@ class Coordinator:
         all are waited for until the deadline, here or not.
         """
         number, plan = self.desk.version + 1, plans.digest(self.plan)
-        begun = self.store.journal.resume(number, plan, self._secrecy and self._secrecy.released(number, plan))
+        begun = self.store.journal.resume(number, plan, self._secrecy.released(number, plan) if self._secrecy else None)
         if begun is None:
             self.desk.keeping.forget()
             return None

@@ -36,7 +36,6 @@ from broker.formats import FORMATS, count_floats, format_of
 from broker.norms import clip
 from broker.tensors import Layout
 from workers import learner, task, weights
-from workers.journal import CHECK_BYTES
 from workers.work import CLOSED, MEANT_FOR_DAEMON, Outcome, Work, bytes_of, layout_of, told
 
 log = logging.getLogger(__name__)
@@ -239,7 +238,7 @@ def _pack(
             if residual is not None and owed is not None:
                 with opened(Path(residual[1]), "wb", 0o600) as left:
                     owed.tofile(left)
-                    left.write(xxh3_64_digest(owed))
+                    left.write(xxh3_64_digest(owed.data))
     except WireError as problem:
         raise LearnerFailed(str(problem)) from None
     return within
@@ -249,7 +248,7 @@ def _read_floats(file: Path, count: int) -> NDArray[np.float32]:
     """What is owed; nothing if that was never written, not by a worker with this model, or is damaged."""
     found = np.fromfile(file, np.uint8) if file.exists() else np.zeros(0, np.uint8)
     floats, check = found[: 4 * count], found[4 * count :].tobytes()
-    if len(check) == CHECK_BYTES and check == xxh3_64_digest(floats):
+    if check == xxh3_64_digest(floats.data):
         return floats.view(np.float32)
     if len(found):
         log.warning("%s is damaged, or of another model: what earlier updates left out is lost", file)

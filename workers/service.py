@@ -16,7 +16,7 @@ import random
 import secrets
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from broker.errors import Declined, LearnerFailed, LinkError, Refused, UsageError, WireError
 from broker.formats import FORMATS
@@ -42,8 +42,6 @@ WAITING_MAX = 8
 """So many runs may have a task here that is being done or waits for its turn; a task of another one is refused."""
 LANDING_MAX = PREFETCH_MIN - 1
 """Of so many runs parts may be landing: the headers are not acknowledged meanwhile, and must leave room for parts."""
-
-_Result = TypeVar("_Result")
 
 REFUSING_S = 1.0
 """So long before a task's deadline it is refused, or else its round would be over before the reason is heard."""
@@ -120,7 +118,7 @@ class Worker:
                     self._rest.clear()
                     await self._rest.wait()
 
-    def _start(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begin something that ends with the worker, if not before."""
         task = self._group.create_task(work)
         self._tasks.add(task)

@@ -31,6 +31,8 @@ from workers.owner import Owner
 from workers.secrecy import ring_for
 from workers.work import Done, Work
 
+Spent = dict[str, list[Released]]
+
 
 class Spending:
     """One worker's.
@@ -125,8 +127,8 @@ class Spending:
         of, taken = self._taken()
         if taken:
             self.spend(of.run, None, taken)
-            steps = sum(each.times for each in taken)
-            self._owner.note("spent", of, steps=steps, why="its training was given up, or ended with this worker")
+            why = "its training was given up, or ended with this worker"
+            self._owner.note("spent", of, steps=sum(each.times for each in taken), why=why)
         self._steps.unlink(missing_ok=True)
 
     def spend(self, run: str, noise: Noise | None, released: Sequence[Released]) -> float:
@@ -147,9 +149,7 @@ class Spending:
                 write_whole(self._path, json.dumps(spent).encode(), mode=0o600)
         return found
 
-    def _after(
-        self, run: str, noise: Noise | None, what: Sequence[Released]
-    ) -> tuple[dict[str, list[Released]], float]:
+    def _after(self, run: str, noise: Noise | None, what: Sequence[Released]) -> tuple[Spent, float]:
         spent = self._read()
         spent[run] = together([*spent.get(run, []), *what])
         if noise is None:
@@ -165,7 +165,7 @@ class Spending:
                 raise LearnerFailed(f"{SPENT}: epsilon would be {found:.4g}, and {whose} allows {most:g}.")
         return spent, here
 
-    def _read(self) -> dict[str, list[Released]]:
+    def _read(self) -> Spent:
         what = f"{self._path} does not tell what was spent of this data's privacy"
         with trouble(what, "restore it", error=LearnerFailed, of=UNREADABLE):
             return {run: [Released(*each) for each in kinds] for run, kinds in read_record(self._path).items()}

@@ -134,7 +134,7 @@ def test_settings_that_contradict_each_other_are_refused(changes: Mapping[str, A
         ({"quorum": 0}, "quorum must be at least 1"),
         ({"quorum": "x"}, "quorum must be a whole number"),
         ({"round_s": 1e-300}, "round_s must be at least 0.1"),
-        ({"clip": 1e-31}, "clip (1e-31) must be 0, for updates of any norm, or at least 1e-30"),
+        ({"clip": 1e-31}, "clip (1e-31) must be 0, for any norm, or at least 1e-30"),
         (
             {"dp": "record", "dp_noise": 1.0, "dp_budget": 8.0, "dp_row_clip": 5e-324},
             "dp_row_clip must be at least 1e-30",

@@ -76,7 +76,7 @@ class Journal:
             # whatever has been used is lower: nothing that comes late is taken for new
             self._first = int(time.time())
 
-    def resume(self, number: int, plan: str, lost: Try | None = None) -> Try | None:
+    def resume(self, number: int, plan: str, *, lost: Try | None = None) -> Try | None:
         """The try at a round that was open, if it was asked for what this plan would ask for.
 
         `lost` is that try, where it is found elsewhere and not here any more.

@@ -23,8 +23,6 @@ FluffleError
 Each error's text is one sentence that says what is wrong and what to do. This file knows no other file.
 """
 
-from collections.abc import Sequence
-
 STOPPED, GAVE_UP = 3, 4
 """Exit statuses: told to stop before the work was done; unable to go on, for reasons that a new process may mend."""
 
@@ -93,14 +91,7 @@ class LinkClosed(LinkError):
 
 
 class LearnerFailed(FluffleError):
-    """The user's learner raised, or died; the text ends with the last lines of its traceback.
-
-    `released`: the steps with noise that it had taken by then, of which even the failure tells something.
-    """
-
-    def __init__(self, text: str, released: Sequence[tuple[float, float, int]] = ()) -> None:
-        super().__init__(text)
-        self.released = released
+    """The user's learner raised, or died; the text ends with the last lines of its traceback."""
 
 
 class OutOfMemory(LearnerFailed):

@@ -8,8 +8,10 @@ import os
 import random
 import re
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +27,8 @@ DEFAULT_USER = "fluffle"
 OURS = {"broker", ".node.json.new"}
 """What may be in a folder before it has an address: what is mounted there, and what a start left that was killed."""
 LOG = "node.log"
-"""What all three processes say, since the last start."""
+"""What all three processes say, since the last start or since it was too much; what was before is in `node.log.1`."""
+LOG_BYTES_MAX = 64 * 1024 * 1024
 CONF = """\
 listeners.tcp.1 = 127.0.0.1:{port}
 default_user = {user}
@@ -155,6 +158,17 @@ def furnish(folder: Path, address: Address, conf: str) -> None:
         (folder / ".erlang.cookie").chmod(0o400)  # Erlang insists
     if (folder / LOG).exists():
         (folder / LOG).replace(folder / f"{LOG}.1")
+
+
+def turn_over(log: Path) -> None:
+    """Begin a log anew that has become too long: whoever reaches the port has a line written as often as they like.
+
+    What is said in that instant is lost; nobody who writes needs to know, for all of them append.
+    """
+    with suppress(OSError):  # the folder may be gone, or its disk full
+        if log.stat().st_size > LOG_BYTES_MAX:
+            shutil.copyfile(log, log.with_name(f"{LOG}.1"))
+            os.truncate(log, 0)
 
 
 def environment(folder: Path, address: Address) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from broker.errors import UsageError
-from broker.folder import BROKER, EPMD, KEEPER, LOG, Address, environment, furnish, known, settle
+from broker.folder import BROKER, EPMD, KEEPER, LOG, Address, environment, furnish, known, settle, turn_over
 from broker.processes import STOP_S, end, holder, spawn, take
 
 START_S = 60.0
@@ -226,6 +226,7 @@ def keep(folder: Path, parent: int) -> None:
         run(folder / BROKER, str(find_server()))
         while all_well():
             time.sleep(0.1)
+            turn_over(log)
     finally:
         for lock, process in reversed(started):
             process.terminate()

@@ -27,6 +27,8 @@ BITS_MIN, BITS_MAX = 4, 29
 TAIL = 12.0
 """So many standard deviations of noise have room in the ring: beyond it is less than once in 10^32 numbers."""
 
+NOISE_MIN = 1e-9
+"""What less noise than this costs, in clips, is beyond numbers."""
 _Words = NDArray[np.uint64]
 _WHOLE = 2**63
 

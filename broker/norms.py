@@ -17,6 +17,8 @@ from broker.formats import Format, Run
 from broker.pieces import look, pieces
 from broker.tensors import Layout, as_float64, from_float64
 
+CLIP_MIN = 1e-30
+"""With a smaller bound float32 has no noise, and float64 cannot count."""
 SLACK = 1e-3
 """A receiver allows so much more than the bound: two sides may round a sum of squares differently."""
 

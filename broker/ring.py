@@ -34,6 +34,7 @@ from broker.errors import UsageError, WireError
 from broker.formats import count_floats
 from broker.masks import Words
 from broker.noise import TAIL, Grain, fit
+from broker.norms import CLIP_MIN
 from broker.pieces import CHUNK_ITEMS, look, pieces
 from broker.tensors import FLOATS, ITEM_BYTES, Layout, Segment, TensorSpec, as_float64
 
@@ -94,7 +95,7 @@ def ring_of(bits: int, *, clip: float, examples_max: int, cohort: int, noise: fl
     """
     if bits not in (32, 64):
         raise UsageError(f"the words of a secure sum have 32 or 64 bits, not {bits}.")
-    if not 1e-30 <= clip < math.inf:  # in smaller ones float64 could not count
+    if not CLIP_MIN <= clip < math.inf:
         raise UsageError(f"a secure sum needs a bound of what is added, and clip is {clip:g}: set it above 0.")
     if not 1 <= examples_max <= EXAMPLES_MAX:
         raise UsageError(f"a secure sum needs examples_max within 1 and {EXAMPLES_MAX}, and it is {examples_max}.")

@@ -48,12 +48,8 @@ Threshold = Annotated[float | None, typer.Option(help="Secure: part of the neigh
 KeepUpdates = Annotated[bool | None, typer.Option(help="Keep counted updates, to make versions again, for ever.")]
 Drains = Annotated[int, typer.Option(min=1, max=64, help="Updates received at once, each in memory of its size.")]
 Dp = Annotated[str | None, typer.Option(help="Differential privacy: of a worker, central or distributed; record.")]
-DpNoise = Annotated[float | None, typer.Option(help="Its noise, in clips.")]
-DpBudget = Annotated[float | None, typer.Option(help="The largest epsilon; the run ends before it.")]
-DpDelta = Annotated[float | None, typer.Option(help="The delta that belongs to it.")]
 DpPopulation = Annotated[int | None, typer.Option(help="Of how many workers dice draw each round's cohort.")]
 DpAdaptive = Annotated[bool | None, typer.Option(help="Let the clip follow the median of the updates' norms.")]
-DpRowClip = Annotated[float | None, typer.Option(help="record: the largest norm of a row's gradient.")]
 
 
 def coordinator(
@@ -82,12 +78,12 @@ def coordinator(
     roster: RosterFile = None,
     keep_updates: KeepUpdates = None,
     dp: Dp = None,
-    dp_noise: DpNoise = None,
-    dp_budget: DpBudget = None,
-    dp_delta: DpDelta = None,
+    dp_noise: Annotated[float | None, typer.Option(help="Its noise, in clips.")] = None,
+    dp_budget: Annotated[float | None, typer.Option(help="The largest epsilon; the run ends before it.")] = None,
+    dp_delta: Annotated[float | None, typer.Option(help="The delta that belongs to it.")] = None,
     dp_population: DpPopulation = None,
     dp_adaptive: DpAdaptive = None,
-    dp_row_clip: DpRowClip = None,
+    dp_row_clip: Annotated[float | None, typer.Option(help="record: the largest norm of a row's gradient.")] = None,
     drains: Drains = service.DRAINS,
     settings: SettingPairs = None,
     give_up_s: GiveUp = None,

@@ -43,14 +43,11 @@ class Desk:
     Attributes:
         roster, rests: who is here, and who is not asked for a while.
         open: the round in the making, if one is; the service sets it.
-        rule: how updates are added up.
-        sums: what the present turn has added up, in memory that all turns of all rounds use.
+        rule, sums: how updates are added up; what the present turn has, in memory that all turns of all rounds use.
         version, unsafe: the last one that was made; the round that made it, while that is not on the disk.
-        uploads: what was accepted and is to be drained.
-        spread: adds up and finishes, chunk by chunk.
+        uploads, spread: what was accepted and is to be drained; adds it up and finishes, chunk by chunk.
         take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
-        scores: what is said of versions but in the open round.
-        changed: set whenever something was heard.
+        scores, changed: what is said of versions but in the open round; set whenever something was heard.
     """
 
     def __init__(self, store: Store, post: Post, layout: Layout, version: int, *, drains: int) -> None:
@@ -59,11 +56,9 @@ class Desk:
         self.scores = Scores(store)
         self.take_secret: Callable[[Ready | Step], Awaitable[None]] | None = None
         self.add_secret: Callable[[Secret, str, memoryview], None] | None = None
-        self.changed = asyncio.Event()
-        self.store = store
+        self.changed, self._received = asyncio.Event(), asyncio.Event()
+        self.store, self.plan, self.post = store, store.plan, post
         post.blame = self._blame
-        self.plan = store.plan
-        self.post = post
         self.version = version
         self.unsafe: Round | None = None
         self.format = format_of(self.plan.format, keep=self.plan.kept)
@@ -79,7 +74,6 @@ class Desk:
         self._rooms = [Room(store.folder) for _ in range(drains)]
         self._adding = asyncio.Lock()  # one update is added at a time
         self._receiving: dict[asyncio.Timeout, None] = {}  # in the order in which they began
-        self._received = asyncio.Event()
         self.facts = Facts()  # for the line of the round that is open, or comes next
         self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: dict[int, dict[Attempt, frozenset[str]]] = {}  # by round: the last try at a version is
@@ -169,7 +163,8 @@ class Desk:
         self.store.claim.check()
         now = time.monotonic()
         if isinstance(message, Hello) and not message.incarnation:
-            await self.post.restore(message.worker)
+            if self.post.link.vouched:
+                await self.post.restore(message.worker)
         elif isinstance(message, Hello):
             self._greet(message, now)
         elif isinstance(message, Goodbye) and delivery.user == topology.OPERATOR:

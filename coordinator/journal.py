@@ -76,8 +76,14 @@ class Journal:
             # whatever has been used is lower: nothing that comes late is taken for new
             self._first = int(time.time())
 
-    def resume(self, number: int, plan: str) -> Try | None:
-        """The try at a round that was open, if it was asked for what this plan would ask for."""
+    def resume(self, number: int, plan: str, *, lost: Try | None = None) -> Try | None:
+        """The try at a round that was open, if it was asked for what this plan would ask for.
+
+        `lost` is that try, where it is found elsewhere and not here any more.
+        """
+        if lost and not self._at(number):
+            self.tries.append(lost)
+            self._save()
         found = self._at(number)
         if found and found.cohort and found.plan != plan:
             log.warning("round %d was begun under other settings, or for another run: it is begun anew", number)

@@ -19,6 +19,7 @@ from broker import wording
 from broker.errors import UsageError
 from broker.formats import KEEP
 from broker.messages import CLIP_MAX, EXAMPLES_MAX, KEY_MAX, MAP_MAX, PART_BYTES_MAX, PART_BYTES_MIN, TEXT_MAX, Noise
+from broker.norms import CLIP_MIN
 from broker.pact import COHORT_MAX, COHORT_MIN
 from broker.parts import PART_BYTES
 from broker.ring import Ring, ring_of
@@ -115,7 +116,7 @@ class Plan:
     cohort: Annotated[int, Field(ge=1, le=10**6)] = 2
     over_select: Annotated[float, Field(ge=1, le=3)] = 1.0
     quorum: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    round_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] = 600.0
+    round_s: Annotated[float, Field(ge=0.1, le=30 * 24 * 3600)] = 600.0
     gather_s: Annotated[float, Field(ge=0, le=24 * 3600)] = 30.0
     schedule: Literal["parallel", "cyclic"] = "parallel"
     workers: tuple[Name, ...] = ()
@@ -138,10 +139,10 @@ class Plan:
     dp: Literal["none", "central", "distributed", "record"] = "none"
     dp_noise: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     dp_budget: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    dp_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    dp_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
     dp_population: Annotated[int, Field(ge=1, le=10**6)] | None = None
     dp_adaptive: bool = False
-    dp_row_clip: Annotated[float, Field(gt=0, le=CLIP_MAX)] = 1.0
+    dp_row_clip: Annotated[float, Field(ge=CLIP_MIN, le=CLIP_MAX)] = 1.0
     settings: Annotated[dict[_KEY, _VALUE], Field(max_length=MAP_MAX)] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -84,7 +84,8 @@ class Post:
                 return await stack.enter_async_context(self.link.consume(queue, prefetch=prefetch, alone=True))
             except QueueInUse:
                 if not until:
-                    log.warning("another coordinator of the run %s is connected, or was a moment ago", self.run)
+                    said = "the run %s has another coordinator, or its lost connection: waiting for %.0f s at most"
+                    log.warning(said, self.run, RIVAL_S)
                     until = now() + RIVAL_S
                 elif now() >= until:
                     raise UsageError(
@@ -148,31 +149,41 @@ class Post:
         await delivery.ack()
 
     async def restore(self, worker: str) -> None:
-        """Make the queues of an invited worker anew: it says that they are gone, and may not do so itself.
+        """Make a worker's queues, and the ways there, anew: they are gone, and whoever is invited may not do so.
 
-        The broker vouches for who says so: whoever is not invited any more cannot.
+        The broker vouches for who says that they are: whoever is not invited any more cannot.
         """
         now = asyncio.get_running_loop().time()
-        if not self.link.vouched or now - self._restored.get(worker, -RESTORE_S) < RESTORE_S:
+        if now - self._restored.get(worker, -RESTORE_S) < RESTORE_S:
             return
         self._restored[worker] = now
         try:
-            await self.link.declare(topology.of_worker(worker, invited=True))
+            await self.link.declare(topology.of_worker(worker, invited=self.link.vouched))
         except (LinkError, BrokerRefused) as problem:
             log.warning("the queues of %s are gone and could not be made anew: %s", worker, problem)
         else:
             log.info("the queues of %s were gone: made anew", worker)
 
-    async def send_task(self, task: Task, weights: memoryview, workers: Iterable[str], *, seen: set[str]) -> int:
+    async def send_task(self, task: Task, weights: memoryview, workers: list[str], *, seen: set[str]) -> int:
         """Send a version to these workers, as one copy to the broker; how many bytes that was.
 
         Who has `seen` the roster of a secure task is told its digest alone; of another task there is nothing to see.
 
         Raises:
-            Unroutable: none of them has a queue.
+            Unroutable: none of them has a queue, nor would take one.
             LinkError: the broker did not take it.
         """
-        keys, sent = tuple(workers), 0
+        try:
+            return await self._send_task(task, weights, tuple(workers), seen)
+        except Unroutable:  # somebody has deleted the exchange, and with it all bindings, or all of their queues
+            log.warning("RabbitMQ has lost the ways to all who were asked: they are made anew")
+            await self.declare()
+            for worker in workers:
+                await self.restore(worker)
+            return await self._send_task(task, weights, tuple(workers), seen)
+
+    async def _send_task(self, task: Task, weights: memoryview, keys: tuple[str, ...], seen: set[str]) -> int:
+        sent = 0
         heads = [(task, tuple(key for key in keys if key not in seen))]
         if task.secure:
             bare = replace(task, secure=replace(task.secure, shown=b""))

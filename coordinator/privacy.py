@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.messages import CLIP_MAX
-from broker.noise import gaussian
-from broker.norms import SLACK
+from broker.noise import NOISE_MIN, gaussian
+from broker.norms import CLIP_MIN, SLACK
 
-CLIP_START, CLIP_MIN = 0.1, 1e-9
+CLIP_START, CLIP_FLOOR = 0.1, 1e-9
 LEARNING_RATE, QUANTILE = 0.2, 0.5
 _BITS = 0  # the stream of noise for them; floats begin at 1
 
@@ -75,18 +75,19 @@ def next_clip(clip: float, within: int, *, counted: int, cohort: int, key: bytes
     """The clip of the round after one in which so many of the counted updates were within it."""
     noise = bit_noise(cohort) * float(gaussian(key, _BITS, 1)[0])
     fraction = (within - counted / 2 + noise) / cohort + 0.5
-    return min(max(clip * math.exp(-LEARNING_RATE * (fraction - QUANTILE)), CLIP_MIN), CLIP_MAX)
+    return min(max(clip * math.exp(-LEARNING_RATE * (fraction - QUANTILE)), CLIP_FLOOR), CLIP_MAX)
 
 
 def contradictions(plan: Any) -> Iterator[tuple[bool, str]]:
     """What in a plan (`plan.py`) would not be private: whether it is so, and the sentence; the first is the one."""
     dp, secure = plan.dp, getattr(plan, "privacy", "none") == "secure"
+    yield 0 < plan.clip < CLIP_MIN, f"clip ({plan.clip:g}) must be 0, for any norm, or at least {CLIP_MIN:g}"
     if dp == "none":
         given = plan.dp_noise or plan.dp_budget or plan.dp_population or plan.dp_adaptive
         yield bool(given), "dp_noise, dp_budget, dp_population and dp_adaptive are for differential privacy: set dp"
         return
     yield (
-        not (plan.dp_noise and plan.dp_budget),
+        plan.dp_noise < NOISE_MIN or not plan.dp_budget,
         f"dp = {dp} needs dp_noise, the noise in clips (1.0 is usual), and dp_budget, the largest epsilon",
     )
     yield plan.dp_adaptive and dp != "central", f"dp_adaptive is for dp = central, and dp is {dp}: leave it out"

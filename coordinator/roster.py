@@ -45,6 +45,7 @@ class Roster:
         self._invited = frozenset(invited)
         self._present: dict[str, Present] = {}
         self.due_at = 0.0
+        self._lost_all = False
 
     def hear(self, hello: Hello, now: float) -> bool:
         """Note a sign of life; False if the roster is full."""
@@ -71,7 +72,13 @@ class Roster:
         for worker in gone:
             del self._present[worker]
         self.due_at = min((p.until_at for p in self._present.values()), default=now + LEASE_S_MAX)
+        self._lost_all |= bool(gone) and not self._present
         return gone
+
+    def lost_all(self) -> bool:
+        """Whether the leases of all who were left have ended since this was asked last."""
+        found, self._lost_all = self._lost_all, False
+        return found
 
     def has(self, worker: str) -> bool:
         """Whether the worker is here."""

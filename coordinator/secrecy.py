@@ -25,6 +25,7 @@ from broker.pact import SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settle
 from broker.pinned import Roster as Keys
 from broker.ring import Form
 from coordinator.desk import Desk
+from coordinator.journal import Try
 from coordinator.opened import Open, Secret
 from coordinator.round import Verdict
 from coordinator.store import Store
@@ -79,7 +80,7 @@ class Secrecy:
         if released:
             if kept := self._vault.read(_name(here, secret)):
                 with contextlib.suppress(Aborted):  # less is whole than it takes: as lost as nothing at all
-                    self._recall(here, secret, *kept)
+                    self._recall(here, secret, *kept[1:])
             here.round.target = len(here.round.counted)  # nobody else is waited for
         here.secret = secret
         if again:  # they say again what they have opened, or take up keys anew
@@ -306,6 +307,14 @@ class Secrecy:
             raise WireError(str(problem)) from None
 
     # -- what outlives the coordinator --------------------------------------------------------------------------
+
+    def released(self, number: int, plan: str) -> Try | None:
+        """The try at a round whose sum was put down to be released: there must be no other, should it be lost."""
+        if (kept := self._vault.read(f"{self._plan.run}/{number}/")) is None:
+            return None
+        attempt, serial = map(int, kept[0].split("/")[2:4])
+        cohort = tuple(each.worker for each in kept[2] if isinstance(each, Ready))
+        return Try(number, attempt, plan, cohort, time.time(), serial=serial, released=True)
 
     def forget(self) -> None:
         """The version is safe."""

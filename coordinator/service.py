@@ -126,6 +126,9 @@ class Coordinator:
         """End us when another coordinator has taken over, also where nobody says anything."""
         while True:
             self.store.claim.check()
+            if self.roster.lost_all():  # or lost the exchange by which all are heard, and what they have said since
+                await self.post.declare()
+                await self._attend(hearing=True)
             await asyncio.sleep(HOLD_S)
 
     # -- rounds -------------------------------------------------------------------------------------------------
@@ -185,10 +188,11 @@ class Coordinator:
     async def _taken_up(self) -> Open | None:
         """The attempt that was open when the coordinator before this one ended, if one was.
 
-        Whoever was asked may still be at it, or may have done it: nobody is asked again who does not ask for it, and
-        all are waited for until the deadline, here or not.
+        Whoever was asked may be at it, or done: who does not ask is not asked again, and all are waited for.
         """
-        begun = self.store.journal.resume(self.desk.version + 1, plans.digest(self.plan))
+        number, plan = self.desk.version + 1, plans.digest(self.plan)
+        lost = self._secrecy.released(number, plan) if self._secrecy else None
+        begun = self.store.journal.resume(number, plan, lost=lost)
         if begun is None:
             self.desk.keeping.forget()
             return None

@@ -58,14 +58,14 @@ class Vault:
         with disk(self._path.parent), self._claim.acting(), self._path.open("ab") as file:
             file.writelines(framed(encode(said)))
 
-    def read(self, name: str) -> tuple[memoryview, list[Ready | Step]] | None:
-        """The words, and what was said as far as it is whole; None if there is nothing of this name."""
+    def read(self, name: str) -> tuple[str, memoryview, list[Ready | Step]] | None:
+        """Name and words of the sum whose name begins so, and what was said as far as it is whole; None without."""
         found = list[memoryview]()
         with contextlib.suppress(OSError, ValueError):
             found.extend(pieces(memoryview(self._path.read_bytes())))
         with contextlib.suppress(WireError):
-            if len(found) > 1 and found[0] == name.encode():
-                return found[1], [each for each in map(decode, found[2:]) if isinstance(each, Ready | Step)]
+            if len(found) > 1 and (called := str(found[0], "utf-8", "replace")).startswith(name):
+                return called, found[1], [each for each in map(decode, found[2:]) if isinstance(each, Ready | Step)]
         return None
 
     def drop(self) -> None:

@@ -56,6 +56,11 @@ class MemoryBroker:
             self.delete(name)
         self._exchanges.clear()
 
+    def remove(self, exchange: str) -> None:
+        """Remove an exchange and its bindings, as by hand."""
+        del self._exchanges[exchange]
+        self._bindings = [each for each in self._bindings if each.exchange != exchange]
+
     def tell(self) -> None:
         """Something has changed: whoever waits looks again."""
         self._news.set()

@@ -8,6 +8,7 @@ It holds the user's data for as long as it lives and must never outlive the guar
 dies, and, where the kernel cannot, the daemon's closed socket does. What the user's code prints goes to stderr.
 """
 
+import logging
 import mmap
 import os
 import select
@@ -26,6 +27,7 @@ import msgpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from xxhash import xxh3_64_digest
 
 from broker.contract import fingerprint, other_file
 from broker.errors import FluffleError, LearnerFailed, OutOfMemory, UsageError, WireError
@@ -35,6 +37,8 @@ from broker.norms import clip
 from broker.tensors import Layout
 from workers import learner, task, weights
 from workers.work import CLOSED, MEANT_FOR_DAEMON, Outcome, Work, bytes_of, layout_of, told
+
+log = logging.getLogger(__name__)
 
 DICE_OF_FORMATS = 1  # so that rounding does not follow the learner's dice
 
@@ -55,7 +59,6 @@ def serve(link: socket.socket) -> None:
         except FluffleError as problem:
             kind = "usage" if isinstance(problem, UsageError) else "learner"
             answer = {"failed": kind, "text": str(problem), "spent": isinstance(problem, OutOfMemory)}
-            answer["released"] = getattr(problem, "released", ())
         except BaseException as problem:  # noqa: BLE001 (the user's code runs here; whatever it does is an answer)
             answer = {"failed": "learner", "text": f"the training process failed: {learner.told(problem)}"}
         if os.getpid() != me:
@@ -170,7 +173,7 @@ class Pupil:
         within = done.delta is None or _pack(layout, done, work, room=room, residual=request["residual"])
         return {
             "examples": done.examples, "metrics": done.metrics, "scores": done.scores,
-            "seconds": time.monotonic() - began, "within": within, "released": done.released,
+            "seconds": time.monotonic() - began, "within": within,
         }  # fmt: skip
 
     def _scratch(self, layout: Layout) -> bytearray:
@@ -235,16 +238,21 @@ def _pack(
             if residual is not None and owed is not None:
                 with opened(Path(residual[1]), "wb", 0o600) as left:
                     owed.tofile(left)
+                    left.write(xxh3_64_digest(owed.data))
     except WireError as problem:
-        raise LearnerFailed(str(problem), done.released) from None
+        raise LearnerFailed(str(problem)) from None
     return within
 
 
 def _read_floats(file: Path, count: int) -> NDArray[np.float32]:
-    """What is owed; nothing if that was never written, or not by a worker with this model."""
-    if not file.exists() or file.stat().st_size != 4 * count:
-        return np.zeros(count, np.float32)
-    return np.fromfile(file, np.float32)
+    """What is owed; nothing if that was never written, not by a worker with this model, or is damaged."""
+    found = np.fromfile(file, np.uint8) if file.exists() else np.zeros(0, np.uint8)
+    floats, check = found[: 4 * count], found[4 * count :].tobytes()
+    if check == xxh3_64_digest(floats.data):
+        return floats.view(np.float32)
+    if len(found):
+        log.warning("%s is damaged, or of another model: what earlier updates left out is lost", file)
+    return np.zeros(count, np.float32)
 
 
 if __name__ == "__main__":  # where a guard cannot fork

@@ -4,7 +4,7 @@ Knows how a line is written so that nobody can change it later without a trace (
 is read. Does not know when something is written (`owner.py`, `outbox.py`), nor how it is shown.
 
 No coordinator can write here: of what it says only short texts are told, with whatever is not for the eye escaped.
-Nor can it fill the disk with refusals: an hour has only so many of them, and how many there were is told.
+Nor can it fill the disk with refusals and scores: an hour has only so many of them, and how many there were is told.
 """
 
 import contextlib
@@ -28,8 +28,13 @@ SUFFIX = ".ledger"
 TEXT_MAX, ENTRIES_MAX = 500, COHORT_MAX
 """Characters of a text in a line, and names in a list, which may be those of all in a sum; what is longer is cut."""
 
-FLOODS, FLOOD_MAX, FLOOD_S = ("refused", "alarm"), 100, 3600.0
-"""Of each of these events so many lines in so many seconds, for others can cause them, and nothing leaves by them."""
+FLOOD_MAX, SCORED_MAX, FLOOD_S = 100, 1000, 3600.0
+FLOODS = {"refused": FLOOD_MAX, "alarm": FLOOD_MAX, "evaluate": SCORED_MAX, "score": SCORED_MAX}
+"""Of each of these events or kinds of task so many lines in FLOOD_S seconds: others cause them as often as they like.
+
+Scores leave, so it is said before they do that further ones are only counted. Whatever is trained is written: the
+policy's `rounds_a_day` is for that.
+"""
 
 Line = dict[str, Any]
 
@@ -52,20 +57,20 @@ class Ledger:
         """
         line = {"event": event, "at": round(time.time(), 3)} | {name: plain(fact) for name, fact in facts.items()}
         with self._alone:
-            if event in FLOODS and not self._has_room(event, line):
+            if (kind := facts.get("work", event)) in FLOODS and not self._has_room(kind, line):
                 return
             with _disk(), appending(self.path, 0o600) as file:
                 self._chain.append(file, line)
 
-    def _has_room(self, event: str, line: Line) -> bool:
+    def _has_room(self, kind: str, line: Line) -> bool:
         """Whether one more is written; the last before a pause says so, the next after it how many were not."""
-        now, (since, count) = line["at"], self._floods.get(event, (-math.inf, 0))
+        now, most, (since, count) = line["at"], FLOODS[kind], self._floods.get(kind, (-math.inf, 0))
         if not 0 <= now - since < FLOOD_S:  # a clock may be set back
-            line |= {"unwritten": count - FLOOD_MAX} if count > FLOOD_MAX else {}
+            line |= {"unwritten": count - most} if count > most else {}
             since, count = now, 0
-        self._floods[event] = since, count + 1
-        line |= {"further": f"are counted only, for {FLOOD_S:g} s"} if count == FLOOD_MAX - 1 else {}
-        return count < FLOOD_MAX
+        self._floods[kind] = since, count + 1
+        line |= {"further": f"are counted only, for {FLOOD_S:g} s"} if count == most - 1 else {}
+        return count < most
 
     def keep(self) -> None:
         """See to it that what was written stays written. Takes as long as the disk does; call it in a thread.

@@ -15,18 +15,23 @@ Neither noise nor batches come from dice that the learner or the plan can sow: t
 torch's own would tell its next numbers to whoever knows enough of the last ones, and knows a seed of 32 bits only.
 """
 
+import json
+import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from broker.errors import LearnerFailed
+from broker.files import opened
 from broker.noise import KEY_BYTES, gaussian
+from workers.work import Work
 
 KEY = "private"
 """Under which name a learner finds this in its settings."""
@@ -42,14 +47,14 @@ class Private:
 
     Args:
         model: the task's.
-        noise: standard deviation of the noise on a step's sum of gradients, in clips.
-        clip: the largest norm of a row's gradient.
+        work: the task; of which standard deviation the noise on a step's sum of gradients is, in clips; the clip, the
+            largest norm of a row's gradient; and where steps are put down.
 
     Raises:
         LearnerFailed: Opacus is not installed, or the model mixes the rows of a batch.
     """
 
-    def __init__(self, model: nn.Module, noise: float, clip: float) -> None:
+    def __init__(self, model: nn.Module, work: Work) -> None:
         try:
             from opacus import PrivacyEngine  # noqa: PLC0415 (an extra, and it takes seconds to load)
             from opacus.validators import ModuleValidator  # noqa: PLC0415
@@ -68,7 +73,7 @@ class Private:
                 if mixing
                 else f"the model cannot be trained under dp = record: {wrong[0]}"
             )
-        self._model, self._noise, self._clip = model, noise, clip
+        self._model, self._work = model, work
         with warnings.catch_warnings(action="ignore"):  # its dice are not secure, it says: they are not used
             self._engine: Any = PrivacyEngine(accountant="rdp")
         self._wrapped: Any = None
@@ -80,12 +85,13 @@ class Private:
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # as it should, for rows need no gradient
         self._engine.secure_rng = secret_dice()
         self._wrapped, optimizer, loader = self._engine.make_private(
-            module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=self._noise,
-            max_grad_norm=self._clip, poisson_sampling=True,
+            module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=self._work.row_noise,
+            max_grad_norm=self._work.row_clip, poisson_sampling=True,
         )  # fmt: skip
         optimizer.clip_and_accumulate = partial(_cut, optimizer, optimizer.clip_and_accumulate)
         key = secrets.token_bytes(KEY_BYTES)
-        optimizer.add_noise = partial(_add_noise, optimizer, self._noise * self._clip, key, count())
+        optimizer.add_noise = partial(_add_noise, optimizer, self._work.row_noise * self._work.row_clip, key, count())
+        optimizer.attach_step_hook(partial(self._put_down, optimizer.step_hook))
         return self._wrapped, optimizer, loader
 
     @property
@@ -93,13 +99,17 @@ class Private:
         """Noise, rate and number of the steps that were taken."""
         return [(float(noise), float(rate), int(times)) for noise, rate, times in self._engine.accountant.history]
 
-    def __enter__(self) -> None:
-        pass
+    def _put_down(self, count_it: Callable[[Any], None], optimizer: Any) -> None:
+        """A step has its noise, and nobody has seen it yet: whatever becomes of this process, it counts."""
+        count_it(optimizer)
+        os.pwrite(self._file.fileno(), json.dumps([*self._work.steps[1:], self.released]).encode(), 0)
 
-    def __exit__(self, _: object, problem: BaseException | None, __: object) -> None:
-        """Leave the model as it was; a failure tells of the steps before it, and says how many they were."""
-        if isinstance(problem, LearnerFailed):
-            problem.released = self.released
+    def __enter__(self) -> None:
+        self._file = opened(Path(self._work.steps[0]), "wb", 0o600)
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the model as it was."""
+        self._file.close()
         if self._wrapped is not None:
             self._wrapped.to_standard_module()
         for parameter in self._model.parameters():

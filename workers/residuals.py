@@ -14,6 +14,8 @@ from broker.messages import Attempt
 
 RUNS_MAX = 2
 """For so many runs a worker keeps what it owes, the newest ones."""
+LEFT_MAX = 32
+"""So many updates may have left something: more than are ever on their way, and none is forgotten that may count."""
 OWED, LEFT = ".residual", ".left"
 
 
@@ -31,11 +33,23 @@ class Residuals:
     def __init__(self, folder: Path, worker: str) -> None:
         self._folder = folder
         self._worker = worker
+        self._begun: dict[Path, None] = {}  # by this process; what one before it left is removed when that starts
 
     def of(self, of: Attempt) -> Residual:
         """The files for an update; one update of a run at a time."""
         stem = self._folder / f"{self._worker}.{of.run}"
         return Residual(stem.with_name(stem.name + OWED), stem.with_name(stem.name + LEFT))
+
+    def begin(self, of: Attempt) -> Residual:
+        """The files for an update that is to be made now; what others that came to nothing left must not pile up."""
+        residual = self.of(of)
+        self._begun.pop(residual.left, None)
+        self._begun[residual.left] = None
+        if len(self._begun) > LEFT_MAX:
+            oldest = next(iter(self._begun))
+            del self._begun[oldest]
+            oldest.unlink(missing_ok=True)
+        return residual
 
     def accept(self, of: Attempt) -> None:
         """The update counts: what it left out is owed now."""

@@ -15,7 +15,8 @@ from broker import pact
 from broker.errors import Alarm, LearnerFailed, Refused, UsageError, insist
 from broker.files import UNREADABLE, read_record, trouble, write_whole
 from broker.messages import KEY_MAX, Attempt, Call, Payload, Ready, Secure, Step, Task
-from broker.noise import KEY_BYTES, add_discrete
+from broker.noise import KEY_BYTES, NOISE_MIN, add_discrete
+from broker.norms import CLIP_MIN
 from broker.pact import METRICS_MAX, SCORED, Dealt, Finishers, Masked, Opened, Reveal, Settled, Shares, Vow, context
 from broker.pinned import Roster, read_roster, shown_roster
 from broker.ring import Form, Ring, encode, ring_of
@@ -27,7 +28,10 @@ Pay = Callable[[Task, Form], None]
 """Pays for the release of a sum with noise of which an update is a part."""
 Note = Callable[..., None]
 """Writes a line into the ledger of the data's owner: see `Ledger.write`."""
-UNMASKED = "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it."
+UNMASKED = (
+    "this worker has helped to unmask this round, or a later one: it takes part in no other attempt at it, and where "
+    "the run's folder is an older copy, or damaged, only another run goes on."
+)
 
 
 def check(task: Task, who: Who) -> None:
@@ -52,8 +56,7 @@ def check(task: Task, who: Who) -> None:
             raise LearnerFailed(f"updates are added up in secret as float32 only, and the task says {task.format}.")
         ring_for(task)
     if task.noise and who.trains:
-        # of a smaller multiplier the cost is beyond numbers, and of a smaller clip float32 has no noise
-        shared, private = task.noise.of == "sum", task.noise.multiplier > 1e-9 and task.noise.clip >= 1e-30
+        shared, private = task.noise.of == "sum", task.noise.multiplier >= NOISE_MIN and task.noise.clip >= CLIP_MIN
         if not private or (shared and (task.secure is None or task.noise.least < pact.COHORT_MIN)):
             raise LearnerFailed("the noise that this task asks for hides nobody.")
 

@@ -16,7 +16,7 @@ import random
 import secrets
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from broker.errors import Declined, LearnerFailed, LinkError, Refused, UsageError, WireError
 from broker.formats import FORMATS
@@ -42,8 +42,6 @@ WAITING_MAX = 8
 """So many runs may have a task here that is being done or waits for its turn; a task of another one is refused."""
 LANDING_MAX = PREFETCH_MIN - 1
 """Of so many runs parts may be landing: the headers are not acknowledged meanwhile, and must leave room for parts."""
-
-_Result = TypeVar("_Result")
 
 REFUSING_S = 1.0
 """So long before a task's deadline it is refused, or else its round would be over before the reason is heard."""
@@ -120,7 +118,7 @@ class Worker:
                     self._rest.clear()
                     await self._rest.wait()
 
-    def _start(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begin something that ends with the worker, if not before."""
         task = self._group.create_task(work)
         self._tasks.add(task)
@@ -335,12 +333,12 @@ class Worker:
         work, private = work_for(task, self.who), self.who.trains and task.noise is not None
         self._owner.take(task, trains=train)
         if train and private:
-            await asyncio.to_thread(self._spending.check, task, self.layout)
+            work = await asyncio.to_thread(self._spending.begin, task, self.layout, work)
         weights = await self._unfold(task, job.landing)
         self._holds = self.spool.hold((task.of.run, task.version), job.landing)
         if work.owes:
             await self._outbox.settle(task.of.run)  # what the update before leaves out belongs to this one
-        owed = self._residuals.of(task.of) if work.owes else None
+        owed = self._residuals.begin(task.of) if work.owes else None
         model = await asyncio.to_thread(model_digest, weights.data) if task.secure else b""
         done = self._owner.sift(await self.seat.run(work, self.layout, weights=weights, residual=owed))
         done = replace(done, model=model, examples=done.examples and min(done.examples, task.examples_max))

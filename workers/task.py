@@ -112,7 +112,7 @@ def do(
     settings: dict[str, Any] = {**work.settings, "seed": work.seed, "round": work.round}
     with blaming("train() of the learner's model raised", LearnerFailed):
         model.train()
-    private = Private(model, work.row_noise, work.row_clip) if work.row_noise else None
+    private = Private(model, work) if work.row_noise else None
     if private:
         settings[PRIVATE] = private
     _sow(work.seed)
@@ -123,7 +123,7 @@ def do(
             raise LearnerFailed(UNUSED)
         delta = weights.delta(model, layout, received, into=into)
     if private:  # what was learned of rows without noise does not travel
-        return Outcome(examples, {}, {}, delta, private.released)
+        return Outcome(examples, {}, {}, delta)
     return Outcome(examples, metrics, scores, delta)
 
 

@@ -120,8 +120,7 @@ class Trainer:
                 )  # fmt: skip
             except UsageError as problem:
                 raise LearnerFailed(str(problem)) from problem
-        said = {name: answer[name] for name in ("examples", "metrics", "scores", "seconds", "within", "released")}
-        return Done(delta=delta, layout=written, **said)
+        return Done(delta=delta, layout=written, **answer)
 
     async def draw(self, *, seed: int) -> tuple[Layout, Slot]:
         """The weights of a fresh model, drawn with `seed`, and which tensors they are.
@@ -183,14 +182,14 @@ class Trainer:
         except LearnerFailed:
             await self._end()
             raise
-        self.patience_s += answer["ready_s"] - self.ready_s
-        self.ready_s = answer["ready_s"]
+        before, self.ready_s = self.ready_s, answer.pop("ready_s")
+        self.patience_s += self.ready_s - before
         if answer.get("spent"):
             await self._end()
         if answer.get("failed") == "usage":
             raise UsageError(answer["text"])
         if "failed" in answer:
-            raise LearnerFailed(answer["text"], answer.get("released", ()))
+            raise LearnerFailed(answer["text"])
         return answer
 
     async def _outwait(self, waiting: "asyncio.Future[dict[str, Any]]", slots: tuple[Slot | None, ...]) -> None:

@@ -6,7 +6,7 @@ of work in these words. Does not know how training is done or where a result is 
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -76,7 +76,7 @@ class Work:
 
     The update is written in `format`, of which `keep` is an argument where it wants one. Its norm is at most `clip`,
     unless that is 0. With `row_noise` above 0 every step's gradient has so much noise, in units of `row_clip`, to
-    which each row's is cut (`privacy.py`).
+    which each row's is cut (`privacy.py`); these steps are put down in a file, as of a run, round and attempt.
     It is done by a learner whose file has the SHA-256 `learner_file`, or by any if that is empty.
     """
 
@@ -91,6 +91,7 @@ class Work:
     learner_file: str = ""
     row_noise: float = 0.0
     row_clip: float = 1.0
+    steps: tuple[str, str, int, int] = ("", "", 0, 0)
 
     @property
     def owes(self) -> bool:
@@ -103,14 +104,13 @@ class Outcome:
     """What one task made, in the process that made it.
 
     `examples` and `delta` are None where nothing was trained; `metrics` is what train reported, `scores` what
-    evaluate said of the weights as they were received, `released` what was trained with noise: noise, rate, steps.
+    evaluate said of the weights as they were received.
     """
 
     examples: int | None
     metrics: dict[str, float]
     scores: dict[str, float]
     delta: bytes | bytearray | memoryview | mmap | None
-    released: Sequence[tuple[float, float, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,6 @@ class Done:
     layout: Layout
     model: bytes = b""
     within: bool = True
-    released: Sequence[Sequence[float]] = ()
 
 
 def work_for(task: Task, who: Who) -> Work:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import fluffle_demo
 from broker import cli
+from broker import folder as folder_module
 from broker import node as node_module
 from broker.errors import UsageError
 from broker.folder import BROKER, EPMD, KEEPER, settle
@@ -174,6 +175,24 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds other things"):
         Node(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_log_that_strangers_fill_begins_anew_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reaches the port of a node has 300 bytes written for each connection, a thousand times a second."""
+    monkeypatch.setattr(folder_module, "LOG_BYTES_MAX", 1000)
+    log = tmp_path / folder_module.LOG
+    with log.open("ab", buffering=0) as writes:
+        writes.write(b"a" * 1000)
+        folder_module.turn_over(log)
+        assert log.stat().st_size == 1000
+        writes.write(b"b")
+        folder_module.turn_over(log)
+        writes.write(b"c")
+    assert log.read_bytes() == b"c"
+    assert (tmp_path / "node.log.1").read_bytes() == b"a" * 1000 + b"b"
+    folder_module.turn_over(tmp_path / "gone")
 
 
 def test_an_id_that_another_program_got_is_never_killed(tmp_path: Path) -> None:

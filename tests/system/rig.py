@@ -6,6 +6,7 @@ know what a test is about. No torch, no child process, no network: a whole run t
 
 import asyncio
 import itertools
+import json
 import os
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -60,7 +61,7 @@ BOUND_S = 20.0
 """No run of these tests takes longer, on however slow a machine; a hang ends here."""
 QUICK = {
     coordinator.post: {"STALL_S": 0.1, "LOOK_S": 0.02, "RETRY_S": 0.005},
-    coordinator.service: {"BACKOFF_S_MAX": 0.01, "FINAL_S_MAX": 5.0},
+    coordinator.service: {"BACKOFF_S_MAX": 0.01, "FINAL_S_MAX": 5.0, "HOLD_S": 0.02},
     workers.post: {"RETRY_S": 0.005},
 }
 
@@ -96,6 +97,12 @@ def _learned(seed: int, checksum: int) -> tuple[int, bytes]:
         else:
             items[:] = dice.standard_normal(len(items)) / 8
     return 1 + seed % 50, bytes(delta)
+
+
+def put_down(work: Work) -> None:
+    """Ten steps with noise, if the work asks for any."""
+    if work.train and work.row_noise:
+        Path(work.steps[0]).write_text(json.dumps([*work.steps[1:], [(work.row_noise, 0.1, 10)]]))
 
 
 def mean_of(weights: bytearray, updates: Iterable[tuple[int, bytes]]) -> bytearray:
@@ -182,10 +189,11 @@ class Lesson:
     async def _run(self, work: Work, layout: Layout, weights: Slot) -> Done:
         assert layout == MODEL
         received = bytes(weights.data)
+        put_down(work)
         self.began.set()
         await self.gate.wait()
         if self.fails:
-            raise LearnerFailed(self.fails, [(work.row_noise, 0.1, 10)] if work.train and work.row_noise else [])
+            raise LearnerFailed(self.fails)
         assert weights.data == received, "somebody has written over them"
         self.done.append((work.train, work.round))
         if work.train:
@@ -201,7 +209,7 @@ class Lesson:
         within = not work.clip or clip(fmt, layout, delta.data, work.clip) <= work.clip
         return Done(
             examples, {"loss": 1.0 / work.round}, scores, delta, 0.0, fmt.layout(layout),
-            within=within, released=[(work.row_noise, 0.1, 10)] if work.row_noise else [],
+            within=within,
         )  # fmt: skip
 
 

@@ -201,6 +201,37 @@ async def test_a_failure_costs_what_was_trained_with_noise_before_it(tmp_path: P
         assert told == ["spent", "refused"] * 2 + ["refused"]  # the last one of a score, which takes no steps
 
 
+@pytest.mark.parametrize("end", ["its deadline", "the round's end", "its worker's death"])
+async def test_steps_with_noise_are_paid_however_their_training_ends(tmp_path: Path, end: str) -> None:
+    """That it was at work still tells of the steps before, and whoever asks chooses when that is to be seen."""
+    late = end == "its deadline"
+    rows = {"dp": "record", "dp_noise": 2.0, "dp_budget": 50.0, "round_s": 1.0 if late else 60.0, "cohort": 2}
+    async with federation(tmp_path, rounds=1, quorum=2, over_select=1.0 if late else 1.5, **rows) as fed:
+        for name in NAMES[: 2 if late else 3]:
+            fed.join(name)
+        hanging = fed.places["a"]
+        hanging.lesson.gate.clear()
+        fed.begin()
+        await hanging.lesson.began.wait()
+        spent, put_down = (fed.folder / "spool-a" / f"a.{kind}" for kind in ("privacy", "steps"))
+        if end == "its worker's death":
+            await hanging.die()
+        elif late:
+            await fed.until(spent.exists)
+            hanging.lesson.gate.set()
+            assert not put_down.exists(), "they would be paid twice"
+        await fed.end()
+        if not late:
+            assert not spent.exists(), "nobody has asked for anything since"
+            if end == "the round's end":
+                await hanging.leave()
+            fed.join("a")
+        assert json.loads(spent.read_bytes()) == {"test": [[2.0, 0.1, 10 * (1 + late), False]]}
+        lines = [line for line in Ledger(spent.with_suffix(".ledger")).read() if line["event"] == "spent"]
+        assert [line.get("steps", "paid") for line in lines] == ["paid", "paid"] if late else [10]
+        assert not put_down.exists()
+
+
 # -- noise of the workers in a secure sum ----------------------------------------------------------------------------
 
 SHARED = SECURE | {"dp": "distributed", "dp_noise": 0.02, "dp_budget": 1e6}

@@ -391,6 +391,26 @@ async def test_a_broker_restarted_while_the_last_version_is_on_its_way_is_sent_i
         assert final["seconds"] < 4.0  # it is not the clock that ended it
 
 
+@pytest.mark.parametrize("exchange", [topology.DOWN, topology.CONTROL, topology.UP])
+async def test_an_exchange_that_was_deleted_by_hand_is_made_anew(tmp_path: Path, exchange: str) -> None:
+    """Nobody consumes it, so nobody is told; and with it went all bindings to everybody's queues."""
+    async with federation(tmp_path, rounds=3, cohort=2, quorum=2) as fed:
+        removed = list[int]()
+
+        def look(what: Outgoing | Delivery) -> None:
+            message = read(what)
+            if not removed and isinstance(message, Answer) and message.verdict == "accepted":
+                removed.append(1)
+                fed.broker.remove(exchange)
+
+        fed.hook = look
+        for name in ("a", "b"):
+            fed.join(name)
+        await fed.end()
+        assert removed
+        assert fed.counted() == [["a", "b"]] * 3
+
+
 async def test_parts_that_were_asked_for_again_may_take_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -433,6 +433,34 @@ async def test_what_is_put_down_of_a_released_sum_and_damaged_costs_its_round_an
         assert second["secure"]["of"] == list(THREE)
 
 
+@pytest.mark.parametrize("point", ["shares are asked for", "the first shares are opened"])
+@pytest.mark.parametrize("left", [b"{", None])
+async def test_a_released_sum_is_completed_though_the_journal_is_lost_when(
+    tmp_path: Path, left: bytes | None, point: str
+) -> None:
+    """No worker takes part in another attempt at that round: without this one there is no next version, ever."""
+    async with federation(tmp_path, **SECURE, rounds=3) as fed:
+        killed = False
+
+        def look(what: Outgoing | Delivery) -> None:
+            nonlocal killed
+            if not killed and POINTS[point](what):
+                killed = True
+                fed.kill()
+                (fed.run / "round.json").unlink()
+                if left:
+                    (fed.run / "round.json").write_bytes(left)
+
+        fed.hook = look
+        places = [fed.join(name) for name in THREE]
+        await fed.end()
+        assert killed
+        assert fed.counted() == [list(THREE)] * 3
+        assert fed.weights() == secure_expected(fed.store.plan, [THREE] * 3)
+        assert [line["secure"]["sum"] for line in fed.lines("round")] == [1, 1, 1]
+        assert [[number for train, number in place.lesson.done if train] for place in places] == [[1, 2, 3]] * 3
+
+
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_broker_that_is_started_anew_when(tmp_path: Path, point: str) -> None:
     """What is said in a sum does not survive that: all of it is said again, and the same sum goes on."""

@@ -249,9 +249,16 @@ async def test_what_a_format_leaves_out_of_an_update_is_made_up_for(learner: str
             assert (first == again).all(), "a training that was repeated must give the same bytes"
             residuals.accept(Attempt("run", number, 1))
             total += again
-        owed = np.fromfile(residuals.of(Attempt("run", 1, 1)).owed, np.float32)
+        file = residuals.of(Attempt("run", 1, 1)).owed
+        owed = np.fromfile(file, np.float32, count=count_floats(layout))
         assert owed.any()
         np.testing.assert_allclose(total + owed, rounds * exact, rtol=1e-5, atol=1e-5)
+        whole = file.read_bytes()
+        for damage in (whole[:3] + bytes([whole[3] ^ 64]) + whole[4:], whole[:-8] + bytes(8), whole[:-1]):
+            file.write_bytes(damage)
+            spoilt = await updated(rounds + 1, name)
+            file.unlink()
+            assert (spoilt == await updated(rounds + 1, name)).all(), "nothing is known of what is owed then"
 
 
 async def test_what_a_format_leaves_out_needs_room_on_the_disk(learner: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from broker.chain import check
 from broker.errors import GaveUp, LearnerFailed, UsageError
 from workers import ledger
-from workers.ledger import ENTRIES_MAX, FLOOD_MAX, FLOOD_S, TEXT_MAX, Ledger, find, plain
+from workers.ledger import ENTRIES_MAX, FLOOD_MAX, FLOOD_S, SCORED_MAX, TEXT_MAX, Ledger, find, plain
 
 
 def written(path: Path) -> bytes:
@@ -180,6 +181,20 @@ def test_what_several_threads_write_at_once_is_one_chain(tmp_path: Path) -> None
         list(threads.map(lambda number: account.write("secure", round=number), range(400)))
     assert check((tmp_path / "a.ledger").read_bytes(), "ledger")[0] == []
     assert sorted(line["round"] for line in account.read()) == list(range(400))
+
+
+def test_scores_without_end_do_not_fill_the_disk_and_what_is_trained_is_all_written(tmp_path: Path) -> None:
+    """Versions are sent to be scored as often as a coordinator likes: nothing else bounds that."""
+    account = Ledger(tmp_path / "a.ledger")
+    for number in range(SCORED_MAX + 200):
+        account.write("taken", work="evaluate", round=number)
+        account.write("score", round=number)
+        account.write("taken", work="train", round=number)
+    lines = account.read()
+    told = Counter(line["event"] + line.get("work", "") for line in lines)
+    assert told == {"takenevaluate": SCORED_MAX, "score": SCORED_MAX, "takentrain": SCORED_MAX + 200}
+    further = [line["round"] for line in lines if "further" in line]
+    assert further == [SCORED_MAX - 1] * 2, "before any of those leave"
 
 
 def test_refusals_without_end_do_not_fill_the_disk_and_how_many_there_were_is_told(

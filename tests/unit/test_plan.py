@@ -147,7 +147,17 @@ def test_settings_that_contradict_each_other_are_refused(changes: Mapping[str, A
         ({"over_select": "1.3"}, "over_select must be a number"),
         ({"quorum": 0}, "quorum must be at least 1"),
         ({"quorum": "x"}, "quorum must be a whole number"),
-        ({"round_s": 0}, "round_s must be above 0"),
+        ({"round_s": 1e-300}, "round_s must be at least 0.1"),
+        ({"clip": 1e-31}, "clip (1e-31) must be 0, for any norm, or at least 1e-30"),
+        (
+            {"dp": "record", "dp_noise": 1.0, "dp_budget": 8.0, "dp_row_clip": 5e-324},
+            "dp_row_clip must be at least 1e-30",
+        ),
+        ({"dp": "record", "dp_noise": 1.0, "dp_budget": 8.0, "dp_delta": 1e-20}, "dp_delta must be at least 1e-12"),
+        (
+            {"dp": "central", "dp_noise": 1e-300, "dp_budget": 8.0, "clip": 1.0},
+            "dp = central needs dp_noise, the noise in clips (1.0 is usual), and dp_budget, the largest epsilon",
+        ),
         ({"round_s": float("nan")}, "round_s must be at most 2592000"),
         ({"round_s": True}, "round_s must be a number"),
         ({"gather_s": -1}, "gather_s must be at least 0"),
@@ -197,7 +207,7 @@ def test_settings_keep_their_types() -> None:
 @given(
     rounds=st.integers(1, 10**9),
     quorum=st.none() | st.integers(1, 4),
-    round_s=st.floats(1e-3, 30 * 24 * 3600),
+    round_s=st.floats(0.1, 30 * 24 * 3600),
     over_select=st.floats(1, 3),
     workers=st.just(()) | st.just(("w-1", "a", "b", "z9", "c")),
     format=st.sampled_from(sorted(FORMATS)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker.messages import Attempt
-from workers.residuals import RUNS_MAX, Residuals
+from workers.residuals import LEFT_MAX, RUNS_MAX, Residuals
 
 
 def trained(residuals: Residuals, of: Attempt, what: str) -> None:
@@ -35,6 +35,18 @@ def test_what_an_accepted_update_left_out_is_owed_and_nothing_else(tmp_path: Pat
     assert owed(mine, second) == "again"
     assert owed(Residuals(tmp_path, "an"), second) == "nothing"
     assert owed(mine, Attempt("other", 2, 1)) == "nothing"
+
+
+def test_what_updates_that_came_to_nothing_have_left_does_not_fill_the_disk(tmp_path: Path) -> None:
+    """A policy lets them not leave, or a coordinator ends each of its runs just before: nobody forgets these."""
+    mine, other = Residuals(tmp_path, "ann"), Residuals(tmp_path, "ann-2")
+    trained(other, Attempt("run", 1, 1), "x")
+    for number in range(3 * LEFT_MAX):
+        mine.begin(Attempt(f"run-{number}", 1, 1)).left.write_text("x")
+    mine.accept(Attempt(f"run-{3 * LEFT_MAX - 8}", 1, 1))
+    assert owed(mine, Attempt(f"run-{3 * LEFT_MAX - 8}", 2, 1)) == "x"
+    assert len([*tmp_path.glob("ann.*")]) == LEFT_MAX
+    assert other.of(Attempt("run", 1, 1)).left.exists()
 
 
 def test_what_is_owed_to_old_runs_is_forgotten(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Desk:
     Attributes:
         roster, rests: who is here, and who is not asked for a while.
         open: the round in the making, if one is; the service sets it.
-        rule, sums: how updates are added up; what the present turn has, in memory that all turns of all rounds use.
+        rule, sums: how updates are added up; what the present turn has, in memory that is used again and again.
         version, unsafe: the last one that was made; the round that made it, while that is not on the disk.
         uploads, spread: what was accepted and is to be drained; adds it up and finishes, chunk by chunk.
         take_secret, add_secret: take what is said in a secure sum, and what was sent; None where there is none.
@@ -59,7 +59,7 @@ class Desk:
         self.changed, self._received = asyncio.Event(), asyncio.Event()
         self.store, self.plan, self.post = store, store.plan, post
         post.blame = self._blame
-        self.version = version
+        self.version, self._hearing = version, False
         self.unsafe: Round | None = None
         self.format = format_of(self.plan.format, keep=self.plan.kept)
         self.payload_layout = self.format.layout(layout)
@@ -78,7 +78,6 @@ class Desk:
         self.uploads: asyncio.Queue[tuple[Open, Update]] = asyncio.Queue()
         self._made: dict[int, dict[Attempt, frozenset[str]]] = {}  # by round: the last try at a version is
         self._holds: dict[str, tuple[str, int]] = {}  # worker → its incarnation, and the version that it claimed
-        self._hearing = False
         self.keeping = Keeping(store, self.sums, self._adding)
 
     def holds(self, worker: str, version: int | None = None) -> bool:
@@ -123,7 +122,8 @@ class Desk:
         """Add up anew; what was being added for a turn that is over comes to its end first, and is void."""
         async with self._adding:
             self.sums.clear()
-        self.keeping.begin_turn()
+            self.post.asked.clear()
+            self.keeping.begin_turn()
 
     async def end_turn(self) -> None:
         """A turn is over: what is being added comes to its end, what is only being received is left where it is."""

@@ -49,6 +49,7 @@ class Post:
     Attributes:
         blame: told of every message that is put aside, and why.
         held_max: so many accepted updates of a round stay unacknowledged until its version is safe.
+        asked: worker → when its parts were first asked for again, in this turn.
     """
 
     def __init__(self, link: Link, run: str, epoch: int) -> None:
@@ -57,6 +58,7 @@ class Post:
         self.epoch = epoch
         self.blame: Callable[[Delivery, str], None] = lambda *_: None
         self.held_max = 1
+        self.asked: dict[str, float] = {}
         self._restored: dict[str, float] = {}  # whose queues were made anew, and when
 
     async def declare(self) -> None:
@@ -227,13 +229,14 @@ class Post:
 
         The worker says that all parts are there before this is called; should some be lost with the broker, it is
         asked to send them again. All of it together takes at most `within_s`, whatever worker and broker do; and who
-        has to be waited for makes room while others are `waiting`, whose parts may be there.
+        has to be waited for makes room while others are `waiting`, whose parts may be there: again and again, but not
+        for longer than they would be waited for alone, because nobody may have them any more.
 
         Raises:
             WireError: the parts lie.
             PartsLost: they do not come.
         """
-        assembly = Assembly(update.payload, room)
+        assembly, now = Assembly(update.payload, room), asyncio.get_running_loop().time
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 for resent in range(RESENDS_MAX):
@@ -251,7 +254,7 @@ class Post:
                     why = f"{assembly.missing} parts are missing"
                     await self.tell((update.worker,), Answer(update.of, "resend", why))
                     await asyncio.sleep(pause_s)  # a queue that is gone is made anew by its worker, or at its word
-                    if waiting():
+                    if waiting() and now() < self.asked.setdefault(update.worker, now()) + RESENDS_MAX * STALL_S:
                         return False
         raise PartsLost(f"{assembly.missing} of its parts did not come.")
 

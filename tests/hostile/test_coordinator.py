@@ -314,6 +314,26 @@ async def test_an_upload_that_never_ends_is_ended(tmp_path: Path) -> None:
         only_the_honest(fed, 1)
 
 
+async def test_updates_of_which_nobody_has_the_parts_do_not_make_room_for_each_other_until_the_deadline(
+    tmp_path: Path,
+) -> None:
+    """More of them than are drained at once: each is asked for again, and none keeps the others waiting for ever."""
+    names = ("x", "y", "z")
+    async with federation(tmp_path, rounds=1, cohort=3, quorum=3) as fed, a_voice(fed) as liar:
+        for name in names:
+            await liar.link.declare(topology.of_worker(name))
+            await liar.hello(worker=name)
+        fed.names.update(names)
+        serving = fed.begin()
+        await fed.until(lambda: bool(fed.coordinator and fed.coordinator.desk.open))
+        for name in names:
+            await liar.say(update(worker=name), topology.inbox_key(RUN, name))
+        await fed.until(lambda: bool(fed.lines("abandoned")))
+        assert "3 of its parts did not come" in fed.lines("abandoned")[0]["why"]
+        serving.cancel()
+        await asyncio.wait([serving])
+
+
 async def test_an_upload_that_trickles_ends_with_the_time_of_a_round(tmp_path: Path) -> None:
     """A liar keeps the coordinator waiting for each part as long as it is allowed to, and no longer than a round."""
     async with a_liar_among_two(tmp_path, rounds=1, round_s=0.6) as (fed, liar):

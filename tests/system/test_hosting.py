@@ -47,11 +47,13 @@ class House:
 
 
 @asynccontextmanager
-async def hosting(fed: Federation, names: tuple[str, ...] = NAMES) -> AsyncIterator[House]:
+async def hosting(
+    fed: Federation, names: tuple[str, ...] = NAMES, *, lease_s: float = LEASE_S
+) -> AsyncIterator[House]:
     """Workers that share a link and a folder, and train one after another; at the end nothing of them is left."""
     spool, wire, turn = Spool(fed.folder / "models", workers=len(names)), Wire(fed.broker, fed.hook), asyncio.Lock()
     shared, lessons = Shared(wire, spool, workers=len(names)), {name: Lesson(spool, turn=turn) for name in names}
-    whos = [Who(name, "lesson", lease_s=LEASE_S, drain_s=5.0, hosted=True) for name in names]
+    whos = [Who(name, "lesson", lease_s=lease_s, drain_s=5.0, hosted=True) for name in names]
     house = House(wire, spool, lessons, [Worker(who, shared, cast(Seat, lessons[who.name])) for who in whos])
     fed.names.update(names)
     house.serving = asyncio.create_task(host.serve(house.workers, house.stop))

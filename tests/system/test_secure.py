@@ -387,19 +387,25 @@ POINTS: dict[str, Callable[[Outgoing | Delivery], bool]] = {
 }
 
 
+def kill_when(fed: Federation, point: str, then: Callable[[], None] = lambda: None) -> list[str]:
+    """Let the coordinator die at a point, and something else happen; which point it was, once it has."""
+    killed = list[str]()
+
+    def look(what: Outgoing | Delivery) -> None:
+        if not killed and POINTS[point](what):
+            killed.append(point)
+            fed.kill()
+            then()
+
+    fed.hook = look
+    return killed
+
+
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_coordinator_that_dies_when(tmp_path: Path, point: str) -> None:
     """Nothing is trained again: another sum of the same updates is begun, or one that was released is completed."""
     async with federation(tmp_path, **SECURE, rounds=3) as fed:
-        killed = False
-
-        def look(what: Outgoing | Delivery) -> None:
-            nonlocal killed
-            if not killed and POINTS[point](what):
-                killed = True
-                fed.kill()
-
-        fed.hook = look
+        killed = kill_when(fed, point)
         places = [fed.join(name) for name in THREE]
         await fed.end()
         assert killed
@@ -440,18 +446,13 @@ async def test_a_released_sum_is_completed_though_the_journal_is_lost_when(
 ) -> None:
     """No worker takes part in another attempt at that round: without this one there is no next version, ever."""
     async with federation(tmp_path, **SECURE, rounds=3) as fed:
-        killed = False
 
-        def look(what: Outgoing | Delivery) -> None:
-            nonlocal killed
-            if not killed and POINTS[point](what):
-                killed = True
-                fed.kill()
-                (fed.run / "round.json").unlink()
-                if left:
-                    (fed.run / "round.json").write_bytes(left)
+        def lose() -> None:
+            (fed.run / "round.json").unlink()
+            if left:
+                (fed.run / "round.json").write_bytes(left)
 
-        fed.hook = look
+        killed = kill_when(fed, point, lose)
         places = [fed.join(name) for name in THREE]
         await fed.end()
         assert killed

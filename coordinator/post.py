@@ -282,10 +282,12 @@ class Post:
                 began_at = now()
                 delivery = await _next(deliveries, until=min(due_at, began_at + LOOK_S))
                 waited_s += now() - began_at
-                if delivery is not None and leaves and self._is_others(delivery):
-                    return False
-                if delivery is not None and await self._land(delivery, assembly):
-                    due_at = now() + STALL_S
+                if delivery is not None:
+                    message = read(delivery)
+                    if leaves and isinstance(message, Part) and not message.payload.startswith(f"{self.run}/"):
+                        return False
+                    if await self._land(delivery, message, assembly):
+                        due_at = now() + STALL_S
                 if not assembly.missing or (delivery is not None and not (waited_s >= LOOK_S and waiting())):
                     continue
                 waited_s = 0.0
@@ -295,18 +297,13 @@ class Post:
                     raise TimeoutError
         return True
 
-    def _is_others(self, delivery: Delivery) -> bool:
-        message = read(delivery)
-        return isinstance(message, Part) and not message.payload.startswith(f"{self.run}/")
-
-    async def _land(self, delivery: Delivery, assembly: Assembly) -> bool:
+    async def _land(self, delivery: Delivery, message: Message, assembly: Assembly) -> bool:
         """Put a part in its place; whether it was one that was missing.
 
         Raises:
             WireError: it lies, or is no part.
         """
-        message = read(delivery)  # it need not say whose it is: nobody else may publish to where this comes from
-        if not isinstance(message, Part):
+        if not isinstance(message, Part):  # it need not say whose: nobody else may publish to where this comes from
             raise WireError("something that is not a part lies in the upload queue.")
         added = assembly.add(message)
         if added and message.index % FORGET_PARTS == FORGET_PARTS - 1:

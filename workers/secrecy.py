@@ -98,10 +98,8 @@ class Secrecy:
     def __post_init__(self) -> None:
         self._path, self._seen = (self.folder / f"{self.member.name}.{what}" for what in ("unmasked", "roster"))
         self._alone = Lock()
-        self._known = (
-            pact.roster_digest(self.member.roster),
-            self.member.roster,
-        )  # or what was shown, behind its digest
+        known = self.member.roster
+        self._known = pact.roster_digest(known), known  # or what was shown last, behind its digest
 
     def trust(self, secure: Secure) -> bool:
         """Whether the roster that a task names is known, and trusted; if not, it is to be shown.

@@ -11,6 +11,7 @@ try:
     import sys
     from importlib import import_module
     from importlib.metadata import version as installed_version
+    from types import FrameType
     from typing import Annotated, Any
 
     import typer
@@ -69,7 +70,7 @@ def main() -> None:
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without … or ε still shows all the rest
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever is temporary goes with us
+    signal.signal(signal.SIGTERM, _as_ctrl_c)  # whatever is temporary goes with us
     try:
         app()
     except FluffleError as problem:
@@ -80,6 +81,12 @@ def main() -> None:
         if problem.filename is None and problem.errno not in (errno.ENOENT, errno.ENOSPC):  # a fault of ours
             raise
         _end(f"{problem.filename or 'the output, or room for temporary files,'} cannot be used: {problem.strerror}.")
+
+
+def _as_ctrl_c(_number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does just now: a running event loop is cancelled, and not torn in the midst of a step."""
+    now = signal.getsignal(signal.SIGINT)
+    (now if callable(now) else signal.default_int_handler)(signal.SIGINT, frame)
 
 
 def _end(said: str, status: int = UsageError.status) -> None:

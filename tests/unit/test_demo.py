@@ -5,7 +5,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,13 +55,24 @@ fluffle.main()
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does_and_nothing_stays_behind(tmp_path: Path) -> None:
-    words = [sys.executable, "-P", "-m", "fluffle", "try", "toy", "--data", "alice"]
-    with subprocess.Popen(words, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not [*tmp_path.glob("fluffle-*")]:
-            time.sleep(0.01)
-        process.terminate()
-        assert (process.wait(), process.communicate()[1]) == (130, b"")
-    assert not [*tmp_path.glob("fluffle-*")]
+    typed = """
+import signal, sys, tempfile
+make = tempfile.mkdtemp
+
+def made_and_told(*words):
+    folder = make(*words)
+    signal.raise_signal(signal.SIGTERM)
+    return folder
+
+tempfile.mkdtemp = made_and_told
+sys.argv = ["fluffle", "try", "toy", "--data", "alice"]
+import fluffle
+fluffle.main()
+"""
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", typed], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

@@ -200,29 +200,25 @@ async def publish_parts(
         LinkError: as `publish`; some of the parts may have arrived.
     """
     sent, waiting = 0, 0
-    room = asyncio.Condition()
+    room = asyncio.Event()
     failure: BaseException | None = None
-
-    def has_room() -> bool:
-        return waiting < WINDOW_BYTES
 
     async def one(body: tuple[Buffer, ...], size: int) -> None:
         nonlocal waiting
         for batch in batches(keys):
             await link.publish(Outgoing(exchange, batch, body, lane, persistent=False))
-        async with room:
-            waiting -= size
-            room.notify()
+        waiting -= size
+        room.set()
 
     try:
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 body = encode_part(part)
                 size = sum(map(len, body))
-                async with room:
-                    await room.wait_for(has_room)
-                    waiting += size
-                sent += size
+                while waiting >= WINDOW_BYTES:
+                    room.clear()
+                    await room.wait()
+                waiting, sent = waiting + size, sent + size
                 group.create_task(one(body, size))
     except ExceptionGroup as several:  # the first failure speaks for all: they share one connection
         failure = first_of(several)

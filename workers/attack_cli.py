@@ -33,7 +33,8 @@ def attack(
         out.mkdir(parents=True, exist_ok=True)
         (out / "attack.json").touch()
         _figure(1.0, 1.0)
-    x, y = _digits()
+    x, y = _extra("sklearn.datasets", "load_digits", "`fluffle attack`")(return_X_y=True)
+    x /= 16.0  # pixels
     from workers.attack import Scene, classroom  # noqa: PLC0415 - torch takes seconds to load: not for --help
     from workers.learners.toy import ROWS  # noqa: PLC0415
 
@@ -60,11 +61,6 @@ def _extra(module: str, name: str, what: str) -> Any:
         return getattr(import_module(module), name)
     except ImportError:
         raise UsageError(f"{what} needs scikit-learn and matplotlib: pip install 'fluffle[demo]'.") from None
-
-
-def _digits() -> tuple[Any, Any]:
-    pixels, digits = _extra("sklearn.datasets", "load_digits", "`fluffle attack`")(return_X_y=True)
-    return pixels / 16.0, digits
 
 
 def _lines() -> Iterator[tuple[str, dict[str, Any]]]:

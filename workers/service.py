@@ -34,7 +34,7 @@ from workers.secrecy import UNMASKED, Secrecy, check
 from workers.spending import Spending
 from workers.spool import Held, Landing, Slot
 from workers.training import Seat
-from workers.work import Done, Who, work_for
+from workers.work import BEATS, Done, Who, work_for
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Worker:
     # -- signs of life ------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
-        period_s = self.who.lease_s / 3
+        period_s = self.who.lease_s / BEATS
         await asyncio.sleep(random.uniform(0, period_s))  # those who came together need not speak together for ever
         while True:
             await self._say_hello()
@@ -152,7 +152,7 @@ class Worker:
             return
         who, doing = self.who, self._in_hand[-1].of if self._in_hand else None
         hello = Hello(who.name, self._incarnation, who.learner[:TEXT_MAX], who.trains, who.lease_s, doing)
-        heard = await self.post.greet(hello, within_s=who.lease_s / 3)
+        heard = await self.post.greet(hello, within_s=who.lease_s / BEATS)
         if heard != self._heard:
             self._tell("a coordinator is listening" if heard else "no coordinator is listening yet")
         self._heard = heard

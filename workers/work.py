@@ -21,6 +21,8 @@ from workers.masking import Member
 from workers.spool import Slot
 
 LEASE_S = 15.0
+BEATS = 3
+"""Signs of life in the time of a lease: two may come late."""
 
 # what daemon, guard and training process say to each other
 CLOSED = 71

@@ -709,7 +709,8 @@ async def test_the_roster_is_shown_to_everyone_once_and_again_when_somebody_is_s
     async with federation(tmp_path, **SECURE, rounds=3) as fed:
 
         def join(name: str) -> None:
-            fed.join(name, member=pinning(name), lease_s=30.0)  # or who is slow would be sent its task again
+            # or a hello of before is heard after, and its task is sent again
+            fed.join(name, member=pinning(name), lease_s=900.0)
 
         async def anew() -> None:
             await fed.places["c"].die()

@@ -220,7 +220,7 @@ async def test_a_worker_that_dies_again_and_again_rests(tmp_path: Path) -> None:
 
         fed.begin()
         for _ in range(20):  # more than three: it may begin with a task of a round that closed when it died before
-            dying = fed.join("c")
+            dying = fed.join("c", lease_s=0.3)
             dying.lesson.gate.clear()
             await dying.lesson.began.wait()
             await dying.die()

@@ -28,11 +28,6 @@ Aim = Callable[[memoryview, int], Aimed | None]
 """Where the message that begins so, of so many bytes, is to land; None for anything but an awaited part."""
 
 
-def part_count(payload: Payload) -> int:
-    """How many parts carry the payload; 0 for a payload without bytes."""
-    return -(-payload.layout.size_bytes // payload.part_bytes)
-
-
 def split(payload: Payload, data: memoryview) -> Iterator[Part]:
     """The payload's parts in order. `data` holds its raw bytes, as long as its layout says; parts look at it."""
     assert len(data) == payload.layout.size_bytes
@@ -54,7 +49,7 @@ class Assembly:
         self.size_bytes = payload.layout.size_bytes
         self.data = memoryview(bytearray(self.size_bytes)) if data is None else data
         assert len(self.data) == self.size_bytes
-        self._missing = set(range(part_count(payload)))
+        self._missing = set(range(-(-self.size_bytes // payload.part_bytes)))
         self._aimed: dict[int, memoryview] = {}
 
     @property

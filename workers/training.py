@@ -142,6 +142,8 @@ class Trainer:
 
         A task under way fails; cancel calls that may still be starting the process before this.
         """
+        if self._child is not None and self._child.pid is None:  # its guard loads torch, and would not hear
+            await self._guard.leave()
         await self._end()
         if self._straggler is not None:
             await asyncio.wait([self._straggler])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -60,7 +61,7 @@ PARTS = 3
 LEASE_S = 3.0
 BOUND_S = 50.0
 """No run of these tests takes longer, on however slow a machine; a hang ends here."""
-QUICK = {
+QUICK: dict[ModuleType, dict[str, float]] = {
     coordinator.post: {"STALL_S": 0.1, "LOOK_S": 0.02, "RETRY_S": 0.005},
     coordinator.service: {"BACKOFF_S_MAX": 0.01, "FINAL_S_MAX": 5.0, "HOLD_S": 0.02},
     workers.post: {"RETRY_S": 0.005},

@@ -27,6 +27,7 @@ from broker.messages import Attempt, Scalar
 from broker.norms import squares
 from broker.tensors import FLOATS, Layout, TensorSpec, as_float64, view
 from tests.system.kept_guard import kept_guard
+from workers import guarded
 from workers.guarded import Guard
 from workers.learner import load
 from workers.residuals import Residual, Residuals
@@ -341,6 +342,22 @@ async def test_stopping_in_the_midst_of_a_task_is_a_failure_of_that_task(learner
         await trainer.stop()
         with pytest.raises(LearnerFailed, match="ended with signal 9"):
             await running
+
+
+async def test_stopping_while_torch_is_loaded_does_not_wait_for_it(
+    learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded, "END_S", 1000.0)
+    trainer = Trainer(learner, Spool(tmp_path / "models"))
+    starting = asyncio.create_task(trainer.start("here"))
+    while trainer._child is None:  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0.001)
+    guard = trainer._guard._process
+    assert guard
+    starting.cancel()
+    await trainer.stop()
+    assert guard.returncode == -signal.SIGTERM  # which it ignores when it has loaded all
+    trainer.spool.remove()
 
 
 async def test_what_the_user_can_mend_is_said_in_a_sentence(learner: str, tmp_path: Path) -> None:

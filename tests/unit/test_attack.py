@@ -171,6 +171,6 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("workers.attack_cli._digits", lambda: pytest.fail("the work was begun"))
+    monkeypatch.setattr("workers.attack_cli._extra", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(OSError, match="Not a directory"):
         run("--out", str(tmp_path / "file" / "folder"))

@@ -27,8 +27,9 @@ DEEDS = {
     "for _ in range(500): print('x' * 100_000)\nraise OSError('flooded')": "OSError: flooded",
     "class Odd(BaseException): pass\nraise Odd('not an error')": "Odd: not an error",
     "del model.weight": "object has no attribute 'weight'",
-    "os.kill(os.getppid(), 9)\ntime.sleep(1000)": "gone, with its guard",
+    "os.kill(os.getppid(), 9)\ntime.sleep(1000)": "gone, with its guard",  # the last: torch is loaded anew after it
 }
+AFTER = 5  # more rounds to do that in
 # in every other round it trains as it should
 BAD = f"""
 import ctypes, os, re, signal, sys
@@ -37,7 +38,7 @@ well = train
 
 def train(model, data, settings):
     deeds = {list(DEEDS)!r}
-    if settings["round"] % 2 == 1:
+    if settings["round"] % 2 == 1 and deeds[settings["round"] // 2 :]:
         exec(deeds[settings["round"] // 2])
     return well(model, data, settings)
 """
@@ -53,7 +54,7 @@ def connections(node: Node, f: Federation) -> set[str]:
 def test_no_learner_can_hurt_the_daemon_and_each_deed_is_a_refusal_with_its_reason(
     federation: Federation, node: Node
 ) -> None:
-    f, rounds = federation, 2 * len(DEEDS)
+    f, rounds = federation, 2 * len(DEEDS) + AFTER
     bad = f.folder / "bad.py"
     bad.write_text(BAD)
     f.fluffle("init", str(f.learner), str(f.run))
@@ -71,10 +72,11 @@ def test_no_learner_can_hurt_the_daemon_and_each_deed_is_a_refusal_with_its_reas
     history = json.loads(f.fluffle("status", str(f.run), "--json"))["history"]
     made = {line["round"]: line for line in history if line["event"] == "round"}
     for number, (deed, reason) in enumerate(DEEDS.items()):
-        refused, well = made[2 * number + 1], made[2 * number + 2]
+        refused, ends = made[2 * number + 1], rounds if number == len(DEEDS) - 1 else 2 * number + 2
         assert reason in refused["refused"].get("bad", ""), deed
         assert list(refused["counted"]) == ["good"], deed
-        assert sorted(well["counted"]) == ["bad", "good"], f"after {deed}: {well['refused']}"
+        after = [made[n] for n in range(2 * number + 2, ends + 1)]
+        assert ["bad", "good"] in [sorted(each["counted"]) for each in after], f"after {deed}: {after[-1]['refused']}"
     assert "it ran out of memory" in " ".join(f.fluffle("status", str(f.run)).split())
     assert len(f.log("bad")) < 500_000
     assert not re.search(r"Traceback|never retrieved", f.log("bad"))

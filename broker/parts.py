@@ -49,7 +49,7 @@ class Assembly:
         self.size_bytes = payload.layout.size_bytes
         self.data = memoryview(bytearray(self.size_bytes)) if data is None else data
         assert len(self.data) == self.size_bytes
-        self._missing = set(range(-(-self.size_bytes // payload.part_bytes)))
+        self._missing = set(range(-(-self.size_bytes // payload.part_bytes)))  # the last one may be shorter
         self._aimed: dict[int, memoryview] = {}
 
     @property

@@ -38,7 +38,7 @@ well = train
 
 def train(model, data, settings):
     deeds = {list(DEEDS)!r}
-    if settings["round"] % 2 == 1 and deeds[settings["round"] // 2 :]:
+    if settings["round"] % 2 == 1 and settings["round"] < 2 * len(deeds):
         exec(deeds[settings["round"] // 2])
     return well(model, data, settings)
 """
@@ -72,11 +72,12 @@ def test_no_learner_can_hurt_the_daemon_and_each_deed_is_a_refusal_with_its_reas
     history = json.loads(f.fluffle("status", str(f.run), "--json"))["history"]
     made = {line["round"]: line for line in history if line["event"] == "round"}
     for number, (deed, reason) in enumerate(DEEDS.items()):
-        refused, ends = made[2 * number + 1], rounds if number == len(DEEDS) - 1 else 2 * number + 2
+        refused, well = made[2 * number + 1], made[2 * number + 2]
         assert reason in refused["refused"].get("bad", ""), deed
         assert list(refused["counted"]) == ["good"], deed
-        after = [made[n] for n in range(2 * number + 2, ends + 1)]
-        assert ["bad", "good"] in [sorted(each["counted"]) for each in after], f"after {deed}: {after[-1]['refused']}"
+        if number < len(DEEDS) - 1:
+            assert sorted(well["counted"]) == ["bad", "good"], f"after {deed}: {well['refused']}"
+    assert ["bad", "good"] in [sorted(made[number]["counted"]) for number in range(2 * len(DEEDS), rounds + 1)]
     assert "it ran out of memory" in " ".join(f.fluffle("status", str(f.run)).split())
     assert len(f.log("bad")) < 500_000
     assert not re.search(r"Traceback|never retrieved", f.log("bad"))

@@ -226,7 +226,7 @@ async def test_steps_with_noise_are_paid_however_their_training_ends(tmp_path: P
                 await hanging.leave()
             fed.join("a")
         tries = len([*fed.lines("abandoned"), *fed.lines("round")])  # more where it was slow to find the first paid
-        assert tries > late
+        assert tries >= 2 if late else tries == 1
         assert json.loads(spent.read_bytes()) == {"test": [[2.0, 0.1, 10 * tries, False]]}
         lines = [line for line in Ledger(spent.with_suffix(".ledger")).read() if line["event"] == "spent"]
         assert [line.get("steps", "paid") for line in lines] == ["paid"] * tries if late else [10]
